@@ -1,0 +1,169 @@
+// State, waiting and failing; see exchange.h.
+#include "exchange.h"
+
+#include <sched.h>
+#include <time.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "../../common/memory_order.h"
+
+namespace ep::cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+int64_t microseconds_since(Clock::time_point start) {
+    return std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count();
+}
+
+// More ranks than cores is normal on a CPU: give the core away soon, and sleep when nothing comes for long.
+void back_off(int64_t round) {
+    constexpr int64_t kSpins = 64, kYields = 512;
+    if (round < kSpins) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    } else if (round < kYields) {
+        sched_yield();
+    } else {
+        const timespec nap{0, std::min<int64_t>(round - kYields + 20, 500) * 1000};
+        nanosleep(&nap, nullptr);
+    }
+}
+
+}  // namespace
+
+Exchange::Exchange(const Settings& settings, Placement placement, std::vector<char*> windows)
+    : settings_(settings),
+      layout_(WindowLayout::make(settings.shape)),
+      placement_(std::move(placement)),
+      windows_(std::move(windows)),
+      channels_(settings.shape.num_channels),
+      floor_(next_epoch(settings.epoch)),
+      ids_(settings.shape.max_tokens * settings.shape.top_k),
+      row_(std::max(settings.shape.row_bytes + settings.shape.scale_bytes, settings.shape.wire_bytes)),
+      acc_(settings.hidden) {
+    for (Channel& ch : channels_) {
+        ch.epoch = settings.epoch;
+        ch.ids.resize(ids_.size());
+    }
+}
+
+int64_t Exchange::chunk_begin(int64_t chunk, int64_t slots) const {
+    return slots * chunk / settings_.shape.num_chunks;
+}
+
+int64_t Exchange::tokens_of(int64_t channel, int64_t source) const {
+    if (masked_.test(source)) return 0;
+    return reinterpret_cast<const SourceHeader*>(own() + layout_.header(channel, source))->tokens;
+}
+
+uint64_t Exchange::max_epoch() const {
+    uint64_t epoch = channels_[0].epoch;
+    for (const Channel& ch : channels_)
+        if (epoch_distance(ch.epoch, epoch) > 0) epoch = ch.epoch;
+    return epoch;
+}
+
+void Exchange::recover(uint64_t epoch) {
+    error_ = ErrorWord{};
+    floor_ = next_epoch(epoch);
+    for (Channel& ch : channels_) {
+        ch.epoch = epoch & kEpochMask;
+        ch.stage = Stage::kIdle;
+    }
+}
+
+// Sticky: the first failure stays, and the peers learn whom to blame instead of waiting for their own deadlines.
+Status Exchange::fail(ErrorWord word) {
+    if (error_.status != Status::kOk) return error_.status;
+    error_ = word;
+    if (word.status != Status::kAborted) {
+        const uint64_t abort = make_word(word.epoch_expected, static_cast<uint32_t>(word.peer + 1));
+        for (int64_t r = 0; r < settings_.shape.world; ++r)
+            if (r != settings_.rank) store_release(windows_[r] + layout_.abort_word(settings_.rank), abort);
+    }
+    return error_.status;
+}
+
+bool Exchange::told_to_stop(int64_t channel, Phase phase, int64_t waited_us) {
+    for (int64_t r = 0; r < settings_.shape.world; ++r) {
+        if (r == settings_.rank || masked_.test(r)) continue;
+        const uint64_t word = load_acquire(own() + layout_.abort_word(r));
+        if (word_low(word) == 0 || epoch_distance(word_epoch(word), floor_) < 0) continue;
+        ErrorWord error;
+        error.status = Status::kAborted;
+        error.peer = static_cast<int32_t>(word_low(word)) - 1;
+        error.reporter = static_cast<int32_t>(r);
+        error.phase = phase;
+        error.channel = channel;
+        error.epoch_expected = channels_[channel].epoch;
+        error.epoch_seen = word_epoch(word);
+        error.waited_us = waited_us;
+        fail(error);
+        return true;
+    }
+    return false;
+}
+
+// Waits for the flags of all sources, each of which must be of exactly this epoch; lows[source] = sum of their counts,
+// or kClosed.
+Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
+    const uint64_t epoch = channels_[channel].epoch;
+    const int64_t world = settings_.shape.world, chunks = settings_.shape.num_chunks;
+    RankMask missing;
+    for (int64_t r = 0; r < world; ++r) {
+        lows[r] = 0;
+        if (!masked_.test(r)) missing.set(r);
+    }
+    std::vector<int64_t> next_chunk(world, 0);
+    ErrorWord error;
+    error.reporter = static_cast<int32_t>(settings_.rank);
+    error.phase = phase;
+    error.channel = channel;
+    error.epoch_expected = epoch;
+
+    const auto start = Clock::now();
+    for (int64_t round = 0;; ++round) {
+        bool moved = false;
+        for (int64_t r = 0; r < world; ++r) {
+            while (missing.test(r)) {
+                const int64_t at = phase == Phase::kDispatch ? layout_.dispatch_flag(channel, r, next_chunk[r])
+                                                             : layout_.combine_flag(channel, r, next_chunk[r]);
+                const uint64_t word = load_acquire(own() + at);
+                if (word_epoch(word) != epoch) {
+                    if (epoch_distance(word_epoch(word), epoch) <= 0) break;
+                    error.status = Status::kAhead;
+                    error.peer = static_cast<int32_t>(r);
+                    error.epoch_seen = word_epoch(word);
+                    error.waited_us = microseconds_since(start);
+                    return fail(error);
+                }
+                lows[r] = word_low(word) == kClosed ? kClosed : lows[r] + word_low(word);
+                if (++next_chunk[r] == chunks) missing.clear(r);
+                moved = true;
+            }
+        }
+        if (!missing.any()) return Status::kOk;
+        if (moved) continue;
+        const int64_t waited = microseconds_since(start);
+        if (told_to_stop(channel, phase, waited)) return error_.status;
+        if (waited > settings_.timeout_us) {
+            int64_t peer = 0;
+            while (!missing.test(peer)) ++peer;
+            const int64_t at = phase == Phase::kDispatch ? layout_.dispatch_flag(channel, peer, next_chunk[peer])
+                                                         : layout_.combine_flag(channel, peer, next_chunk[peer]);
+            error.status = Status::kTimeout;
+            error.peer = static_cast<int32_t>(peer);
+            error.epoch_seen = word_epoch(load_acquire(own() + at));
+            error.waited_us = waited;
+            std::copy(missing.words, missing.words + kMaskWords, error.missing);
+            return fail(error);
+        }
+        back_off(round);
+    }
+}
+
+}  // namespace ep::cpu

@@ -1,0 +1,25 @@
+// Arithmetic on single rows: fp32 accumulation, explicit fma, one rounding at the end (docs/architecture.md, "Numerics").
+#pragma once
+
+#include <cstdint>
+
+#include "../../common/numerics.h"
+
+namespace ep::cpu {
+
+// Bytes of an element; 1 for opaque bytes.
+int64_t element_bytes(DType type);
+
+// dst[i] = round(src[i]); float formats.
+void convert_row(void* dst, DType dst_type, const void* src, DType src_type, int64_t n);
+// acc[i] += src[i]
+void add_row(float* acc, const void* src, DType src_type, int64_t n);
+// acc[i] = fma(weight, src[i], acc[i])
+void fma_row(float* acc, float weight, const void* src, DType src_type, int64_t n);
+// Blocks of 1 x 128: n values of e4m3 and n / 128 fp32 scales.
+void quantize_row(uint8_t* q, float* scales, const void* src, DType src_type, int64_t n);
+
+// out[i] = rows[index[i]]: the permutation that packs rows by destination and unpacks them again.
+void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t row_bytes);
+
+}  // namespace ep::cpu
