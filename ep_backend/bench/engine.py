@@ -1,0 +1,270 @@
+"""`ep-backend bench-engine`: serve a model through an engine, once per all-to-all backend, and measure it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ep_backend.errors import EpConfigError
+from rich.console import Console
+from rich.table import Table
+
+from ep_backend.bench.engines import vllm
+
+OURS = "ep_backend"
+SHOWN_COMPLETIONS = 3
+COMPLETION_TOKENS = 48
+METRICS = ("ttft_median_ms", "tpot_median_ms", "tpot_p99_ms", "itl_median_ms", "output_tokens_per_s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """Default amount of work, small enough for the machine."""
+
+    concurrency: tuple[int, ...]
+    prompts_per_client: int
+    input_len: int
+    output_len: int
+
+
+SIZES = {
+    "cpu": Size(concurrency=(4,), prompts_per_client=4, input_len=32, output_len=32),
+    "cuda": Size(concurrency=(4, 64), prompts_per_client=4, input_len=64, output_len=128),
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench-engine",
+        help="serve a model through an engine and measure it",
+        description="Starts the engine once per backend and round, prints a few completions, drives it with "
+        "the engine's own benchmark client, and stops everything it started.",
+    )
+    parser.add_argument("--engine", choices=("vllm",), default="vllm")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="folder with weights and tokenizer"
+    )
+    parser.add_argument("--backends", default=OURS, metavar="A[,B...]", help="all-to-all backends to compare")
+    parser.add_argument("--concurrency", type=_numbers, metavar="N[,N...]", help="requests in flight")
+    parser.add_argument("--input-len", type=int, metavar="TOKENS")
+    parser.add_argument("--output-len", type=int, metavar="TOKENS")
+    parser.add_argument(
+        "--num-prompts", type=int, metavar="N", help="requests per measurement (4 per client)"
+    )
+    parser.add_argument(
+        "--request-rate",
+        type=float,
+        default=float("inf"),
+        metavar="R",
+        help="requests per second (all at once)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="times each backend is served, in turn"
+    )
+    parser.add_argument("--data-parallel-size", type=int, default=2, metavar="N")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    parser.add_argument("--port", default="auto", help="port of 127.0.0.1 to serve on")
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS")
+    parser.add_argument("--start-timeout", type=float, default=600.0, metavar="SECONDS")
+    parser.add_argument(
+        "--engine-args", type=shlex.split, default=[], metavar="'ARGS'", help="more engine arguments"
+    )
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="where engine logs go (a new temporary folder)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write machine, versions, command and results"
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or EpError with the end of the engine's log in it."""
+    console = Console()
+    if not (args.model / "config.json").is_file():
+        raise EpConfigError(f"--model {args.model} has no config.json: give the folder of a model")
+    vllm.check_environment()
+    device = vllm.choose_device(args.data_parallel_size) if args.device == "auto" else args.device
+    loads = _loads(args, SIZES[device])
+    logs = args.log_dir or Path(tempfile.mkdtemp(prefix="ep-backend-bench-"))
+    backends = list(dict.fromkeys(args.backends.split(",")))
+    prompts = _prompts(args.model)
+    results: list[dict[str, Any]] = []
+    completions: dict[str, list[dict[str, str]]] = {}
+
+    with _terminable():
+        for number in range(args.rounds):
+            for backend in backends:
+                serving = _serving(args, backend, device, loads)
+                folder = logs / f"round{number}-{backend}"
+                if args.rounds > 1:
+                    console.print(f"round {number + 1} of {args.rounds}")
+                with vllm.Server(
+                    serving, folder, lambda text: console.print(text, highlight=False)
+                ) as server:
+                    if backend not in completions:
+                        completions[backend] = _complete(server, prompts)
+                        _show_completions(console, completions[backend])
+                    for load in loads:
+                        console.print(
+                            f"  measuring {load.num_prompts} requests, {load.concurrency} at a time"
+                        )
+                        measured = server.measure(dataclasses.replace(load, seed=number))
+                        if measured["failed"] or measured["completed"] != load.num_prompts:
+                            raise server.session.error(
+                                f"only {measured['completed']} of {load.num_prompts} succeeded"
+                            )
+                        results.append(_result(args.engine, backend, number, load, measured))
+                console.print("  stopped")
+
+    console.print(_table(results, backends, f"{args.model.name} on {args.data_parallel_size} {device} ranks"))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        report = _report(args, device, results, completions)
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"wrote {args.json}", highlight=False)
+    return 0
+
+
+def _loads(args: argparse.Namespace, size: Size) -> list[vllm.Load]:
+    return [
+        vllm.Load(
+            concurrency=concurrency,
+            num_prompts=args.num_prompts or concurrency * size.prompts_per_client,
+            input_len=args.input_len or size.input_len,
+            output_len=args.output_len or size.output_len,
+            request_rate=args.request_rate,
+        )
+        for concurrency in args.concurrency or size.concurrency
+    ]
+
+
+def _serving(args: argparse.Namespace, backend: str, device: str, loads: Sequence[vllm.Load]) -> vllm.Serving:
+    return vllm.Serving(
+        model=args.model,
+        backend=backend,
+        device=device,
+        data_parallel_size=args.data_parallel_size,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        # One rank may get all requests for a moment.
+        max_num_seqs=max(load.concurrency for load in loads),
+        port=0 if args.port == "auto" else int(args.port),
+        extra=tuple(args.engine_args),
+        start_timeout_s=args.start_timeout,
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
+def _prompts(model: Path) -> list[str]:
+    """The model's own prompts, one per line of prompts.txt, or one that any language model can continue."""
+    file = model / "prompts.txt"
+    lines = file.read_text().splitlines() if file.is_file() else ["The"]
+    return [line for line in lines if line.strip()][:SHOWN_COMPLETIONS]
+
+
+def _complete(server: vllm.Server, prompts: list[str]) -> list[dict[str, str]]:
+    choices = server.complete(prompts, COMPLETION_TOKENS)
+    return [
+        {"prompt": prompt, "text": choice["text"]} for prompt, choice in zip(prompts, choices, strict=True)
+    ]
+
+
+def _show_completions(console: Console, completions: list[dict[str, str]]) -> None:
+    for completion in completions:
+        console.print("  > ", end="")
+        console.print(completion["prompt"], style="bold", end="", markup=False, highlight=False)
+        console.print(completion["text"].replace("\n", "\n    "), markup=False, highlight=False)
+
+
+def _result(
+    engine: str, backend: str, number: int, load: vllm.Load, measured: dict[str, Any]
+) -> dict[str, Any]:
+    sent = dataclasses.asdict(load)
+    sent.pop("seed")
+    if sent["request_rate"] == float("inf"):
+        sent["request_rate"] = None  # all at once; JSON has no infinity
+    return {"engine": engine, "backend": backend, "round": number, **sent, **measured}
+
+
+def _table(results: list[dict[str, Any]], backends: list[str], title: str) -> Table:
+    """Medians over rounds; the ratio is of median TPOT to that of the first backend that is not ours."""
+    baseline = next((backend for backend in backends if backend != OURS), None)
+    table = Table(title=title)
+    table.add_column("backend")
+    headers = ["at a time", "TTFT ms", "TPOT ms", "TPOT p99", "ITL ms", "tokens/s"]
+    if baseline is not None:
+        headers.append(f"TPOT / {baseline}")
+    for header in headers:
+        table.add_column(header, justify="right")
+    for concurrency in dict.fromkeys(result["concurrency"] for result in results):
+        rows = {
+            backend: {
+                metric: median(
+                    r[metric] for r in results if (r["backend"], r["concurrency"]) == (backend, concurrency)
+                )
+                for metric in METRICS
+            }
+            for backend in backends
+        }
+        for backend, row in rows.items():
+            cells = [backend, str(concurrency)]
+            cells += [
+                f"{row[metric]:.0f}" if "token" in metric else f"{row[metric]:.1f}" for metric in METRICS
+            ]
+            if baseline is not None:
+                cells.append(f"{row['tpot_median_ms'] / rows[baseline]['tpot_median_ms']:.2f}")
+            table.add_row(*cells)
+    return table
+
+
+def _report(
+    args: argparse.Namespace, device: str, results: list[dict[str, Any]], completions: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "machine": machine(device),
+        "versions": vllm.versions(),
+        "command": shlex.join(["ep-backend", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "results": results,
+        "completions": completions,
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    return {"device": device, "system": platform.platform(), "cpus": len(os.sched_getaffinity(0))}
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM and a lost terminal end us as Ctrl-C does: through every `with`, so that servers stop."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

