@@ -1,0 +1,86 @@
+"""The console command ``ep-backend``.
+
+Each subcommand lives in its own module with ``add_parser(subparsers)``, which adds one parser and sets its
+default ``func`` (called with the parsed arguments; returns the exit status). Only the module of the command
+that was given is imported, so that ``ep-backend env`` needs no torch and a broken optional dependency breaks
+only its own command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ep_backend.errors import EpError
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+class Command(NamedTuple):
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS = (
+    Command("env", "ep_backend.cli.env", "show what is chosen here and why, and the variables that matter"),
+    Command("profiles", "ep_backend.cli.profiles", "list, show and check hardware profiles"),
+    Command("bench", "ep_backend.bench", "measure dispatch and combine beside the baselines"),
+    Command("bench-engine", "ep_backend.bench.engine", "serve a model through an engine and measure it"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line. Returns 0: done; 1: something is wrong, said in one sentence; 2: wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as end:  # argparse: --help, --version, wrong usage
+        return end.code if isinstance(end.code, int) else USAGE
+    except BrokenPipeError:
+        # The reader (head, less) has gone, which is no error; the interpreter must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except (EpError, OSError) as error:
+        print(f"ep-backend: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ep-backend",
+        description="Expert-parallel dispatch and combine for every machine.",
+        epilog="Exit status: 0 done, 1 something is wrong (one sentence says what), 2 wrong usage.",
+    )
+    parser.add_argument("--version", action="version", version=f"ep-backend {version()}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    given = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for command in COMMANDS:
+        if command.name == given:
+            try:
+                module = importlib.import_module(command.module)
+            except ImportError as error:
+                print(f"ep-backend: the command {given!r} cannot start: {error}", file=sys.stderr)
+                return FAILED
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(command.name, help=command.help)
+    args = parser.parse_args(arguments)
+    return int(args.func(args) or OK)
+
+
+def version() -> str:
+    """The installed version of the distribution."""
+    try:
+        return importlib.metadata.version("ep-backend")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: running from a source tree)"

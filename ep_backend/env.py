@@ -1,0 +1,210 @@
+"""The one registry of environment variables that ep_backend reads or sets.
+
+A variable of kind "read" steers this library and is read through `get`, never through ``os.environ``
+directly. A variable of kind "set" belongs to a library below or beside us (NCCL, NVSHMEM); a hardware profile
+may give it a value, and only a variable that stands here may be given one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ep_backend.errors import EpConfigError
+
+PREFIX = "EP_BACKEND_"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: what it is called, what it may hold, and what it does.
+
+    ``minimum`` and ``maximum`` are inclusive and concern numbers; ``choices`` lists every accepted text.
+    """
+
+    name: str
+    kind: Literal["read", "set"]
+    type: Literal["str", "int", "float"]
+    default: str | int | float | None
+    help: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def parse(self, text: str) -> Any:
+        """``text`` as the variable's type. Raises EpConfigError with what came and what was wanted."""
+        value: Any = text.strip()
+        if self.type != "str":
+            try:
+                value = int(value) if self.type == "int" else float(value)
+            except ValueError:
+                raise self._error(text) from None
+            if not math.isfinite(value):
+                raise self._error(text)
+            if self.minimum is not None and value < self.minimum:
+                raise self._error(text)
+            if self.maximum is not None and value > self.maximum:
+                raise self._error(text)
+        elif self.choices and value not in self.choices:
+            raise self._error(text)
+        return value
+
+    @property
+    def wanted(self) -> str:
+        """What an acceptable value looks like, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = {"str": "a text", "int": "a whole number", "float": "a number"}[self.type]
+        if self.minimum is not None:
+            words += f" from {self.minimum:g}"
+        if self.maximum is not None:
+            words += f" to {self.maximum:g}"
+        return words
+
+    def _error(self, text: str) -> EpConfigError:
+        hint = nearest(text.strip(), self.choices) if self.choices else ""
+        return EpConfigError(f"{self.name}={text!r} is not usable: wanted {self.wanted}{hint}")
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the name most like ``word``, or an empty text if none is like it."""
+    by_lower = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(word[:100].lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
+
+
+def _read(
+    name: str, type: Literal["str", "int", "float"], default: Any, help: str, **limits: Any
+) -> Variable:
+    return Variable(name, "read", type, default, help, **limits)
+
+
+def _set(name: str, help: str, *, choices: tuple[str, ...] = (), maximum: int | None = None) -> Variable:
+    if choices:
+        return Variable(name, "set", "str", None, help, choices=choices)
+    return Variable(name, "set", "int", None, help, minimum=0, maximum=maximum)
+
+
+_SWITCH = ("0", "1")
+
+# What each foreign variable means: docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html and
+# docs.nvidia.com/nvshmem/api/gen/env.html.
+VARIABLES: tuple[Variable, ...] = (
+    _read(
+        "EP_BACKEND_TIMEOUT_S",
+        "float",
+        30.0,
+        "Seconds that a wait for another rank may last before EpTimeoutError.",
+        minimum=0.001,
+        maximum=86400,
+    ),
+    _read(
+        "EP_BACKEND_STARTUP_TIMEOUT_S",
+        "float",
+        300.0,
+        "The same deadline until an engine is ready to serve (compilation and profiling make ranks slow).",
+        minimum=0.001,
+        maximum=86400,
+    ),
+    _read(
+        "EP_BACKEND_TRANSPORT",
+        "str",
+        "auto",
+        "Transport to use: auto lets the profile decide; cpu, collective, ... force one.",
+    ),
+    _read(
+        "EP_BACKEND_PROFILE",
+        "str",
+        "auto",
+        "Hardware profile: auto recognises the machine; a name, an alias or a TOML file's path forces one.",
+    ),
+    _read(
+        "EP_BACKEND_CUDA",
+        "str",
+        "auto",
+        "At build time: auto builds CUDA kernels where nvcc is found, 0 never, 1 with NVIDIA's wheels.",
+        choices=("auto", "0", "1"),
+    ),
+    _read(
+        "EP_BACKEND_TEST_SCALE_COMBINE",
+        "float",
+        1.0,
+        "Tests only: engine adapters multiply the combined result by this, to see a check fail.",
+    ),
+    _read(
+        "CUDA_VISIBLE_DEVICES",
+        "str",
+        "",
+        "Read by the probe to learn which GPUs this process uses; it may hold ordinals or UUIDs.",
+    ),
+    _set(
+        "NCCL_P2P_LEVEL",
+        "Longest path over which NCCL uses peer-to-peer access.",
+        choices=("LOC", "NVL", "PIX", "PXB", "PHB", "SYS"),
+    ),
+    _set("NCCL_P2P_DISABLE", "1 switches NCCL's peer-to-peer transport off.", choices=_SWITCH),
+    _set(
+        "NCCL_SHM_USE_CUDA_MEMCPY",
+        "1 lets NCCL's shared-memory transport copy with cudaMemcpy.",
+        choices=_SWITCH,
+    ),
+    _set(
+        "NCCL_CUMEM_ENABLE",
+        "1 lets NCCL allocate with cuMem; needed for windows that peers map.",
+        choices=_SWITCH,
+    ),
+    _set("NCCL_CUMEM_HOST_ENABLE", "1 lets NCCL allocate host memory with cuMem.", choices=_SWITCH),
+    _set(
+        "NCCL_NVLS_ENABLE", "NVLink SHARP multicast: 0 off, 1 on, 2 NCCL's default.", choices=("0", "1", "2")
+    ),
+    _set(
+        "NCCL_MNNVL_ENABLE", "NVLink across nodes: 0 off, 1 on or fail, 2 automatic.", choices=("0", "1", "2")
+    ),
+    _set("NCCL_IB_DISABLE", "1 switches NCCL's InfiniBand/RoCE transport off.", choices=_SWITCH),
+    _set("NCCL_IB_SL", "InfiniBand service level of NCCL's traffic.", maximum=15),
+    _set("NCCL_IB_TC", "InfiniBand/RoCE traffic class of NCCL's traffic.", maximum=255),
+    _set("NCCL_IB_ADAPTIVE_ROUTING", "1 lets the fabric route NCCL's packets adaptively.", choices=_SWITCH),
+    _set("NVSHMEM_IB_SL", "InfiniBand service level of NVSHMEM programs beside us.", maximum=15),
+    _set(
+        "NVSHMEM_CUMEM_HANDLE_TYPE",
+        "Kind of handle under which NVSHMEM shares its heap.",
+        choices=("FILE_DESCRIPTOR", "FABRIC"),
+    ),
+)
+
+_BY_NAME = {variable.name: variable for variable in VARIABLES}
+
+
+def variable(name: str) -> Variable:
+    """The registered variable ``name``. Raises EpConfigError, with the nearest name, if there is none."""
+    found = _BY_NAME.get(name)
+    if found is None:
+        raise EpConfigError(f"{name} is not a registered environment variable{nearest(name, _BY_NAME)}")
+    return found
+
+
+def get(name: str, environ: Mapping[str, str] | None = None) -> Any:
+    """The parsed value of a variable of kind "read": from the environment, or its default.
+
+    An empty value counts as unset. Raises EpConfigError with what came and what was wanted.
+    """
+    entry = variable(name)
+    if entry.kind != "read":
+        raise EpConfigError(f"{name} is set by profiles and not read by ep_backend")
+    text = (os.environ if environ is None else environ).get(name, "")
+    return entry.parse(text) if text.strip() else entry.default
+
+
+def misspelt(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """One sentence for each variable with our prefix and no meaning: mostly typing errors."""
+    names = sorted(os.environ if environ is None else environ)
+    ours = [known for known in _BY_NAME if known.startswith(PREFIX)]
+    return tuple(
+        f"{name} is set but means nothing to ep_backend{nearest(name, ours)}"
+        for name in names
+        if name.startswith(PREFIX) and name not in _BY_NAME
+    )

@@ -1,0 +1,181 @@
+"""The console command, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ep_backend import cli, env, profiles
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(env.PREFIX) or name in {v.name for v in env.VARIABLES}:
+            monkeypatch.delenv(name)
+    # Made-up GPUs of the machine under test must not change what is asserted here.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def run(capsys, *arguments):
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def test_env_as_text(capsys):
+    status, out, err = run(capsys, "env")
+    assert status == 0
+    assert err == ""
+    assert "profile      cpu" in out
+    assert "transport    cpu" in out
+    assert "reason " in out
+    for variable in env.VARIABLES:
+        if variable.kind == "read":
+            assert variable.name in out
+
+
+def test_env_as_json(capsys):
+    status, out, _ = run(capsys, "env", "--json", "--profile", "hgx")
+    answer = json.loads(out)
+    assert status == 0
+    assert (answer["profile"], answer["transport"]) == ("nvswitch", "collective")
+    assert {item["name"]: item["status"] for item in answer["environment"]} == {
+        "NCCL_CUMEM_ENABLE": "will be set",
+        "NCCL_NVLS_ENABLE": "will be set",
+    }
+    assert {variable["name"] for variable in answer["variables"]} == {v.name for v in env.VARIABLES}
+    assert answer["machine"]["cpus"] >= 1
+
+
+def test_env_for_a_shell_can_be_evaluated(capsys, monkeypatch):
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    status, out, _ = run(capsys, "env", "--shell", "--profile", "hgx")
+    assert status == 0
+    assert "# conflict: NCCL_NVLS_ENABLE=1 is kept" in out
+    shell = subprocess.run(
+        ["sh", "-euc", out + '\necho "$NCCL_CUMEM_ENABLE $NCCL_NVLS_ENABLE"'], capture_output=True, text=True
+    )
+    assert (shell.returncode, shell.stdout, shell.stderr) == (0, "1 1\n", "")
+
+
+def test_env_changes_nothing(capsys):
+    before = dict(os.environ)
+    run(capsys, "env", "--profile", "hgx")
+    assert dict(os.environ) == before
+
+
+def test_env_reports_conflicts_and_agreement(capsys, monkeypatch):
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "2")
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    status, out, _ = run(capsys, "env", "--profile", "nvswitch")
+    assert status == 0
+    assert "NCCL_NVLS_ENABLE=0  [conflict]" in out
+    assert "NCCL_CUMEM_ENABLE=1  [already so]" in out
+    assert "NCCL_NVLS_ENABLE=2 is kept as it was found" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("EP_BACKEND_TRANSPORT", "cpuu", "did you mean 'cpu'"),
+        ("EP_BACKEND_PROFILE", "nvswich", "did you mean 'nvswitch'"),
+        ("EP_BACKEND_PROFILE", "/nonexistent.toml", "/nonexistent.toml: there is no such file"),
+        ("EP_BACKEND_TIMEOUT_S", "soon", "wanted a number"),
+        ("EP_BACKEND_TIMOUT_S", "3", "did you mean 'EP_BACKEND_TIMEOUT_S'"),
+    ],
+)
+def test_a_wrong_environment_is_one_sentence_and_status_1(capsys, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    status, _, err = run(capsys, "env")
+    assert status == 1
+    assert message in err
+    assert err.startswith("ep-backend: ")
+    assert err.count("\n") == 1
+
+
+def test_profiles_list(capsys):
+    for arguments in (["profiles"], ["profiles", "list"]):
+        status, out, _ = run(capsys, *arguments)
+        assert status == 0
+        assert "cpu  <- this machine" in out
+        assert "nvswitch (also: dgx, hgx)" in out
+
+
+def test_profiles_show(capsys):
+    status, out, _ = run(capsys, "profiles", "show", "dgx")
+    assert status == 0
+    assert profiles.loads(out.encode(), "shown").name == "nvswitch"
+    status, _, err = run(capsys, "profiles", "show", "dgy")
+    assert status == 1
+    assert "did you mean 'dgx'" in err
+
+
+def test_profiles_validate(capsys, tmp_path):
+    status, out, _ = run(capsys, "profiles", "validate")
+    assert status == 0
+    assert out.count(": valid") == len(profiles.shipped())
+    wrong, right = tmp_path / "wrong.toml", tmp_path / "right.toml"
+    wrong.write_text("nam = 'x'")
+    right.write_bytes(dict(profiles.shipped_files())["cpu.toml"])
+    status, out, err = run(capsys, "profiles", "validate", str(wrong), str(right), "/nonexistent")
+    assert status == 1
+    assert "unknown key 'nam'; did you mean 'name'" in err
+    assert "/nonexistent" in err
+    assert f"{right}: valid" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["env", "--bogus"], ["env", "--shell", "--json"], ["profiles", "show"]]
+)
+def test_wrong_usage_is_status_2(capsys, arguments):
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "usage: ep-backend" in err
+
+
+def test_help_lists_every_command(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for command in cli.COMMANDS:
+        assert command.name in out
+
+
+def test_version(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0
+    assert out.startswith("ep-backend ")
+
+
+def test_a_command_whose_module_cannot_be_imported(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("broken", "ep_backend.nonexistent", "h"),))
+    status, _, err = run(capsys, "broken")
+    assert status == 1
+    assert "'broken' cannot start" in err
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_configuration_modules_need_no_torch():
+    """As on a machine without torch: importing it fails, and `ep-backend env` still works."""
+    result = python(
+        "import sys; sys.modules['torch'] = None\n"
+        "import ep_backend, ep_backend.env, ep_backend.profiles, ep_backend.select\n"
+        "from ep_backend.cli import main\n"
+        "sys.exit(main(['env']))"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "profile      cpu" in result.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m ep_backend.cli env --json | head -c 1"
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120
+    )
+    assert (result.stdout, result.stderr) == ("{", "")

@@ -1,0 +1,276 @@
+"""The schema of hardware profiles and its loader."""
+
+import copy
+import datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ep_backend import profiles
+from ep_backend.errors import EpConfigError
+
+VALID = {
+    "name": "box",
+    "aliases": ["crate"],
+    "description": "A box.",
+    "recognition": {"order": 5, "require": {"gpus": "all", "hca": True}, "source": "here"},
+    "transport": {"inside": ["peer", "collective"], "across": ["collective"], "source": "here"},
+    "environment": {"NCCL_IB_SL": {"value": "3", "why": "because", "source": "here"}},
+    "engine": {"vllm": {"--max-num-seqs": {"value": "4", "why": "because", "source": "here"}}},
+    "sm_budget": {"sms": 24, "source": "here"},
+    "conditional": [
+        {
+            "when": {"cuda_driver_below": "13.0"},
+            "environment": {"NCCL_CUMEM_HOST_ENABLE": {"value": "0", "why": "because", "source": "here"}},
+        }
+    ],
+}
+DELETE = object()
+
+
+def changed(path, value):
+    """A copy of VALID with the value at ``path`` (keys and indices) replaced, added or deleted."""
+    data = copy.deepcopy(VALID)
+    place = data
+    for step in path[:-1]:
+        place = place[step]
+    if value is DELETE:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return data
+
+
+def test_the_valid_profile_is_valid():
+    profile = profiles.from_dict(VALID, "box.toml")
+    assert profile.names == ("box", "crate")
+    assert profile.environment["NCCL_IB_SL"].value == "3"
+    assert profile.conditional[0].when.cuda_driver_below == "13.0"
+    with pytest.raises(AttributeError):
+        profile.name = "other"
+
+
+SETTING = {"value": "1", "why": "w", "source": "s"}
+MISTAKES = [
+    # unknown keys, with the nearest valid one
+    (["transprot"], {}, "unknown key 'transprot'; did you mean 'transport'?"),
+    (["transport", "insde"], [], "transport: unknown key 'insde'; did you mean 'inside'?"),
+    (["recognition", "require", "nvlinks"], "all", "recognition.require: unknown key 'nvlinks'"),
+    (["environment", "NCCL_IB_SL", "reason"], "x", "environment.NCCL_IB_SL: unknown key 'reason'"),
+    (["conditional", 0, "wen"], {}, "conditional[0]: unknown key 'wen'; did you mean 'when'?"),
+    (["engine", "vlm"], {}, "engine: unknown key 'vlm'; did you mean 'vllm'?"),
+    # wrong types and missing keys
+    (["name"], 3, "name: expected `str`, got `int`"),
+    (["name"], DELETE, "missing required field `name`"),
+    (["transport"], DELETE, "missing required field `transport`"),
+    (["recognition", "order"], "5", "recognition.order: expected `int`, got `str`"),
+    (["recognition", "require", "hca"], 1, "recognition.require.hca: expected `bool"),
+    (["environment", "NCCL_IB_SL", "value"], 3, "expected `str`, got `int`"),
+    (["environment", "NCCL_IB_SL", "source"], DELETE, "missing required field `source`"),
+    (["conditional"], {"when": {}}, "conditional: expected `array`"),
+    # values
+    (["recognition", "require", "gpus"], "al", "gpus: unknown value 'al'; did you mean 'all'?"),
+    (["recognition", "require"], {}, "recognition.require: is empty"),
+    (["transport", "inside"], ["pear"], "transport.inside: unknown transport 'pear'; did you mean 'peer'?"),
+    (["transport", "inside"], [], "transport.inside: needs at least one"),
+    (["transport", "across"], ["collective", "collective"], "transport.across: a transport is listed twice"),
+    (["environment", "NCCL_IBSL"], SETTING, "environment.NCCL_IBSL: NCCL_IBSL is not a registered"),
+    (["environment", "NCCL_IBSL"], SETTING, "did you mean 'NCCL_IB_SL'?"),
+    (["environment", "NCCL_IB_SL", "value"], "99", "environment.NCCL_IB_SL: NCCL_IB_SL='99' is not usable"),
+    (["environment", "EP_BACKEND_TIMEOUT_S"], SETTING, "steers ep_backend itself"),
+    (["environment", "NCCL_IB_SL", "source"], " ", "environment.NCCL_IB_SL.source: must not be empty"),
+    (["engine", "vllm", "max_num_seqs"], SETTING, "engine.vllm: 'max_num_seqs' is not an argument"),
+    (["conditional", 0, "environment", "NCCL_CUMEM_HOST_ENABLE", "why"], "",
+     "conditional[0].environment.NCCL_CUMEM_HOST_ENABLE.why: must not be empty"),
+    (["sm_budget", "sms"], 0, "sm_budget.sms: 0 is out of range"),
+    (["description"], "", "description: must not be empty"),
+    (["name"], "auto", "'auto' is no usable name"),
+    (["name"], "My Box", "'My Box' is no usable name"),
+    (["aliases"], ["box"], "a name is given twice"),
+    (["conditional", 0, "when", "cuda_driver_below"], "13.x", "[0].when.cuda_driver_below: '13.x'"),
+    # combinations that cannot be
+    (["transport", "inside"], ["hier"], "means nothing inside one"),
+    (["transport", "across"], ["host"], "memory of one host"),
+    (["transport", "inside"], ["cpu"], "'cpu' moves CPU tensors"),
+    (["recognition", "require"], {"gpus": "none"}, "'peer' and 'host' need GPUs"),
+    (["recognition", "require"], {"gpus": "none", "nvlink": "all"}, "links between GPUs where"),
+    (["conditional", 0, "when"], {"nccl_at_least": "2.28", "nccl_below": "2.28.0"}, "below 2.28.0"),
+    (["conditional", 0, "environment"], {}, "conditional[0]: has no effect"),
+    (["environment"], {"NCCL_P2P_DISABLE": SETTING, "NCCL_P2P_LEVEL": {**SETTING, "value": "PIX"}},
+     "NCCL_P2P_LEVEL means nothing while NCCL_P2P_DISABLE is 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "message"), MISTAKES)
+def test_every_mistake_names_file_key_and_remedy(path, value, message):
+    with pytest.raises(EpConfigError) as error:
+        profiles.from_dict(changed(path, value), "box.toml")
+    assert str(error.value).startswith("box.toml: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("data", [None, 3, "text", [], [VALID]])
+def test_what_is_no_table_is_refused(data):
+    with pytest.raises(EpConfigError, match=r"box\.toml: "):
+        profiles.from_dict(data, "box.toml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'name = "a\n', "line 1"),
+        (b"\xff\xfe", "not valid TOML"),
+        (b"x = " + b"[" * 100_000, "box.toml"),
+        (b"x = " + b"9" * 5000, "box.toml"),
+        (b"x = 2020-13-40", "box.toml"),
+        (b"", "missing required field"),
+    ],
+)
+def test_broken_files(content, message):
+    with pytest.raises(EpConfigError, match=message):
+        profiles.loads(content, "box.toml")
+
+
+def test_shipped_profiles_are_valid_and_complete():
+    known = profiles.shipped()
+    assert {"cpu", "nvswitch"} <= {profile.name for profile in known}
+    orders = [profile.recognition.order for profile in known if profile.recognition]
+    assert len(set(orders)) == len(orders) == len(known), "each is recognised, at its own place in the order"
+    for file, content in profiles.shipped_files():
+        assert file == f"{profiles.loads(content, file).name}.toml"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("cpu", "cpu"), ("nvswitch", "nvswitch"), ("dgx", "nvswitch"), ("hgx", "nvswitch")]
+)
+def test_aliases(name, found):
+    assert profiles.find(name, profiles.shipped()).name == found
+    assert profiles.load(name)[1] == found
+
+
+def test_unknown_name():
+    with pytest.raises(EpConfigError, match="no hardware profile 'nvswich'; did you mean 'nvswitch'"):
+        profiles.load("nvswich")
+
+
+def test_load_auto():
+    assert profiles.load("auto") == profiles.load(" ") == (profiles.shipped(), "auto")
+
+
+OWN = """
+name = "{name}"
+aliases = [{aliases}]
+description = "Mine."
+[transport]
+inside = ["collective"]
+across = ["collective"]
+source = "me"
+"""
+
+
+def test_a_users_file_is_added(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.format(name="mine", aliases=""))
+    known, name = profiles.load(str(file))
+    assert name == "mine"
+    assert len(known) == len(profiles.shipped()) + 1
+
+
+def test_a_users_file_replaces_a_shipped_profile(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.format(name="cpu", aliases=""))
+    known, name = profiles.load(str(file))
+    assert profiles.find(name, known).description == "Mine."
+    assert len(known) == len(profiles.shipped())
+
+
+def test_a_users_file_must_not_claim_a_name_of_another(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.format(name="mine", aliases='"hgx"'))
+    with pytest.raises(EpConfigError, match="both claim the name 'hgx'"):
+        profiles.load(str(file))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for path in ("/nonexistent/own.toml", str(tmp_path) + "/", "/dev/zero", "a\0b.toml"):
+        with pytest.raises(EpConfigError):
+            profiles.load(path)
+    big = tmp_path / "big.toml"
+    big.write_bytes(b"#" * (2 << 20))
+    with pytest.raises(EpConfigError, match="larger than"):
+        profiles.load(str(big))
+
+
+def test_digest_follows_content_and_never_raises(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.format(name="mine", aliases=""))
+    first = profiles.digest(str(file))
+    assert first != profiles.digest("auto") == profiles.digest("nvswitch")
+    file.write_text(OWN.format(name="mine", aliases="") + "\n")
+    assert profiles.digest(str(file)) not in (first, profiles.digest("auto"))
+    assert "no such file" in profiles.digest("/nonexistent/own.toml")
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [("12.9", "13.0"), ("2.9", "2.28"), ("2.28", "2.28.3"), ("2.28.3", "2.28.10")]
+)
+def test_versions_are_compared_as_numbers(low, high):
+    assert profiles.version(low) < profiles.version(high)
+    assert profiles.version("13") == profiles.version("13.0")
+
+
+# --- nothing that TOML can express may end in anything but a Profile or an EpConfigError ---
+
+scalars = (
+    st.text(max_size=12) | st.integers() | st.floats() | st.booleans()
+    | st.datetimes(timezones=st.none() | st.just(datetime.timezone.utc)) | st.dates() | st.times()
+)  # fmt: skip
+keys = ("NCCL_IB_SL", "when", "inside", "across", "value", "source", "why", "vllm", "sms")
+words = st.sampled_from([*profiles.Profile.__struct_fields__, *profiles.Condition.__struct_fields__, *keys])
+values = st.recursive(
+    scalars | words,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(words | st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def check(load, data):
+    """``load`` must give a profile, or an error that names the file. Anything else escapes from here."""
+    message = ""
+    try:
+        result = load(data, "fuzz.toml")
+    except EpConfigError as error:
+        message = str(error)
+    assert message.startswith("fuzz.toml: ") or isinstance(result, profiles.Profile)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(words | st.text(max_size=8), values, max_size=6))
+def test_fuzz_arbitrary_tables(data):
+    check(profiles.from_dict, data)
+
+
+def paths(data, prefix=()):
+    """Every place in a nested table."""
+    steps = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for step, inner in steps:
+        yield (*prefix, step)
+        yield from paths(inner, (*prefix, step))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(paths(VALID), key=str)), values | st.just(DELETE))
+def test_fuzz_one_change_of_a_valid_profile(path, value):
+    check(profiles.from_dict, changed(list(path), value))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([content for _, content in profiles.shipped_files()]), st.data())
+def test_fuzz_bytes_of_shipped_files(content, data):
+    at = data.draw(st.integers(0, len(content)))
+    cut = data.draw(st.integers(0, 20))
+    mutated = content[:at] + data.draw(st.binary(max_size=6)) + content[at + cut :]
+    check(profiles.loads, mutated)

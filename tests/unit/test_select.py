@@ -1,0 +1,366 @@
+"""Decisions from the records of made-up machines."""
+
+import itertools
+import pickle
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ep_backend import profiles
+from ep_backend.errors import EpConfigError
+from ep_backend.nvml import Gpu, Link
+from ep_backend.probe import Record
+from ep_backend.select import apply_env, check_agreement, decide, gather, select, unmet
+
+KNOWN = profiles.shipped()
+VERSIONS = {"ep_backend": "0.1", "torch": "2.13.0", "nccl": "2.28.3"}
+EVERYTHING = frozenset(profiles.TRANSPORTS)
+
+
+def cpu_rank(**changes):
+    fields = {"host": "laptop", "boot_id": "b0", "shared_memory": "27:1", "versions": {"torch": "2.13.0+cpu"}}
+    return Record(**{**fields, **changes})
+
+
+def gpu_machine(count=4, host="node0", nvlink=lambda a, b: True, used=None, **changes):
+    """Records of ranks with one GPU each, on a machine where ``nvlink(a, b)`` says how GPUs are joined."""
+    uuids = [f"GPU-{host}-{index}" for index in range(count)]
+    links = tuple(
+        Link(a=uuids[a], b=uuids[b], nvlink=nvlink(a, b), ancestor="NODE")
+        for a, b in itertools.combinations(range(count), 2)
+    )
+    fields = {
+        "host": host,
+        "boot_id": f"boot-{host}",
+        "shared_memory": "27:1",
+        "versions": VERSIONS,
+        "cuda_driver": "13.0",
+        "gpus": tuple(Gpu(uuid=uuid) for uuid in uuids),
+        "visible": tuple(uuids),
+        "links": links,
+    }
+    ranks = range(count) if used is None else used
+    return [Record(**{**fields, "device": uuids[rank], **changes}) for rank in ranks]
+
+
+# --- profiles and transports ---
+
+
+def test_cpu_ranks_of_one_machine_share_memory():
+    decision = decide([cpu_rank()] * 4)
+    assert (decision.profile, decision.transport, decision.env) == ("cpu", "cpu", ())
+    assert "gpus is none" in decision.reason
+    assert "inside one machine" in decision.reason
+
+
+def test_cpu_ranks_of_two_machines_use_the_collective():
+    decision = decide([cpu_rank(), cpu_rank(host="other", boot_id="b1")])
+    assert (decision.profile, decision.transport) == ("cpu", "collective")
+    assert "across 2 machines" in decision.reason
+
+
+def test_containers_with_their_own_shared_memory_use_the_collective():
+    decision = decide([cpu_rank(), cpu_rank(shared_memory="53:1")])
+    assert (decision.profile, decision.transport) == ("cpu", "collective")
+    assert "--ipc=host" in decision.reason
+
+
+def test_containers_of_one_machine_that_share_memory_are_one_machine():
+    assert decide([cpu_rank(), cpu_rank(host="pod-2")]).transport == "cpu"
+
+
+def test_nvswitch_prefers_peer_and_says_why_it_is_not_used():
+    decision = decide(gpu_machine(8))
+    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
+    assert "passed over: peer, because it is not in this build" in decision.reason
+    assert {item.name: item.value for item in decision.env} == {
+        "NCCL_CUMEM_ENABLE": "1",
+        "NCCL_NVLS_ENABLE": "0",
+    }
+    assert all(item.source and item.why for item in decision.env)
+
+
+def test_nvswitch_with_a_build_that_has_everything():
+    machine = gpu_machine(8)
+    assert decide(machine, available=EVERYTHING).transport == "peer"
+    two = machine + gpu_machine(8, host="node1")
+    assert decide(two, available=EVERYTHING).transport == "hier"
+    assert decide(two).transport == "collective"
+
+
+def test_only_the_gpus_of_the_group_count():
+    in_pairs = gpu_machine(4, nvlink=lambda a, b: a // 2 == b // 2)
+    assert gather(in_pairs).nvlink == "some"
+    assert decide(in_pairs).profile is None
+    one_pair = gpu_machine(4, nvlink=lambda a, b: a // 2 == b // 2, used=[2, 3])
+    assert gather(one_pair).nvlink == "all"
+    assert decide(one_pair).profile == "nvswitch"
+    assert gather(gpu_machine(4, nvlink=lambda a, b: a // 2 == b // 2, used=[0, 2])).nvlink == "none"
+
+
+def test_one_gpu_of_each_machine_is_judged_by_its_neighbours():
+    group = gpu_machine(8, used=[3]) + gpu_machine(8, host="node1", used=[0])
+    assert decide(group).profile == "nvswitch"
+
+
+def test_without_links_no_profile_fits():
+    for verdict, word in ((False, "none"), (None, "unknown")):
+        decision = decide(gpu_machine(4, nvlink=lambda a, b, verdict=verdict: verdict))
+        assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
+        assert f"nvlink must be all and is {word}" in decision.reason
+
+
+def test_gpus_that_nobody_describes_are_not_taken_for_a_cpu_machine():
+    assert decide([cpu_rank(visible=("nvidia0",))]).profile is None
+    assert decide([cpu_rank(device="cuda:0"), cpu_rank(device="cuda:1")]).transport == "collective"
+
+
+def test_mig_slices_have_no_links():
+    decision = decide(gpu_machine(2, device="MIG-1", used=[0]) + gpu_machine(2, device="MIG-2", used=[0]))
+    assert decision.profile is None
+
+
+def test_the_worse_of_two_answers_counts():
+    machine = gpu_machine(2)
+    doubtful = msgspec.structs.replace(
+        machine[1], links=(msgspec.structs.replace(machine[1].links[0], nvlink=False),)
+    )
+    assert gather([machine[0], doubtful]).nvlink == "none"
+    assert gather([doubtful, machine[0]]).nvlink == "none"
+
+
+def test_cpu_tensors_on_a_gpu_machine():
+    decision = decide([msgspec.structs.replace(record, device="cpu") for record in gpu_machine(2)])
+    assert (decision.profile, decision.transport) == ("cpu", "cpu")
+
+
+# --- what the user asks for ---
+
+
+def test_a_profile_can_be_forced_and_the_reason_says_what_does_not_fit():
+    decision = decide([cpu_rank(environment={"EP_BACKEND_PROFILE": "hgx"})])
+    assert decision.profile == "nvswitch"
+    assert "asked for by EP_BACKEND_PROFILE" in decision.reason
+    assert "gpus must be all and is none" in decision.reason
+    assert decide([cpu_rank()], requested_profile="dgx").profile == "nvswitch"
+    with pytest.raises(EpConfigError, match="did you mean 'dgx'"):
+        decide([cpu_rank()], requested_profile="dgxx")
+
+
+def test_the_cpu_profile_forced_on_gpus_does_not_move_gpu_tensors_through_the_cpu_transport():
+    decision = decide(gpu_machine(2), requested_profile="cpu")
+    assert decision.transport == "collective"
+    assert "it moves CPU tensors" in decision.reason
+
+
+def test_a_users_profile_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        """
+        name = "mine"
+        description = "Mine."
+        [transport]
+        inside = ["collective"]
+        across = ["collective"]
+        source = "me"
+        [sm_budget]
+        sms = 16
+        source = "me"
+        [environment.NCCL_IB_SL]
+        value = "3"
+        why = "Ours."
+        source = "me"
+        [[conditional]]
+        when = { hca = false }
+        environment.NCCL_IB_DISABLE = { value = "1", why = "No port.", source = "me" }
+        engine.vllm."--max-num-seqs" = { value = "4", why = "Small.", source = "me" }
+        [[conditional]]
+        when = { hca = true }
+        environment.NCCL_IB_SL = { value = "5", why = "Ours, with ports.", source = "me" }
+        """
+    )
+    asked = {"environment": {"EP_BACKEND_PROFILE": str(file)}}
+    decision = decide([cpu_rank(**asked)])
+    assert (decision.profile, decision.transport, decision.sms) == ("mine", "collective", 16)
+    assert [(item.name, item.value) for item in decision.env] == [
+        ("NCCL_IB_DISABLE", "1"),
+        ("NCCL_IB_SL", "3"),
+    ]
+    assert [(item.engine, item.name, item.value) for item in decision.engine] == [
+        ("vllm", "--max-num-seqs", "4")
+    ]
+    decision = decide([cpu_rank(hcas=("mlx5_0:1",), **asked)])
+    assert [(item.name, item.value) for item in decision.env] == [("NCCL_IB_SL", "5")]
+    assert decision.engine == ()
+
+
+def test_the_transport_can_be_forced():
+    decision = decide([cpu_rank(environment={"EP_BACKEND_TRANSPORT": "collective"})])
+    assert (decision.profile, decision.transport) == ("cpu", "collective")
+    assert "asked for by EP_BACKEND_TRANSPORT" in decision.reason
+    # the communicator's own configuration goes before the environment
+    decision = decide([cpu_rank(environment={"EP_BACKEND_TRANSPORT": "collective"})], "cpu")
+    assert decision.transport == "cpu"
+    assert "the communicator's configuration" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("records", "wish", "message"),
+    [
+        ([cpu_rank()], "colective", "unknown transport 'colective'; did you mean 'collective'"),
+        ([cpu_rank()], "hier", "not in this build, which has collective and cpu"),
+        ([cpu_rank(), cpu_rank(boot_id="b1")], "cpu", "the ranks share no memory"),
+        (gpu_machine(2), "cpu", "it moves CPU tensors and rank 0 computes on GPU-node0-0"),
+    ],
+)
+def test_a_forced_transport_that_cannot_be_had(records, wish, message):
+    with pytest.raises(EpConfigError, match=message):
+        decide(records, wish)
+
+
+def test_a_forced_gpu_transport_without_gpus():
+    with pytest.raises(EpConfigError, match="it moves GPU tensors"):
+        decide([cpu_rank()], "peer", available=EVERYTHING)
+
+
+def test_no_transport_at_all():
+    with pytest.raises(EpConfigError, match="no transport can serve this group"):
+        decide([cpu_rank(), cpu_rank(boot_id="b1")], available=frozenset({"cpu"}))
+
+
+# --- ranks that disagree ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"versions": {"torch": "2.11.0"}}, r"torch version: 2.13.0\+cpu on ranks 0, 2-3, 2.11.0 on rank 1"),
+        (
+            {"environment": {"EP_BACKEND_PROFILE": "cpu"}},
+            "EP_BACKEND_PROFILE: nothing on ranks 0, 2-3, cpu on rank 1",
+        ),
+        (
+            {"environment": {"NCCL_P2P_LEVEL": "PIX"}},
+            "NCCL_P2P_LEVEL: nothing on ranks 0, 2-3, PIX on rank 1",
+        ),
+        ({"profiles_digest": "abc"}, "hardware profile files: nothing on ranks 0, 2-3, abc on rank 1"),
+        ({"visible": ("GPU-1",)}, "computes on: the CPU on ranks 0, 2-3, a GPU on rank 1"),
+    ],
+)
+def test_disagreement_is_an_error_with_the_difference(changes, message):
+    records = [cpu_rank(), cpu_rank(**changes), cpu_rank(), cpu_rank()]
+    with pytest.raises(EpConfigError, match=message):
+        decide(records)
+    with pytest.raises(EpConfigError, match="not set up alike"):
+        select(records, KNOWN, "auto")
+
+
+def test_several_differences_are_all_named():
+    other = cpu_rank(versions={"torch": "2.11.0"}, environment={"NCCL_IB_SL": "1"})
+    with pytest.raises(EpConfigError, match=r"NCCL_IB_SL.*torch version"):
+        check_agreement([cpu_rank(), other])
+
+
+def test_hosts_may_differ_in_what_does_not_matter():
+    decide([cpu_rank(cpus=2, driver="1"), cpu_rank(cpus=64, driver="2", problems=("odd",))])
+
+
+def test_no_records():
+    with pytest.raises(EpConfigError, match="no records"):
+        decide([])
+
+
+# --- facts and conditions ---
+
+
+def test_facts_take_the_lowest_version_and_every_host():
+    group = gpu_machine(2, hcas=("mlx5_0:1",)) + gpu_machine(2, host="node1", cuda_driver="12.8")
+    facts = gather(group)
+    assert (facts.cuda_driver, facts.nccl, facts.hca, facts.several_hosts) == ("12.8", "2.28.3", False, True)
+    condition = profiles.Condition(
+        cuda_driver_below="13.0", several_hosts=True, hca=False, nccl_at_least="2.28"
+    )
+    assert unmet(condition, facts) == []
+    assert unmet(profiles.Condition(cuda_driver_below="12.8"), facts)
+    assert not unmet(profiles.Condition(cuda_driver_at_least="12.8"), facts)
+
+
+def test_an_unknown_fact_never_holds():
+    facts = gather([cpu_rank()])
+    assert facts.fabric is None
+    assert facts.cuda_driver is None
+    for condition in (
+        profiles.Condition(fabric=True),
+        profiles.Condition(fabric=False),
+        profiles.Condition(cuda_driver_below="13.0"),
+        profiles.Condition(cuda_driver_at_least="13.0"),
+    ):
+        assert len(unmet(condition, facts)) == 1
+
+
+def test_every_fact_that_a_condition_can_ask_for_is_gathered():
+    facts = gather([cpu_rank()])
+    for name in profiles.Condition.__struct_fields__:
+        assert hasattr(facts, name.removesuffix("_below").removesuffix("_at_least"))
+
+
+def with_peer_access(records, works, ancestor):
+    links = tuple(
+        msgspec.structs.replace(link, peer_works=works, ancestor=ancestor) for link in records[0].links
+    )
+    return [msgspec.structs.replace(record, links=links) for record in records]
+
+
+def test_peer_access_counts_only_when_it_was_seen_to_work():
+    machine = gpu_machine(4, nvlink=lambda a, b: False)
+    assert gather(machine).peer_access is None
+    assert gather(with_peer_access(machine, True, "PIX")).peer_access == "all"
+    assert gather(with_peer_access(machine, False, "PIX")).peer_access == "none"
+    assert gather(with_peer_access(machine, True, "PXB")).pcie_switch == "all"
+    assert gather(with_peer_access(machine, True, "SYS")).pcie_switch == "none"
+    assert gather(with_peer_access(machine, True, "")).pcie_switch is None
+
+
+# --- purity and plain data ---
+
+
+@given(st.permutations(range(4)), st.integers(1, 4))
+def test_the_order_of_ranks_and_profiles_changes_nothing(order, used):
+    machine = gpu_machine(4, nvlink=lambda a, b: a // 2 == b // 2, used=range(used))
+    shuffled = [machine[rank] for rank in order if rank < used]
+    assert select(shuffled, reversed(KNOWN), "auto") == select(machine, KNOWN, "auto")
+
+
+def test_decisions_and_records_are_frozen_plain_data():
+    record = gpu_machine(2)[0]
+    decision = decide(gpu_machine(2))
+    assert pickle.loads(pickle.dumps(record)) == record
+    assert msgspec.json.decode(msgspec.json.encode(record), type=Record) == record
+    assert pickle.loads(pickle.dumps(decision)) == decision
+    with pytest.raises(AttributeError):
+        decision.transport = "cpu"
+
+
+# --- applying the environment ---
+
+
+def test_apply_env_fills_in_and_never_overrides():
+    decision = decide(gpu_machine(2))
+    environ = {"NCCL_NVLS_ENABLE": "1", "HOME": "/"}
+    conflicts = apply_env(decision, environ)
+    assert environ == {"NCCL_NVLS_ENABLE": "1", "NCCL_CUMEM_ENABLE": "1", "HOME": "/"}
+    assert [(c.name, c.found, c.wanted) for c in conflicts] == [("NCCL_NVLS_ENABLE", "1", "0")]
+    assert "NCCL_NVLS_ENABLE=1 is kept" in str(conflicts[0])
+    assert apply_env(decision, environ) == conflicts, "a second time changes nothing"
+
+
+def test_apply_env_to_this_process(monkeypatch):
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    import os
+
+    assert apply_env(decide(gpu_machine(2))) == ()
+    assert os.environ["NCCL_CUMEM_ENABLE"] == "1"
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE")
