@@ -2,6 +2,8 @@
 
 import copy
 import datetime
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -274,3 +276,9 @@ def test_fuzz_bytes_of_shipped_files(content, data):
     cut = data.draw(st.integers(0, 20))
     mutated = content[:at] + data.draw(st.binary(max_size=6)) + content[at + cut :]
     check(profiles.loads, mutated)
+
+
+def test_the_example_in_the_documentation_is_valid():
+    document = Path(__file__).parents[2] / "docs" / "configuration.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", document.read_text(), re.DOTALL)
+    assert profiles.loads(example.encode(), "example").names == ("my_box", "mybox")
