@@ -1,0 +1,74 @@
+"""Checks the CUDA code in a built wheel: every architecture is there, and nothing is a system-scope atomic.
+
+usage: cuda_check.py WHEEL   (installs NVIDIA's disassemblers, 6 MB, into build/cuda-tools)
+
+The protocol signals with plain stores, because atomics on a peer's memory do not work on every machine (docs/protocol.md).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "build" / "cuda-tools"
+ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+PTX = {"sm_120"}
+# SASS, for example ATOMG.E.ADD.STRONG.SYS or REDG.E.ADD.STRONG.SYS; PTX, for example atom.add.acq_rel.sys.global.u32.
+SYSTEM_ATOMIC = re.compile(r"\b(ATOM|ATOMG|RED|REDG)\.[\w.]*\bSYS\b|\b(atom|red)\.[\w.:]*\bsys\b")
+SAMPLES = {  # what nvcc 13.0 emits for each, so that the expression above is known to find it
+    "@P0 ATOMG.E.ADD.STRONG.SYS PT, R7, desc[UR4][R2.64], R9 ;": True,
+    "ATOMG.E.CAS.64.STRONG.SYS PT, R8, [R4], R8, R10 ;": True,
+    "RED.E.ADD.STRONG.SYS [R2.64+0xc], R5 ;": True,
+    "REDG.E.ADD.STRONG.SYS desc[UR4][R2.64+0xc], R5 ;": True,
+    "atom.global.sys.cas.b64 %rd10, [%rd6], 1, 2;": True,
+    "red.release.sys.global.add.u32 [%rd2], 1;": True,
+    "ATOMG.E.ADD.STRONG.GPU PT, R3, desc[UR6][R2.64], R5 ;": False,
+    "ST.E.STRONG.SYS desc[UR4][R2.64+0xc], R5 ;": False,
+    "MEMBAR.SC.SYS ;": False,
+    "atom.global.cta.add.u32 %r3, [%rd7], 1;": False,
+    "st.release.sys.global.u32 [%0], 1;": False,
+}
+
+
+def tool(*command: str | Path) -> str:
+    binaries = TOOLS / "nvidia" / "cu13" / "bin"
+    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [binaries / command[0], *command[1:]], check=True, text=True, capture_output=True, env=environment
+    ).stdout
+
+
+def check(library: Path) -> None:
+    for line, wanted in SAMPLES.items():
+        assert bool(SYSTEM_ATOMIC.search(line)) == wanted, line
+    found = set(re.findall(r"\.(sm_\w+)\.cubin", tool("cuobjdump", "--list-elf", library)))
+    assert found == ARCHITECTURES, f"machine code for {sorted(found)}, wanted {sorted(ARCHITECTURES)}"
+    found = set(re.findall(r"\.(sm_\w+)\.ptx", tool("cuobjdump", "--list-ptx", library)))
+    assert found == PTX, f"PTX for {sorted(found)}, wanted {sorted(PTX)}"
+    code = tool("cuobjdump", "-sass", library) + tool("cuobjdump", "-ptx", library)
+    kernels = len(re.findall(r"Function : ", code))
+    assert kernels >= len(ARCHITECTURES), f"only {kernels} functions were disassembled"
+    atomics = [line.strip() for line in code.splitlines() if SYSTEM_ATOMIC.search(line)]
+    assert not atomics, "system-scope atomics:\n" + "\n".join(atomics[:10])
+    print(f"{kernels} functions for {', '.join(sorted(ARCHITECTURES))}, PTX for {', '.join(PTX)}, no system-scope atomic")
+
+
+def main() -> None:
+    if not (TOOLS / "nvidia").is_dir():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--target", TOOLS]
+            + ["nvidia-cuda-cuobjdump==13.2.*", "nvidia-cuda-nvdisasm==13.2.*"],
+            check=True,
+        )
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(sys.argv[1]) as archive:
+        check(Path(archive.extract("ep_backend/libep_backend.so", folder)))
+
+
+if __name__ == "__main__":
+    main()
