@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ep_backend import __version__
 from ep_backend.errors import EpError
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -61,26 +61,18 @@ def _run(arguments: Sequence[str]) -> int:
         description="Expert-parallel dispatch and combine for every machine.",
         epilog="Exit status: 0 done, 1 something is wrong (one sentence says what), 2 wrong usage.",
     )
-    parser.add_argument("--version", action="version", version=f"ep-backend {version()}")
+    parser.add_argument("--version", action="version", version=f"ep-backend {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     given = next((argument for argument in arguments if not argument.startswith("-")), None)
     for command in COMMANDS:
         if command.name == given:
             try:
-                module = importlib.import_module(command.module)
-            except ImportError as error:
+                add_parser = importlib.import_module(command.module).add_parser
+            except (ImportError, AttributeError) as error:
                 print(f"ep-backend: the command {given!r} cannot start: {error}", file=sys.stderr)
                 return FAILED
-            module.add_parser(subparsers)
+            add_parser(subparsers)
         else:
             subparsers.add_parser(command.name, help=command.help)
     args = parser.parse_args(arguments)
     return int(args.func(args) or OK)
-
-
-def version() -> str:
-    """The installed version of the distribution."""
-    try:
-        return importlib.metadata.version("ep-backend")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed: running from a source tree)"

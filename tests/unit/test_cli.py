@@ -150,8 +150,9 @@ def test_version(capsys):
     assert out.startswith("ep-backend ")
 
 
-def test_a_command_whose_module_cannot_be_imported(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("broken", "ep_backend.nonexistent", "h"),))
+@pytest.mark.parametrize("module", ["ep_backend.nonexistent", "ep_backend.errors"])
+def test_a_command_whose_module_cannot_be_used(capsys, monkeypatch, module):
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("broken", module, "h"),))
     status, _, err = run(capsys, "broken")
     assert status == 1
     assert "'broken' cannot start" in err
