@@ -60,6 +60,7 @@ _RETURNS_STATUS = (
     "dispatch_counts",
     "combine_send",
     "combine_recv",
+    "check_ids",
     "pack_count",
     "unpack_dispatch",
     "pack_combine",

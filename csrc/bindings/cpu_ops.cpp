@@ -125,6 +125,11 @@ int64_t combine_recv(int64_t exchange, int64_t channel, Tensor out) {
     return static_cast<int64_t>(at(exchange).combine_recv(channel, out.data_ptr(), format_of(out)));
 }
 
+int64_t check_ids(int64_t exchange, Tensor ids) {
+    return static_cast<int64_t>(
+        at(exchange).check_ids(ids.data_ptr(), ids.scalar_type() == ScalarType::Long, ids.size(0)));
+}
+
 int64_t dispatch_record_bytes(int64_t exchange) { return at(exchange).dispatch_record_bytes(); }
 
 int64_t pack_count(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids, Tensor weights,

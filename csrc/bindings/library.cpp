@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("combine_send(int exchange, int channel, int layout, Tensor y) -> int");
     m.def("combine_recv(int exchange, int channel, Tensor(a!) out) -> int");
 
+    m.def("check_ids(int exchange, Tensor ids) -> int");
     m.def("dispatch_record_bytes(int exchange) -> int");
     m.def(
         "pack_count(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, int slots, "
@@ -60,6 +61,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CPU, m) {
     m.impl("dispatch_read", TORCH_BOX(&ep::ops::dispatch_read));
     m.impl("combine_send", TORCH_BOX(&ep::ops::combine_send));
     m.impl("combine_recv", TORCH_BOX(&ep::ops::combine_recv));
+    m.impl("check_ids", TORCH_BOX(&ep::ops::check_ids));
     m.impl("pack_count", TORCH_BOX(&ep::ops::pack_count));
     m.impl("pack_dispatch", TORCH_BOX(&ep::ops::pack_dispatch));
     m.impl("unpack_dispatch", TORCH_BOX(&ep::ops::unpack_dispatch));

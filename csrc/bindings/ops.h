@@ -35,6 +35,7 @@ int64_t combine_send(int64_t exchange, int64_t channel, int64_t layout, Tensor y
 int64_t combine_recv(int64_t exchange, int64_t channel, Tensor out);
 int64_t exchange_close(int64_t exchange, int64_t channel);
 
+int64_t check_ids(int64_t exchange, Tensor ids);
 int64_t dispatch_record_bytes(int64_t exchange);
 int64_t pack_count(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids, Tensor weights,
                    int64_t slots, Tensor rows_per_rank);

@@ -7,17 +7,22 @@
 
 namespace ep::cpu {
 
-// Checks the call and opens the exchange. On any failure nothing has been sent and the channel is as it was.
-Status Exchange::begin_dispatch(int64_t channel, const DispatchInput& in) {
+Status Exchange::check_ids(const void* ids, bool are_64_bit, int64_t tokens) {
     const int64_t k = settings_.shape.top_k;
-    for (int64_t i = 0; i < in.tokens * k; ++i) {
-        const int64_t id = in.ids_are_64_bit ? static_cast<const int64_t*>(in.ids)[i] : static_cast<const int32_t*>(in.ids)[i];
+    for (int64_t i = 0; i < tokens * k; ++i) {
+        const int64_t id = are_64_bit ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
         if (id < -1 || id >= placement_.num_experts()) return Status::kBadId;
         ids_[i] = static_cast<int32_t>(id);
     }
-    for (int64_t t = 0; t < in.tokens; ++t)
-        if (const Status s = placement_.check(&ids_[t * k], k); s != Status::kOk) return s;
+    for (int64_t t = 0; t < tokens; ++t)
+        if (placement_.has_duplicate(&ids_[t * k], k)) return Status::kDuplicateId;
+    return Status::kOk;
+}
 
+// Checks the call and opens the exchange. On any failure nothing has been sent and the channel is as it was.
+Status Exchange::begin_dispatch(int64_t channel, const DispatchInput& in) {
+    const int64_t k = settings_.shape.top_k;
+    if (const Status s = check_ids(in.ids, in.ids_are_64_bit, in.tokens); s != Status::kOk) return s;
     if (channels_[channel].open())
         if (const Status s = close(channel); s != Status::kOk) return s;
     Channel& ch = channels_[channel];

@@ -57,6 +57,8 @@ class Exchange {
    public:
     Exchange(const Settings& settings, Placement placement, std::vector<char*> windows);
 
+    // kOk, kBadId or kDuplicateId. Keeps the ids as 32-bit in ids_.
+    Status check_ids(const void* ids, bool are_64_bit, int64_t tokens);
     // Nothing is sent unless kOk comes back. Closes a dispatch that is still open first.
     Status dispatch_send(int64_t channel, const DispatchInput& in);
     Status dispatch_wait(int64_t channel);

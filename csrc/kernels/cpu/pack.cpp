@@ -16,7 +16,7 @@ int64_t Exchange::dispatch_record_bytes() const {
 }
 
 Status Exchange::pack_count(int64_t channel, const DispatchInput& in, int64_t* rows_per_rank) {
-    channels_[channel].stage = Stage::kIdle;  // no peer waits for a closing flag here
+    channels_[channel].stage = Stage::kIdle;  // the transport has closed the exchange before in its own way
     if (const Status s = begin_dispatch(channel, in); s != Status::kOk) return s;
     const int64_t k = settings_.shape.top_k;
     std::fill_n(rows_per_rank, settings_.shape.world, 0);

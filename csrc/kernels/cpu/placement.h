@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "../../common/layout.h"
-#include "../../common/status.h"
 
 namespace ep::cpu {
 
@@ -47,14 +46,11 @@ class Placement {
         return mask;
     }
 
-    // kOk, kBadId or kDuplicateId.
-    Status check(const int32_t* ids, int64_t k) const {
-        for (int64_t j = 0; j < k; ++j) {
-            if (ids[j] < -1 || ids[j] >= num_experts()) return Status::kBadId;
+    static bool has_duplicate(const int32_t* ids, int64_t k) {
+        for (int64_t j = 1; j < k; ++j)
             for (int64_t i = 0; i < j; ++i)
-                if (ids[j] >= 0 && ids[i] == ids[j]) return Status::kDuplicateId;
-        }
-        return Status::kOk;
+                if (ids[j] >= 0 && ids[i] == ids[j]) return true;
+        return false;
     }
 
    private:

@@ -1,0 +1,292 @@
+"""The library's one object: dispatch tokens to the ranks that hold their experts, combine the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import rendezvous
+from ep_backend.config import EpConfig
+from ep_backend.errors import EpArgumentError, EpConfigError, EpError
+from ep_backend.probe import probe
+from ep_backend.select import Decision, decide
+from ep_backend.transports.base import DispatchCall, Received, Transport
+from ep_backend.transports.collective import CollectiveTransport
+from ep_backend.transports.cpu import CpuTransport
+
+TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig], Transport]] = {
+    CpuTransport.name: CpuTransport,
+    CollectiveTransport.name: CollectiveTransport,
+}
+
+
+@dataclass
+class Handle:
+    """One exchange, from dispatch to combine. Made by ``dispatch``; give it back to ``combine`` once."""
+
+    channel: int
+    tokens_per_rank: int
+    """T: slots per source of this exchange."""
+    num_tokens: int
+    """Tokens that this rank dispatched: rows that combine returns."""
+    is_view: bool
+    """Whether received rows and scales are a view of the window rather than memory of their own."""
+    num_rows: int = 0
+    """Rows that were received: R in ``Received``; 0 until they have come."""
+    state: str = "sent"
+    """"sent", "received", "returned" (combine sent), "combined" or "closed"."""
+
+    @property
+    def valid_until(self) -> str:
+        """Until when received rows hold what was received."""
+        if not self.is_view:
+            return "for as long as the tensor lives"
+        return "until combine, release or the next dispatch on this channel"
+
+
+class Communicator:
+    """Dispatch and combine for one expert-parallel group.
+
+    Made by all ranks of ``group`` together, from equal configurations. Exchanges of a channel alternate (dispatch,
+    combine, dispatch, ...) and happen in the same order on all ranks. Not for several threads at once.
+
+    ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu" today.
+    Raises EpConfigError on every rank if any rank cannot start or has another configuration.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, config: EpConfig, *, device: torch.device | str | None = None
+    ) -> None:
+        self.device = torch.device(device or "cpu")
+        self.config = config
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        (expert_ranks, record), told = rendezvous.together(
+            group, lambda: (self._start(config), probe(self.device)), lambda result: (config, result[1])
+        )
+        for rank, (theirs, _) in enumerate(told):
+            # Every rank compares all with rank 0, so that all fail with the same words.
+            if different := told[0][0].differences(theirs):
+                raise EpConfigError(f"rank 0 and rank {rank} have different configurations: {'; '.join(different)}")
+        self.decision: Decision = decide([r for _, r in told], config.transport)
+        self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
+        self._transport = TRANSPORTS[self.decision.transport](group, config)
+        self._handles: list[Handle | None] = [None] * config.num_channels
+        self._alive = True
+
+    def _start(self, config: EpConfig) -> tuple[int, ...]:
+        if self.device.type != "cpu":
+            raise EpConfigError(f"device is {self.device}; this version of ep_backend moves CPU tensors only")
+        return config.expert_ranks(self.world_size)
+
+    @property
+    def transport(self) -> str:
+        """Name of the transport in use."""
+        return self._transport.name
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of this rank's windows, all channels together."""
+        return self._transport.window_bytes
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        scales: torch.Tensor | None = None,
+        tokens_per_rank: int | None = None,
+        channel: int = 0,
+    ) -> tuple[Received, Handle]:
+        """Send each token to every rank that holds one of its experts, once; receive what the others sent here.
+
+        ``x``: [M, hidden_size] of ``config.payload`` (opaque: [M, payload_bytes] uint8). ``topk_ids``: [M, top_k] int32 or
+        int64, global expert ids, -1 for none, no expert twice in a token. ``topk_weights``: [M, top_k] float32.
+        ``scales``: with a float8 payload [M, hidden_size / 128] float32, with an opaque one [M, scale_bytes] uint8.
+        ``tokens_per_rank``: T, equal on all ranks, M <= T <= ``config.max_tokens_per_rank`` (the default); M may differ
+        and may be 0. A dispatch that is still open on the channel is closed first, on all ranks.
+        Raises EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError.
+        """
+        handle = self.dispatch_send(
+            x, topk_ids, topk_weights, scales=scales, tokens_per_rank=tokens_per_rank, channel=channel
+        )
+        return self.dispatch_recv(handle), handle
+
+    def combine(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Send the experts' results back; return their sum for each of this rank's tokens, [M, hidden_size].
+
+        ``y``, of the result's dtype or float32: rank-major and compact [R, hidden_size], one row per received row, weighted
+        and summed over this rank's experts by the caller (rank-major: rows without a local expert are not read);
+        expert-major [local experts, world * T, hidden_size], unweighted.
+        This rank's sum for a token is rounded once to ``config.sum_dtype``; the sums are added in float32 in order of rank
+        and rounded once. A token without experts gives zeros. ``out``: where to put the result.
+        Raises EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the exchange.
+        """
+        out = self._check_out(handle, out)
+        self.combine_send(y, handle)
+        return self.combine_recv(handle, out=out)
+
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        scales: torch.Tensor | None = None,
+        tokens_per_rank: int | None = None,
+        channel: int = 0,
+    ) -> Handle:
+        """First half of ``dispatch``: everything is on its way when it returns, nothing has been waited for."""
+        call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, channel)
+        self._transport.dispatch_send(call)
+        before = self._handles[channel]
+        if before is not None:
+            before.state = "closed"
+        handle = Handle(channel, call.slots, x.shape[0], is_view=self.config.layout == "rank_major")
+        self._handles[channel] = handle
+        return handle
+
+    def dispatch_recv(self, handle: Handle) -> Received:
+        """Second half of ``dispatch``: wait for the rows of all ranks."""
+        self._expect(handle, "sent")
+        received = self._transport.dispatch_recv(handle.channel, handle.tokens_per_rank)
+        handle.num_rows, handle.state = received.rows.shape[0], "received"
+        return received
+
+    def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
+        """First half of ``combine``. The received rows must not be read any more."""
+        self._expect(handle, "received")
+        self._transport.combine_send(handle.channel, self._check_results(y, handle))
+        handle.state = "returned"
+
+    def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Second half of ``combine``: wait for the sums of all ranks and add them."""
+        self._expect(handle, "returned")
+        out = self._check_out(handle, out)
+        # A peer that closed the exchange ends it here too.
+        handle.state, self._handles[handle.channel] = "combined", None
+        self._transport.combine_recv(handle.channel, out)
+        return out
+
+    def release(self, handle: Handle) -> None:
+        """End an exchange whose results nobody wants, on all ranks; the next dispatch would do it otherwise."""
+        self._expect(handle, "sent", "received")
+        self._transport.close_exchange(handle.channel)
+        handle.state, self._handles[handle.channel] = "closed", None
+
+    def check(self) -> None:
+        """Raise the error that stopped the communicator, if one did."""
+        self._usable()
+        self._transport.check()
+
+    def recover(self) -> None:
+        """Go on after a timeout, on all ranks together; open exchanges are lost.
+
+        Every rank of the group must call it. Raises EpError if one does not come within the timeout or is dead: then a
+        new communicator is needed.
+        """
+        self._usable()
+        self._transport.recover()
+        for handle in self._handles:
+            if handle is not None:
+                handle.state = "closed"
+        self._handles = [None] * self.config.num_channels
+
+    def set_timeout(self, seconds: float) -> None:
+        """Change how long this rank waits for its peers, from the next wait on."""
+        if not seconds > 0:
+            raise EpArgumentError(f"the timeout is {seconds}; a number of seconds above 0 was wanted")
+        self._usable()
+        self._transport.set_timeout(seconds)
+
+    def destroy(self) -> None:
+        """Give everything back. Received views stay readable. May be called twice."""
+        if self._alive:
+            self._alive = False
+            self._transport.destroy()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+    def _usable(self) -> None:
+        if not self._alive:
+            raise EpError("the communicator has been destroyed")
+
+    def _expect(self, handle: Handle, *states: str) -> None:
+        self._usable()
+        if handle.state not in states or self._handles[handle.channel] is not handle:
+            raise EpArgumentError(
+                f"the handle's exchange is {handle.state!r}; {' or '.join(map(repr, states))} was wanted: each dispatch is "
+                "received once and then combined or released once"
+            )
+
+    def _check_dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        scales: torch.Tensor | None,
+        tokens_per_rank: int | None,
+        channel: int,
+    ) -> DispatchCall:
+        self._usable()
+        config = self.config
+        if not 0 <= channel < config.num_channels:
+            raise EpArgumentError(f"channel is {channel}; 0 to {config.num_channels - 1} was wanted")
+        slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
+        if not 1 <= slots <= config.max_tokens_per_rank:
+            raise EpArgumentError(f"tokens_per_rank is {slots}; 1 to {config.max_tokens_per_rank} was wanted")
+        tokens = x.shape[0] if x.dim() else 0
+        if tokens > slots:
+            raise EpArgumentError(f"x has {tokens} tokens; at most tokens_per_rank = {slots} were wanted")
+        self._check("x", x, (tokens, config.row_width), (config.payload,))
+        self._check("topk_ids", ids, (tokens, config.top_k), (torch.int32, torch.int64))
+        self._check("topk_weights", weights, (tokens, config.top_k), (torch.float32,))
+        if config.payload == torch.float8_e4m3fn:
+            scale_dtype, width = torch.float32, config.hidden_size // 128
+        else:
+            scale_dtype, width = torch.uint8, config.scale_bytes
+        if width:
+            if scales is None:
+                raise EpArgumentError(f"scales are missing; [{tokens}, {width}] {scale_dtype} was wanted")
+            self._check("scales", scales, (tokens, width), (scale_dtype,))
+            scales = scales.contiguous()
+        elif scales is not None:
+            raise EpArgumentError("scales were given, but this communicator's payload has none of the caller's")
+        return DispatchCall(channel, x.contiguous(), scales, ids.contiguous(), weights.contiguous(), slots)
+
+    def _check_results(self, y: torch.Tensor, handle: Handle) -> torch.Tensor:
+        config, capacity = self.config, self.world_size * handle.tokens_per_rank
+        if config.layout == "expert_major":
+            shape = (len(self.local_experts), capacity, config.hidden_size)
+        elif config.layout == "rank_major":
+            shape = (capacity, config.hidden_size)
+        else:
+            shape = (handle.num_rows, config.hidden_size)
+        self._check("y", y, shape, (config.result_dtype, torch.float32))
+        return y.contiguous()
+
+    def _check_out(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
+        shape, dtype = (handle.num_tokens, self.config.hidden_size), self.config.result_dtype
+        if out is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        self._check("out", out, shape, (dtype,))
+        if not out.is_contiguous():
+            raise EpArgumentError(f"out has strides {tuple(out.stride())}; a contiguous tensor was wanted")
+        return out
+
+    def _check(self, name: str, t: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+        if tuple(t.shape) != shape or t.dtype not in dtypes or t.device.type != self.device.type:
+            raise EpArgumentError(
+                f"{name} is {list(t.shape)} {t.dtype} on {t.device}; {list(shape)} {' or '.join(map(str, dtypes))} on "
+                f"{self.device} was wanted"
+            )

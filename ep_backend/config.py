@@ -1,0 +1,179 @@
+"""What a communicator is made for. Equal on all ranks; checked when it is made, not when it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ep_backend import env
+from ep_backend._native import DTYPES, LAYOUTS, MAX_WORLD
+from ep_backend.errors import EpConfigError
+
+SCALE_BLOCK = 128  # elements that share one fp8 scale: csrc/common/numerics.h
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MAX_EXPERTS, MAX_TOP_K, MAX_HIDDEN, MAX_TOKENS = 1024, 16, 16384, 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpConfig:
+    """Shapes, number formats and behaviour of a communicator. Raises EpConfigError if they do not fit together."""
+
+    num_experts: int
+    """Experts of all ranks together, at most 1024."""
+    top_k: int
+    """Experts of a token, at most 16."""
+    hidden_size: int
+    """Elements of a row that combine takes and returns; also of a dispatched row unless the payload is opaque."""
+    max_tokens_per_rank: int
+    """Most tokens that a rank dispatches in one call, at most 16384. Windows are sized for it."""
+    payload: torch.dtype = torch.bfloat16
+    """dtype of ``x`` in dispatch: float32, float16, bfloat16, float8_e4m3fn (the caller quantised it and gives scales) or
+    uint8 (opaque bytes)."""
+    quantization: str | None = None
+    """"fp8_block128": dispatch turns a float payload into float8_e4m3fn with one float32 scale per 1x128 block."""
+    payload_bytes: int | None = None
+    """Bytes of an opaque row; a multiple of 16."""
+    scale_bytes: int = 0
+    """Bytes of the opaque scales of an opaque row; a multiple of 4."""
+    out_dtype: torch.dtype | None = None
+    """dtype of what combine returns. None: the payload's if that is a float32, float16 or bfloat16, else bfloat16."""
+    wire_dtype: torch.dtype | None = None
+    """dtype of the sums that travel back. None: ``out_dtype``. float32 is the more exact option."""
+    layout: str = "rank_major"
+    """"rank_major", "compact" or "expert_major": see ``Received``."""
+    expert_ids: str = "local"
+    """Received expert ids count this rank's experts ("local") or are the global ones ("global")."""
+    pad_id: int = -1
+    """Received id of experts of other ranks and of slots without a token."""
+    expert_map: tuple[int, ...] | None = None
+    """Rank of each expert. None: contiguous, the first ``num_experts % world`` ranks hold one more."""
+    num_channels: int = 1
+    """Exchanges that may be open at once, each with windows of its own."""
+    timeout_s: float | None = None
+    """Seconds a rank waits for a peer. None: EP_BACKEND_TIMEOUT_S."""
+    transport: str = "auto"
+    """Name of a transport, or "auto": EP_BACKEND_TRANSPORT, else what suits the machine."""
+
+    def __post_init__(self) -> None:
+        _check_range("num_experts", self.num_experts, MAX_EXPERTS)
+        _check_range("top_k", self.top_k, min(MAX_TOP_K, self.num_experts))
+        _check_range("hidden_size", self.hidden_size, MAX_HIDDEN)
+        _check_range("max_tokens_per_rank", self.max_tokens_per_rank, MAX_TOKENS)
+        _check_range("num_channels", self.num_channels, 16)
+        _check_choice("layout", self.layout, tuple(LAYOUTS))
+        _check_choice("expert_ids", self.expert_ids, ("local", "global"))
+        _check_choice("payload", self.payload, tuple(DTYPES))
+        _check_choice("quantization", self.quantization, (None, "fp8_block128"))
+        _check_choice("out_dtype", self.out_dtype, (None, *FLOATS))
+        _check_choice("wire_dtype", self.wire_dtype, (None, *FLOATS))
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise EpConfigError(f"timeout_s is {self.timeout_s}; a number of seconds above 0 was wanted")
+        if self.quantization and self.payload not in FLOATS:
+            raise EpConfigError(f"quantization {self.quantization} needs a float payload, not {self.payload}")
+        if self.is_fp8 and self.hidden_size % SCALE_BLOCK:
+            raise EpConfigError(f"fp8 needs a hidden_size that is a multiple of {SCALE_BLOCK}, not {self.hidden_size}")
+        if self.is_opaque:
+            if self.payload_bytes is None or self.payload_bytes <= 0:
+                raise EpConfigError("a uint8 payload is opaque and needs payload_bytes")
+            if self.scale_bytes < 0 or self.scale_bytes % 4:
+                raise EpConfigError(f"scale_bytes is {self.scale_bytes}; a multiple of 4 was wanted")
+        elif self.payload_bytes is not None or self.scale_bytes:
+            raise EpConfigError("payload_bytes and scale_bytes are for a uint8 payload; others follow from hidden_size")
+        for name, size in (("a dispatched row", self.row_bytes), ("a row on the way back", self.wire_row_bytes)):
+            if size % 16:
+                raise EpConfigError(f"{name} has {size} bytes; a multiple of 16 was wanted: change hidden_size or dtype")
+
+    @property
+    def is_opaque(self) -> bool:
+        return self.payload == torch.uint8
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.quantization is not None or self.payload == torch.float8_e4m3fn
+
+    @property
+    def received_dtype(self) -> torch.dtype:
+        """dtype of received rows: what stands in the window."""
+        return torch.float8_e4m3fn if self.is_fp8 else self.payload
+
+    @property
+    def row_width(self) -> int:
+        """Elements of a dispatched row."""
+        return self.payload_bytes if self.payload_bytes is not None else self.hidden_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a dispatched row in the window."""
+        return self.row_width * self.received_dtype.itemsize
+
+    @property
+    def row_scale_bytes(self) -> int:
+        """Bytes of the scales of a dispatched row in the window; 0 if it has none."""
+        return self.hidden_size // SCALE_BLOCK * 4 if self.is_fp8 else self.scale_bytes
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        if self.out_dtype is not None:
+            return self.out_dtype
+        return self.payload if self.payload in FLOATS else torch.bfloat16
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """dtype of the sums that travel back."""
+        return self.wire_dtype or self.result_dtype
+
+    @property
+    def wire_row_bytes(self) -> int:
+        return self.hidden_size * self.sum_dtype.itemsize
+
+    def timeout(self) -> float:
+        """Seconds a rank waits for a peer."""
+        return float(env.get("EP_BACKEND_TIMEOUT_S")) if self.timeout_s is None else self.timeout_s
+
+    def expert_ranks(self, world: int) -> tuple[int, ...]:
+        """Rank of each expert. Raises EpConfigError if ``expert_map`` does not fit the group."""
+        if world > MAX_WORLD:
+            raise EpConfigError(f"the group has {world} ranks; at most {MAX_WORLD} are possible")
+        if self.expert_map is not None:
+            if len(self.expert_map) != self.num_experts:
+                raise EpConfigError(f"expert_map has {len(self.expert_map)} entries for {self.num_experts} experts")
+            wrong = [r for r in self.expert_map if not 0 <= r < world]
+            if wrong:
+                raise EpConfigError(f"expert_map names rank {wrong[0]}; the group has ranks 0 to {world - 1}")
+            return tuple(self.expert_map)
+        base, more = divmod(self.num_experts, world)
+        return tuple(r for r in range(world) for _ in range(base + (r < more)))
+
+    def window_shape(self, world: int) -> list[int]:
+        """The fields of ``ExchangeShape`` (csrc/common/layout.h) in order."""
+        flags_per_source, weights_back = 1, 0
+        return [
+            world,
+            self.top_k,
+            self.max_tokens_per_rank,
+            self.row_bytes,
+            self.row_scale_bytes,
+            self.wire_row_bytes,
+            flags_per_source,
+            self.num_channels,
+            weights_back,
+        ]
+
+    def differences(self, other: EpConfig) -> list[str]:
+        """What differs, as "name: mine against other's". ``pad_id`` and ``expert_ids`` may: they stay on a rank."""
+        private = {"pad_id", "expert_ids"}
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return [f"{name}: {a} against {b}" for name, a, b in pairs if a != b and name not in private]
+
+
+def _check_range(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise EpConfigError(f"{name} is {value!r}; a whole number from 1 to {most} was wanted")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise EpConfigError(f"{name} is {value!r}; one of {', '.join(map(str, choices))} was wanted")

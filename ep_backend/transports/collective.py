@@ -1,0 +1,171 @@
+"""Transport ``collective``: packed buffers through torch.distributed's all-to-all, wherever that reaches.
+
+The rows end in a private window, so everything behind the transport is the same code as for windows that peers write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import rendezvous
+from ep_backend._native import LAYOUTS, ops
+from ep_backend.config import EpConfig
+from ep_backend.errors import EpError, EpTimeoutError
+from ep_backend.transports.base import DispatchCall, NativeExchange, Received
+from ep_backend.transports.shm import anonymous
+
+PACKED_FLAG_BYTES = 16  # csrc/kernels/cpu/exchange.h
+
+
+@dataclass
+class _Open:
+    """The exchange that a channel has open: rows per rank in each direction, and what is under way."""
+
+    sent_rows: list[int]
+    received_rows: list[int]
+    counts: torch.Tensor
+    records: torch.Tensor
+    sent: torch.Tensor  # kept alive until the work is done
+    work: dist.Work
+    received: bool = False
+    returned: bool = False  # this rank's combine, or its closing, is under way
+
+
+class CollectiveTransport:
+    """All-to-all of the group's own backend. A failed operation leaves the group unusable, so there is no recovery."""
+
+    name = "collective"
+
+    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig) -> None:
+        self._group = group
+        self._config = config
+        self._timeout_s = config.timeout()
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self.window_bytes = int(ops.window_layout(config.window_shape(self._world))[0])
+
+        def make() -> NativeExchange:
+            own = torch.frombuffer(anonymous(self.window_bytes), dtype=torch.uint8)
+            windows = [own.data_ptr() if r == self._rank else 0 for r in range(self._world)]
+            return NativeExchange(config, self._rank, self._world, own, windows)
+
+        self._exchange, _ = rendezvous.together(group, make)
+        self._record_bytes = int(ops.dispatch_record_bytes(self._exchange.handle))
+        self._open: list[_Open | None] = [None] * config.num_channels
+        self._failure: EpTimeoutError | None = None
+
+    def dispatch_send(self, call: DispatchCall) -> None:
+        """Packs and starts to send; waits for the peers' counts only."""
+        self.check()
+        self._exchange.raise_for(ops.check_ids(self._exchange.handle, call.ids), call.ids)
+        self.close_exchange(call.channel)
+        arguments = (self._exchange.handle, call.channel, call.x, call.scales, call.ids, call.weights, call.slots)
+        rows = torch.empty(self._world, dtype=torch.int64)
+        self._exchange.raise_for(ops.pack_count(*arguments, rows), call.ids)
+        sent_rows: list[int] = rows.tolist()
+        sent = torch.empty(sum(sent_rows) * self._record_bytes, dtype=torch.uint8)
+        ops.pack_dispatch(*arguments, sent)
+
+        tokens = torch.full((self._world,), call.x.shape[0])
+        mine = torch.stack([rows, tokens, torch.full((self._world,), call.slots)], dim=1)
+        counts = torch.empty_like(mine)
+        self._wait(dist.all_to_all_single(counts, mine, group=self._group, async_op=True), "dispatch", call.channel)
+        received_rows: list[int] = counts[:, 0].tolist()
+        records = torch.empty(sum(received_rows) * self._record_bytes, dtype=torch.uint8)
+        work = self._start(records, sent, self._record_sizes(received_rows), self._record_sizes(sent_rows))
+        self._open[call.channel] = _Open(sent_rows, received_rows, counts, records, sent, work)
+
+    def dispatch_recv(self, channel: int, slots: int) -> Received:
+        self.check()
+        self._receive(channel)
+        return self._exchange.received(channel, slots)
+
+    def combine_send(self, channel: int, y: torch.Tensor) -> None:
+        self.check()
+        sent = self._combine_buffer(channel)
+        layout = LAYOUTS[self._config.layout]
+        self._exchange.raise_for(ops.pack_combine(self._exchange.handle, channel, layout, y, sent))
+        self._start_combine(channel, sent)
+
+    def combine_recv(self, channel: int, out: torch.Tensor) -> None:
+        self.check()
+        exchange = self._at(channel)
+        self._wait(exchange.work, "combine", channel)
+        self._open[channel] = None
+        self._exchange.raise_for(ops.unpack_combine(self._exchange.handle, channel, exchange.records, out))
+
+    def close_exchange(self, channel: int) -> None:
+        """Answers the peers with closing flags and empty rows: they may have sent a combine, and all-to-all takes all."""
+        self.check()
+        exchange = self._open[channel]
+        if exchange is None:
+            return
+        if not exchange.received:
+            self._receive(channel)
+        if not exchange.returned:
+            sent = self._combine_buffer(channel)
+            rows = torch.tensor(exchange.received_rows)
+            self._exchange.raise_for(ops.pack_close(self._exchange.handle, channel, rows, sent))
+            self._start_combine(channel, sent)
+        self._wait(exchange.work, "combine", channel)
+        self._open[channel] = None
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._exchange.check()
+
+    def recover(self) -> None:
+        raise EpError("the collective transport cannot recover: torch.distributed keeps no group usable after a failure")
+
+    def set_timeout(self, seconds: float) -> None:
+        self._timeout_s = seconds
+
+    def destroy(self) -> None:
+        self._exchange.destroy()
+
+    def _at(self, channel: int) -> _Open:
+        exchange = self._open[channel]
+        if exchange is None:
+            raise EpError("the channel has no open exchange: dispatch and combine alternate")
+        return exchange
+
+    def _receive(self, channel: int) -> None:
+        exchange = self._at(channel)
+        self._wait(exchange.work, "dispatch", channel)
+        status = ops.unpack_dispatch(self._exchange.handle, channel, exchange.records, exchange.counts)
+        self._exchange.raise_for(status)
+        exchange.received = True
+
+    def _record_sizes(self, rows: list[int]) -> list[int]:
+        return [n * self._record_bytes for n in rows]
+
+    def _combine_sizes(self, rows: list[int]) -> list[int]:
+        return [PACKED_FLAG_BYTES + n * self._config.wire_row_bytes for n in rows]
+
+    def _combine_buffer(self, channel: int) -> torch.Tensor:
+        return torch.empty(sum(self._combine_sizes(self._at(channel).received_rows)), dtype=torch.uint8)
+
+    def _start_combine(self, channel: int, sent: torch.Tensor) -> None:
+        exchange = self._at(channel)
+        into, out_of = self._combine_sizes(exchange.sent_rows), self._combine_sizes(exchange.received_rows)
+        exchange.records, exchange.sent = torch.empty(sum(into), dtype=torch.uint8), sent
+        exchange.work = self._start(exchange.records, sent, into, out_of)
+        exchange.returned = True
+
+    def _start(self, into: torch.Tensor, sent: torch.Tensor, into_sizes: list[int], sent_sizes: list[int]) -> dist.Work:
+        return dist.all_to_all_single(into, sent, into_sizes, sent_sizes, group=self._group, async_op=True)
+
+    def _wait(self, work: dist.Work, phase: str, channel: int) -> None:
+        start = monotonic()
+        try:
+            work.wait(timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            self._failure = EpTimeoutError(
+                rank=self._rank, peer=-1, phase=phase, channel=channel, waited_s=monotonic() - start, detail=str(error)
+            )
+            raise self._failure from error

@@ -1,0 +1,69 @@
+"""Transport ``cpu``: windows in memory that the processes of one machine share; the protocol of docs/protocol.md."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import rendezvous
+from ep_backend._native import LAYOUTS, ops
+from ep_backend.config import EpConfig
+from ep_backend.transports.base import DispatchCall, NativeExchange, Received
+from ep_backend.transports.shm import WindowShare
+
+
+class CpuTransport:
+    """One window per rank, mapped by all. Raises EpConfigError on all ranks if any cannot map them."""
+
+    name = "cpu"
+
+    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig) -> None:
+        self._group = group
+        self._timeout_s = config.timeout()
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        self.window_bytes = int(ops.window_layout(config.window_shape(world))[0])
+        share, addresses = rendezvous.together(
+            group, lambda: WindowShare(self.window_bytes, rank, world, self._timeout_s), lambda share: share.address
+        )
+        mapped, _ = rendezvous.together(group, lambda: share.map_peers(addresses))
+        windows = [torch.frombuffer(window, dtype=torch.uint8) for window in mapped]
+        self._windows = windows
+        self._exchange = NativeExchange(config, rank, world, windows[rank], [w.data_ptr() for w in windows])
+
+    def dispatch_send(self, call: DispatchCall) -> None:
+        status = ops.dispatch_send(
+            self._exchange.handle, call.channel, call.x, call.scales, call.ids, call.weights, call.slots
+        )
+        self._exchange.raise_for(status, call.ids)
+
+    def dispatch_recv(self, channel: int, slots: int) -> Received:
+        self._exchange.raise_for(ops.dispatch_wait(self._exchange.handle, channel))
+        return self._exchange.received(channel, slots)
+
+    def combine_send(self, channel: int, y: torch.Tensor) -> None:
+        layout = LAYOUTS[self._exchange.config.layout]
+        self._exchange.raise_for(ops.combine_send(self._exchange.handle, channel, layout, y))
+
+    def combine_recv(self, channel: int, out: torch.Tensor) -> None:
+        self._exchange.raise_for(ops.combine_recv(self._exchange.handle, channel, out))
+
+    def close_exchange(self, channel: int) -> None:
+        self._exchange.raise_for(ops.exchange_close(self._exchange.handle, channel))
+
+    def check(self) -> None:
+        self._exchange.check()
+
+    def recover(self) -> None:
+        """All ranks meet, so none writes any more; then all go on behind the highest epoch. Nothing is cleared."""
+        rendezvous.meet(self._group, self._timeout_s)
+        epochs = rendezvous.gather(self._group, ops.exchange_max_epoch(self._exchange.handle))
+        ops.exchange_recover(self._exchange.handle, max(epochs) + 1)
+
+    def set_timeout(self, seconds: float) -> None:
+        self._timeout_s = seconds
+        ops.exchange_set_timeout(self._exchange.handle, round(seconds * 1e6))
+
+    def destroy(self) -> None:
+        """Received views stay readable for as long as they live."""
+        self._exchange.destroy()
+        self._windows = []

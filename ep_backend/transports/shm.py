@@ -1,0 +1,102 @@
+"""Memory that the processes of one machine share, without a name in any file system.
+
+Each rank makes an anonymous file (memfd) and hands its descriptor to the others over Unix sockets in the abstract
+namespace. The kernel frees all of it when the last process is gone, however it ended.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Sequence
+
+from ep_backend.errors import EpConfigError
+
+TOKEN_BYTES = 16
+
+
+def anonymous(size: int) -> mmap.mmap:
+    """Zeroed memory of this process alone; pages exist once they are touched."""
+    return mmap.mmap(-1, size)
+
+
+class WindowShare:
+    """This rank's window and the socket where peers fetch it. ``address`` goes to the peers, then ``map_peers`` maps theirs."""
+
+    def __init__(self, size: int, rank: int, world: int, timeout_s: float) -> None:
+        self.size, self.rank, self.world, self.timeout_s = size, rank, world, timeout_s
+        self._token = secrets.token_bytes(TOKEN_BYTES)
+        self._fd = os.memfd_create(f"ep_backend-window-{rank}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, size)
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listener.settimeout(timeout_s)
+            name = f"\0ep_backend-{os.getpid()}-{secrets.token_hex(8)}"
+            self._listener.bind(name)
+            self._listener.listen(world)
+        except OSError as error:
+            self.close()
+            raise EpConfigError(f"no shared memory of {size} bytes: {error}") from error
+        self.address = (name, self._token)
+
+    def map_peers(self, addresses: Sequence[tuple[str, bytes]]) -> list[mmap.mmap]:
+        """Every rank's window, mapped, in order of rank. ``addresses``: of all ranks. Call it on all ranks at once."""
+        wanted: dict[int, socket.socket] = {}
+        try:
+            # The kernel completes a connection before anybody accepts it, so all may first connect and then serve.
+            for peer, (name, token) in enumerate(addresses):
+                if peer != self.rank:
+                    wanted[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                    wanted[peer].settimeout(self.timeout_s)
+                    wanted[peer].connect(name)
+                    wanted[peer].sendall(token)
+            for _ in range(self.world - 1):
+                self._serve_one()
+            return [self._map(self._fd if r == self.rank else _receive(wanted[r]), r) for r in range(self.world)]
+        except OSError as error:
+            raise EpConfigError(
+                f"rank {self.rank} cannot share memory with its peers: {error}. They must run on one machine, as one "
+                "user, in one network namespace"
+            ) from error
+        finally:
+            for connection in wanted.values():
+                connection.close()
+            self.close()
+
+    def _serve_one(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            with connection:
+                connection.settimeout(self.timeout_s)
+                # The name can be guessed by other users of the machine; the token and the user id cannot be had.
+                uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+                if uid != os.getuid() or connection.recv(TOKEN_BYTES, socket.MSG_WAITALL) != self._token:
+                    continue
+                socket.send_fds(connection, [b"w"], [self._fd])
+                return
+
+    def _map(self, fd: int, rank: int) -> mmap.mmap:
+        try:
+            return mmap.mmap(fd, self.size)
+        finally:
+            if rank != self.rank:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close the socket and the descriptor; mappings stay."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        listener = getattr(self, "_listener", None)
+        if listener is not None:
+            listener.close()
+
+
+def _receive(connection: socket.socket) -> int:
+    data, fds, _, _ = socket.recv_fds(connection, 1, 1)
+    if not fds:
+        raise OSError("a peer closed the connection instead of sending its window" if not data else "no descriptor came")
+    return fds[0]
