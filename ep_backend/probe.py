@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ep_backend import env, nvml, profiles
+from ep_backend import __version__, env, nvml, profiles
 
 DEADLINE_S = 5.0
 
@@ -108,11 +108,10 @@ def _host(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[s
 
 def _versions(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
     names = {
-        "ep_backend": ("ep-backend",),
         "torch": ("torch",),
         "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
     }
-    versions = {}
+    versions = {"ep_backend": __version__}
     for key, distributions in names.items():
         for distribution in distributions:
             try:

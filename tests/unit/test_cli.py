@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ep_backend import cli, env, profiles
+from ep_backend import __version__, cli, env, profiles
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_help_lists_every_command(capsys):
 def test_version(capsys):
     status, out, _ = run(capsys, "--version")
     assert status == 0
-    assert out.startswith("ep-backend ")
+    assert out == f"ep-backend {__version__}\n"
 
 
 @pytest.mark.parametrize("module", ["ep_backend.nonexistent", "ep_backend.errors"])

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from ep_backend import nvml
+from ep_backend import __version__, nvml
 from ep_backend.probe import Record, probe
 from ep_backend.select import decide
 
@@ -88,6 +88,7 @@ def test_this_machine():
     assert record.host
     assert record.cpus >= 1
     assert record.device == "cpu"
+    assert record.versions["ep_backend"] == __version__
     assert record.used_gpus() == ()
     assert decide([record], requested_profile="auto").profile == "cpu"
 
