@@ -1,6 +1,7 @@
 """Loads the compiled library and names its operators: ``from ep_backend._native import ops``.
 
-Also here: the numbers that C++ and Python must agree on, and the shape functions that ``torch.compile`` asks for.
+Also here: the numbers that C++ and Python must agree on, and the shape functions that ``torch.compile`` asks
+for.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ try:
     import torch
 except ImportError as error:
     raise EpError(
-        "ep_backend uses the PyTorch of your engine and installs none itself: install vLLM, SGLang or PyTorch 2.11 or "
-        "later first (CPU: pip install torch --index-url https://download.pytorch.org/whl/cpu)"
+        "ep_backend uses the PyTorch of your engine and installs none itself: install vLLM, SGLang or "
+        "PyTorch 2.11 or later first (CPU: pip install torch --index-url https://download.pytorch.org/whl/cpu)"
     ) from error
 
 LIBRARY = "libep_backend.so"
@@ -45,8 +46,8 @@ def _load() -> Any:
     with resources.as_file(resources.files("ep_backend") / LIBRARY) as path:
         if not path.exists():
             raise EpError(
-                f"ep_backend has no compiled library at {path}: install the package (pip install .) and import it from "
-                "outside the source tree, or build in the tree as CONTRIBUTING.md says"
+                f"ep_backend has no compiled library at {path}: install the package (pip install .) and "
+                "import it from outside the source tree, or build in the tree as CONTRIBUTING.md says"
             )
         torch.ops.load_library(str(path))
     return torch.ops.ep_backend

@@ -51,11 +51,12 @@ class Handle:
 class Communicator:
     """Dispatch and combine for one expert-parallel group.
 
-    Made by all ranks of ``group`` together, from equal configurations. Exchanges of a channel alternate (dispatch,
-    combine, dispatch, ...) and happen in the same order on all ranks. Not for several threads at once.
+    Made by all ranks of ``group`` together, from equal configurations. Exchanges of a channel alternate
+    (dispatch, combine, dispatch, ...) and happen in the same order on all ranks. Not for several threads at
+    once.
 
-    ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu" today.
-    Raises EpConfigError on every rank if any rank cannot start or has another configuration.
+    ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu"
+    today. Raises EpConfigError on every rank if any rank cannot start or has another configuration.
     """
 
     def __init__(
@@ -64,13 +65,15 @@ class Communicator:
         self.device = torch.device(device or "cpu")
         self.config = config
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        (expert_ranks, record), told = rendezvous.together(
-            group, lambda: (self._start(config), probe(self.device)), lambda result: (config, result[1])
+        expert_ranks, told = rendezvous.together(
+            group, lambda: self._start(config), lambda _: (config, probe(self.device))
         )
         for rank, (theirs, _) in enumerate(told):
             # Every rank compares all with rank 0, so that all fail with the same words.
             if different := told[0][0].differences(theirs):
-                raise EpConfigError(f"rank 0 and rank {rank} have different configurations: {'; '.join(different)}")
+                raise EpConfigError(
+                    f"rank 0 and rank {rank} have different configurations: {'; '.join(different)}"
+                )
         self.decision: Decision = decide([r for _, r in told], config.transport)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
         self._transport = TRANSPORTS[self.decision.transport](group, config)
@@ -102,14 +105,16 @@ class Communicator:
         tokens_per_rank: int | None = None,
         channel: int = 0,
     ) -> tuple[Received, Handle]:
-        """Send each token to every rank that holds one of its experts, once; receive what the others sent here.
+        """Send each token to every rank that holds one of its experts, once; receive what the others sent
+        here.
 
-        ``x``: [M, hidden_size] of ``config.payload`` (opaque: [M, payload_bytes] uint8). ``topk_ids``: [M, top_k] int32 or
-        int64, global expert ids, -1 for none, no expert twice in a token. ``topk_weights``: [M, top_k] float32.
-        ``scales``: with a float8 payload [M, hidden_size / 128] float32, with an opaque one [M, scale_bytes] uint8.
-        ``tokens_per_rank``: T, equal on all ranks, M <= T <= ``config.max_tokens_per_rank`` (the default); M may differ
-        and may be 0. A dispatch that is still open on the channel is closed first, on all ranks.
-        Raises EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError.
+        ``x``: [M, hidden_size] of ``config.payload`` (opaque: [M, payload_bytes] uint8). ``topk_ids``: [M,
+        top_k] int32 or int64, global expert ids, -1 for none, no expert twice in a token. ``topk_weights``:
+        [M, top_k] float32. ``scales``: with a float8 payload [M, hidden_size / 128] float32, with an opaque
+        one [M, scale_bytes] uint8. ``tokens_per_rank``: T, equal on all ranks, M <= T <=
+        ``config.max_tokens_per_rank`` (the default); M may differ and may be 0. A dispatch that is still open
+        on the channel is closed first, on all ranks. Raises EpArgumentError before anything is sent;
+        EpTimeoutError; EpProtocolError.
         """
         handle = self.dispatch_send(
             x, topk_ids, topk_weights, scales=scales, tokens_per_rank=tokens_per_rank, channel=channel
@@ -119,12 +124,13 @@ class Communicator:
     def combine(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Send the experts' results back; return their sum for each of this rank's tokens, [M, hidden_size].
 
-        ``y``, of the result's dtype or float32: rank-major and compact [R, hidden_size], one row per received row, weighted
-        and summed over this rank's experts by the caller (rank-major: rows without a local expert are not read);
-        expert-major [local experts, world * T, hidden_size], unweighted.
-        This rank's sum for a token is rounded once to ``config.sum_dtype``; the sums are added in float32 in order of rank
-        and rounded once. A token without experts gives zeros. ``out``: where to put the result.
-        Raises EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the exchange.
+        ``y``, of the result's dtype or float32: rank-major and compact [R, hidden_size], one row per received
+        row, weighted and summed over this rank's experts by the caller (rank-major: rows without a local
+        expert are not read); expert-major [local experts, world * T, hidden_size], unweighted. This rank's
+        sum for a token is rounded once to ``config.sum_dtype``; the sums are added in float32 in order of
+        rank and rounded once. A token without experts gives zeros. ``out``: where to put the result. Raises
+        EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
+        exchange.
         """
         out = self._check_out(handle, out)
         self.combine_send(y, handle)
@@ -140,7 +146,8 @@ class Communicator:
         tokens_per_rank: int | None = None,
         channel: int = 0,
     ) -> Handle:
-        """First half of ``dispatch``: everything is on its way when it returns, nothing has been waited for."""
+        """First half of ``dispatch``: everything is on its way when it returns, nothing has been waited
+        for."""
         call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, channel)
         self._transport.dispatch_send(call)
         before = self._handles[channel]
@@ -173,7 +180,8 @@ class Communicator:
         return out
 
     def release(self, handle: Handle) -> None:
-        """End an exchange whose results nobody wants, on all ranks; the next dispatch would do it otherwise."""
+        """End an exchange whose results nobody wants, on all ranks; the next dispatch would do it
+        otherwise."""
         self._expect(handle, "sent", "received")
         self._transport.close_exchange(handle.channel)
         handle.state, self._handles[handle.channel] = "closed", None
@@ -186,8 +194,8 @@ class Communicator:
     def recover(self) -> None:
         """Go on after a timeout, on all ranks together; open exchanges are lost.
 
-        Every rank of the group must call it. Raises EpError if one does not come within the timeout or is dead: then a
-        new communicator is needed.
+        Every rank of the group must call it. Raises EpError if one does not come within the timeout or is
+        dead: then a new communicator is needed.
         """
         self._usable()
         self._transport.recover()
@@ -225,8 +233,8 @@ class Communicator:
         self._usable()
         if handle.state not in states or self._handles[handle.channel] is not handle:
             raise EpArgumentError(
-                f"the handle's exchange is {handle.state!r}; {' or '.join(map(repr, states))} was wanted: each dispatch is "
-                "received once and then combined or released once"
+                f"the handle's exchange is {handle.state!r}; {' or '.join(map(repr, states))} was wanted: each "
+                "dispatch is received once and then combined or released once"
             )
 
     def _check_dispatch(
@@ -261,18 +269,19 @@ class Communicator:
             self._check("scales", scales, (tokens, width), (scale_dtype,))
             scales = scales.contiguous()
         elif scales is not None:
-            raise EpArgumentError("scales were given, but this communicator's payload has none of the caller's")
+            raise EpArgumentError(
+                "scales were given, but this communicator's payload has none of the caller's"
+            )
         return DispatchCall(channel, x.contiguous(), scales, ids.contiguous(), weights.contiguous(), slots)
 
     def _check_results(self, y: torch.Tensor, handle: Handle) -> torch.Tensor:
         config, capacity = self.config, self.world_size * handle.tokens_per_rank
-        if config.layout == "expert_major":
-            shape = (len(self.local_experts), capacity, config.hidden_size)
-        elif config.layout == "rank_major":
-            shape = (capacity, config.hidden_size)
-        else:
-            shape = (handle.num_rows, config.hidden_size)
-        self._check("y", y, shape, (config.result_dtype, torch.float32))
+        lead = {
+            "rank_major": (capacity,),
+            "compact": (handle.num_rows,),
+            "expert_major": (len(self.local_experts), capacity),
+        }[config.layout]
+        self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
         return y.contiguous()
 
     def _check_out(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
@@ -284,9 +293,11 @@ class Communicator:
             raise EpArgumentError(f"out has strides {tuple(out.stride())}; a contiguous tensor was wanted")
         return out
 
-    def _check(self, name: str, t: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    def _check(
+        self, name: str, t: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> None:
         if tuple(t.shape) != shape or t.dtype not in dtypes or t.device.type != self.device.type:
             raise EpArgumentError(
-                f"{name} is {list(t.shape)} {t.dtype} on {t.device}; {list(shape)} {' or '.join(map(str, dtypes))} on "
-                f"{self.device} was wanted"
+                f"{name} is {list(t.shape)} {t.dtype} on {t.device}; "
+                f"{list(shape)} {' or '.join(map(str, dtypes))} on {self.device} was wanted"
             )

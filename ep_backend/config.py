@@ -19,27 +19,31 @@ MAX_EXPERTS, MAX_TOP_K, MAX_HIDDEN, MAX_TOKENS = 1024, 16, 16384, 16384
 
 @dataclass(frozen=True, kw_only=True)
 class EpConfig:
-    """Shapes, number formats and behaviour of a communicator. Raises EpConfigError if they do not fit together."""
+    """Shapes, number formats and behaviour of a communicator. Raises EpConfigError if they do not fit
+    together."""
 
     num_experts: int
     """Experts of all ranks together, at most 1024."""
     top_k: int
     """Experts of a token, at most 16."""
     hidden_size: int
-    """Elements of a row that combine takes and returns; also of a dispatched row unless the payload is opaque."""
+    """Elements of a row that combine takes and returns; also of a dispatched row unless the payload is
+    opaque."""
     max_tokens_per_rank: int
     """Most tokens that a rank dispatches in one call, at most 16384. Windows are sized for it."""
     payload: torch.dtype = torch.bfloat16
-    """dtype of ``x`` in dispatch: float32, float16, bfloat16, float8_e4m3fn (the caller quantised it and gives scales) or
-    uint8 (opaque bytes)."""
+    """dtype of ``x`` in dispatch: float32, float16, bfloat16, float8_e4m3fn (the caller quantised it and
+    gives scales) or uint8 (opaque bytes)."""
     quantization: str | None = None
-    """"fp8_block128": dispatch turns a float payload into float8_e4m3fn with one float32 scale per 1x128 block."""
+    """"fp8_block128": dispatch turns a float payload into float8_e4m3fn with one float32 scale per 1x128
+    block."""
     payload_bytes: int | None = None
     """Bytes of an opaque row; a multiple of 16."""
     scale_bytes: int = 0
     """Bytes of the opaque scales of an opaque row; a multiple of 4."""
     out_dtype: torch.dtype | None = None
-    """dtype of what combine returns. None: the payload's if that is a float32, float16 or bfloat16, else bfloat16."""
+    """dtype of what combine returns. None: the payload's if that is a float32, float16 or bfloat16, else
+    bfloat16."""
     wire_dtype: torch.dtype | None = None
     """dtype of the sums that travel back. None: ``out_dtype``. float32 is the more exact option."""
     layout: str = "rank_major"
@@ -74,17 +78,26 @@ class EpConfig:
         if self.quantization and self.payload not in FLOATS:
             raise EpConfigError(f"quantization {self.quantization} needs a float payload, not {self.payload}")
         if self.is_fp8 and self.hidden_size % SCALE_BLOCK:
-            raise EpConfigError(f"fp8 needs a hidden_size that is a multiple of {SCALE_BLOCK}, not {self.hidden_size}")
+            raise EpConfigError(
+                f"fp8 needs a hidden_size that is a multiple of {SCALE_BLOCK}, not {self.hidden_size}"
+            )
         if self.is_opaque:
             if self.payload_bytes is None or self.payload_bytes <= 0:
                 raise EpConfigError("a uint8 payload is opaque and needs payload_bytes")
             if self.scale_bytes < 0 or self.scale_bytes % 4:
                 raise EpConfigError(f"scale_bytes is {self.scale_bytes}; a multiple of 4 was wanted")
         elif self.payload_bytes is not None or self.scale_bytes:
-            raise EpConfigError("payload_bytes and scale_bytes are for a uint8 payload; others follow from hidden_size")
-        for name, size in (("a dispatched row", self.row_bytes), ("a row on the way back", self.wire_row_bytes)):
+            raise EpConfigError(
+                "payload_bytes and scale_bytes are for a uint8 payload; others follow from hidden_size"
+            )
+        for name, size in (
+            ("a dispatched row", self.row_bytes),
+            ("a row on the way back", self.wire_row_bytes),
+        ):
             if size % 16:
-                raise EpConfigError(f"{name} has {size} bytes; a multiple of 16 was wanted: change hidden_size or dtype")
+                raise EpConfigError(
+                    f"{name} has {size} bytes; a multiple of 16 was wanted: change hidden_size or dtype"
+                )
 
     @property
     def is_opaque(self) -> bool:
@@ -139,7 +152,9 @@ class EpConfig:
             raise EpConfigError(f"the group has {world} ranks; at most {MAX_WORLD} are possible")
         if self.expert_map is not None:
             if len(self.expert_map) != self.num_experts:
-                raise EpConfigError(f"expert_map has {len(self.expert_map)} entries for {self.num_experts} experts")
+                raise EpConfigError(
+                    f"expert_map has {len(self.expert_map)} entries for {self.num_experts} experts"
+                )
             wrong = [r for r in self.expert_map if not 0 <= r < world]
             if wrong:
                 raise EpConfigError(f"expert_map names rank {wrong[0]}; the group has ranks 0 to {world - 1}")
@@ -163,7 +178,8 @@ class EpConfig:
         ]
 
     def differences(self, other: EpConfig) -> list[str]:
-        """What differs, as "name: mine against other's". ``pad_id`` and ``expert_ids`` may: they stay on a rank."""
+        """What differs, as "name: mine against other's". ``pad_id`` and ``expert_ids`` may: they stay on a
+        rank."""
         private = {"pad_id", "expert_ids"}
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
         return [f"{name}: {a} against {b}" for name, a, b in pairs if a != b and name not in private]

@@ -8,7 +8,8 @@ class EpError(RuntimeError):
 
 
 class EpArgumentError(EpError, ValueError):
-    """A call's argument is wrong: shape, dtype, device, an expert id, too many tokens. Nothing has been sent."""
+    """A call's argument is wrong: shape, dtype, device, an expert id, too many tokens. Nothing has been
+    sent."""
 
 
 class EpConfigError(EpError, ValueError):
@@ -16,15 +17,17 @@ class EpConfigError(EpError, ValueError):
 
 
 class EpProtocolError(EpError):
-    """A peer did something that the exchange protocol does not allow, such as not taking part in a combine."""
+    """A peer did something that the exchange protocol does not allow, such as not taking part in a
+    combine."""
 
 
 class EpTimeoutError(EpError, TimeoutError):
-    """A peer did not answer before the deadline. The communicator is stopped until ``recover()`` or a new one.
+    """A peer did not answer before the deadline. The communicator is stopped until ``recover()`` or a new
+    one.
 
-    Attributes: ``rank`` (who raises), ``peer`` (who is blamed; -1 if it is not known), ``phase`` ("dispatch" or
-    "combine"), ``channel``, ``epoch_expected``, ``epoch_seen``, ``waited_s`` (seconds), ``reported_by`` (the rank whose
-    deadline passed first), ``missing`` (all ranks whose flag had not come).
+    Attributes: ``rank`` (who raises), ``peer`` (who is blamed; -1 if it is not known), ``phase`` ("dispatch"
+    or "combine"), ``channel``, ``epoch_expected``, ``epoch_seen``, ``waited_s`` (seconds), ``reported_by``
+    (the rank whose deadline passed first), ``missing`` (all ranks whose flag had not come).
     """
 
     def __init__(

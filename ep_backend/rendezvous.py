@@ -1,4 +1,5 @@
-"""Meetings of a group on the host: used when communicators are made and when they recover, never in an exchange."""
+"""Meetings of a group on the host: used when communicators are made and when they recover, never in an
+exchange."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ def gather(group: dist.ProcessGroup | None, value: T) -> list[T]:
 def together(
     group: dist.ProcessGroup | None, act: Callable[[], T], tell: Callable[[T], Any] = lambda result: None
 ) -> tuple[T, list[Any]]:
-    """Run ``act`` on every rank; return its own result and what ``tell`` says of everybody's, in order of rank.
+    """Run ``act`` on every rank; return its own result and what ``tell`` says of everybody's, in order of
+    rank.
 
-    If it raises anywhere, every rank raises EpConfigError with the reason of the first rank that failed: none is left
-    waiting for a rank that could not start. What ``tell`` returns must be picklable. Collective.
+    If it raises anywhere, every rank raises EpConfigError with the reason of the first rank that failed: none
+    is left waiting for a rank that could not start. What ``tell`` returns must be picklable. Collective.
     """
     try:
         result = act()
@@ -42,10 +44,13 @@ def together(
 
 
 def meet(group: dist.ProcessGroup | None, timeout_s: float) -> None:
-    """Wait until every rank is here. Raises EpError after ``timeout_s``, naming who is missing where gloo can tell."""
+    """Wait until every rank is here. Raises EpError after ``timeout_s``, naming who is missing where gloo can
+    tell."""
     if dist.get_backend(group) != "gloo":
         raise EpError("recover() meets on the host and needs a gloo group: make the communicator with one")
     try:
         dist.monitored_barrier(group, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as error:
-        raise EpError(f"not all ranks came to recover(); a new communicator is needed without the dead: {error}") from error
+        raise EpError(
+            f"not all ranks came to recover(); a new communicator is needed without the dead: {error}"
+        ) from error

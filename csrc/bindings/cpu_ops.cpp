@@ -13,27 +13,36 @@ namespace {
 using cpu::Exchange;
 using torch::headeronly::ScalarType;
 
-Exchange& at(int64_t exchange) { return *reinterpret_cast<Exchange*>(exchange); }
+Exchange& at(int64_t exchange) {
+    return *reinterpret_cast<Exchange*>(exchange);
+}
 
 DType format_of(const Tensor& t) {
     switch (t.scalar_type()) {
-        case ScalarType::Float: return DType::kF32;
-        case ScalarType::Half: return DType::kF16;
-        case ScalarType::BFloat16: return DType::kBF16;
-        case ScalarType::Float8_e4m3fn: return DType::kE4M3;
-        default: return DType::kBytes;
+        case ScalarType::Float:
+            return DType::kF32;
+        case ScalarType::Half:
+            return DType::kF16;
+        case ScalarType::BFloat16:
+            return DType::kBF16;
+        case ScalarType::Float8_e4m3fn:
+            return DType::kE4M3;
+        default:
+            return DType::kBytes;
     }
 }
 
-void* data(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
+void* data(const std::optional<Tensor>& t) {
+    return t ? t->data_ptr() : nullptr;
+}
 
 ExchangeShape shape_of(const std::vector<int64_t>& s) {
     STD_TORCH_CHECK(s.size() == 9, "ep_backend: a window shape has 9 fields");
     return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
 }
 
-cpu::DispatchInput input_of(const Tensor& x, const std::optional<Tensor>& scales, const Tensor& ids, const Tensor& weights,
-                            int64_t slots) {
+cpu::DispatchInput input_of(const Tensor& x, const std::optional<Tensor>& scales, const Tensor& ids,
+                            const Tensor& weights, int64_t slots) {
     return {x.data_ptr(),
             format_of(x),
             data(scales),
@@ -56,8 +65,8 @@ std::vector<int64_t> window_layout(std::vector<int64_t> shape) {
     return {l.total, l.channels, l.channel_bytes, l.scales, l.rows};
 }
 
-int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire, int64_t payload,
-                        bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
+int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
+                        int64_t payload, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                         std::vector<int64_t> expert_rank, std::vector<int64_t> windows) {
     const cpu::Settings settings{shape_of(shape),
                                  rank,
@@ -74,7 +83,9 @@ int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden
     return reinterpret_cast<int64_t>(new Exchange(settings, std::move(placement), std::move(pointers)));
 }
 
-void exchange_destroy(int64_t exchange) { delete &at(exchange); }
+void exchange_destroy(int64_t exchange) {
+    delete &at(exchange);
+}
 
 std::vector<int64_t> exchange_error(int64_t exchange) {
     const ErrorWord& e = at(exchange).error();
@@ -91,14 +102,23 @@ std::vector<int64_t> exchange_error(int64_t exchange) {
             at(exchange).closed_by()};
 }
 
-int64_t exchange_max_epoch(int64_t exchange) { return static_cast<int64_t>(at(exchange).max_epoch()); }
-void exchange_recover(int64_t exchange, int64_t epoch) { at(exchange).recover(static_cast<uint64_t>(epoch)); }
-void exchange_set_timeout(int64_t exchange, int64_t timeout_us) { at(exchange).set_timeout(timeout_us); }
-int64_t exchange_close(int64_t exchange, int64_t channel) { return static_cast<int64_t>(at(exchange).close(channel)); }
+int64_t exchange_max_epoch(int64_t exchange) {
+    return static_cast<int64_t>(at(exchange).max_epoch());
+}
+void exchange_recover(int64_t exchange, int64_t epoch) {
+    at(exchange).recover(static_cast<uint64_t>(epoch));
+}
+void exchange_set_timeout(int64_t exchange, int64_t timeout_us) {
+    at(exchange).set_timeout(timeout_us);
+}
+int64_t exchange_close(int64_t exchange, int64_t channel) {
+    return static_cast<int64_t>(at(exchange).close(channel));
+}
 
-int64_t dispatch_send(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids, Tensor weights,
-                      int64_t slots) {
-    return static_cast<int64_t>(at(exchange).dispatch_send(channel, input_of(x, scales, ids, weights, slots)));
+int64_t dispatch_send(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,
+                      Tensor weights, int64_t slots) {
+    return static_cast<int64_t>(
+        at(exchange).dispatch_send(channel, input_of(x, scales, ids, weights, slots)));
 }
 
 int64_t dispatch_wait(int64_t exchange, int64_t channel) {
@@ -106,7 +126,8 @@ int64_t dispatch_wait(int64_t exchange, int64_t channel) {
 }
 
 int64_t dispatch_counts(int64_t exchange, int64_t channel, Tensor tokens_per_source, Tensor rows_per_expert) {
-    return at(exchange).dispatch_counts(channel, pointer<int32_t>(tokens_per_source), pointer<int32_t>(rows_per_expert));
+    return at(exchange).dispatch_counts(channel, pointer<int32_t>(tokens_per_source),
+                                        pointer<int32_t>(rows_per_expert));
 }
 
 void dispatch_read(int64_t exchange, int64_t channel, int64_t layout, std::optional<Tensor> rows,
@@ -130,16 +151,18 @@ int64_t check_ids(int64_t exchange, Tensor ids) {
         at(exchange).check_ids(ids.data_ptr(), ids.scalar_type() == ScalarType::Long, ids.size(0)));
 }
 
-int64_t dispatch_record_bytes(int64_t exchange) { return at(exchange).dispatch_record_bytes(); }
+int64_t dispatch_record_bytes(int64_t exchange) {
+    return at(exchange).dispatch_record_bytes();
+}
 
-int64_t pack_count(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids, Tensor weights,
-                   int64_t slots, Tensor rows_per_rank) {
+int64_t pack_count(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,
+                   Tensor weights, int64_t slots, Tensor rows_per_rank) {
     return static_cast<int64_t>(at(exchange).pack_count(channel, input_of(x, scales, ids, weights, slots),
                                                         pointer<int64_t>(rows_per_rank)));
 }
 
-void pack_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids, Tensor weights,
-                   int64_t slots, Tensor records) {
+void pack_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,
+                   Tensor weights, int64_t slots, Tensor records) {
     at(exchange).pack_dispatch(channel, input_of(x, scales, ids, weights, slots), pointer<char>(records));
 }
 
@@ -149,8 +172,8 @@ int64_t unpack_dispatch(int64_t exchange, int64_t channel, Tensor records, Tenso
 }
 
 int64_t pack_combine(int64_t exchange, int64_t channel, int64_t layout, Tensor y, Tensor records) {
-    return static_cast<int64_t>(at(exchange).pack_combine(channel, static_cast<cpu::Layout>(layout), y.data_ptr(),
-                                                          format_of(y), pointer<char>(records)));
+    return static_cast<int64_t>(at(exchange).pack_combine(
+        channel, static_cast<cpu::Layout>(layout), y.data_ptr(), format_of(y), pointer<char>(records)));
 }
 
 int64_t pack_close(int64_t exchange, int64_t channel, Tensor rows_per_source, Tensor records) {

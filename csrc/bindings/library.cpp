@@ -6,7 +6,8 @@
 STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("window_layout(int[] shape) -> int[]");
     m.def(
-        "exchange_create(int[] shape, int rank, int hidden, int wire, int payload, bool local_ids, int pad_id, int epoch, "
+        "exchange_create(int[] shape, int rank, int hidden, int wire, int payload, bool local_ids, int "
+        "pad_id, int epoch, "
         "int timeout_us, int[] expert_rank, int[] windows) -> int");
     m.def("exchange_destroy(int exchange) -> ()");
     m.def("exchange_error(int exchange) -> int[]");
@@ -15,12 +16,16 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("exchange_set_timeout(int exchange, int timeout_us) -> ()");
     m.def("exchange_close(int exchange, int channel) -> int");
 
-    m.def("dispatch_send(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, int slots) -> int");
+    m.def(
+        "dispatch_send(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, int "
+        "slots) -> int");
     m.def("dispatch_wait(int exchange, int channel) -> int");
     m.def(
-        "dispatch_counts(int exchange, int channel, Tensor(a!) tokens_per_source, Tensor(b!) rows_per_expert) -> int");
+        "dispatch_counts(int exchange, int channel, Tensor(a!) tokens_per_source, Tensor(b!) "
+        "rows_per_expert) -> int");
     m.def(
-        "dispatch_read(int exchange, int channel, int layout, Tensor(a!)? rows, Tensor(b!)? scales, Tensor(c!)? ids, "
+        "dispatch_read(int exchange, int channel, int layout, Tensor(a!)? rows, Tensor(b!)? scales, "
+        "Tensor(c!)? ids, "
         "Tensor(d!)? weights) -> ()");
     m.def("combine_send(int exchange, int channel, int layout, Tensor y) -> int");
     m.def("combine_recv(int exchange, int channel, Tensor(a!) out) -> int");
@@ -28,10 +33,12 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("check_ids(int exchange, Tensor ids) -> int");
     m.def("dispatch_record_bytes(int exchange) -> int");
     m.def(
-        "pack_count(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, int slots, "
+        "pack_count(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, int "
+        "slots, "
         "Tensor(a!) rows_per_rank) -> int");
     m.def(
-        "pack_dispatch(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, int slots, "
+        "pack_dispatch(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, int "
+        "slots, "
         "Tensor(a!) records) -> ()");
     m.def("unpack_dispatch(int exchange, int channel, Tensor records, Tensor counts) -> int");
     m.def("pack_combine(int exchange, int channel, int layout, Tensor y, Tensor(a!) records) -> int");
@@ -72,5 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CPU, m) {
 }
 
 #if defined(EP_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) { m.impl("gather_rows", TORCH_BOX(&ep::ops::gather_rows_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {
+    m.impl("gather_rows", TORCH_BOX(&ep::ops::gather_rows_cuda));
+}
 #endif

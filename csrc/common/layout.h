@@ -1,7 +1,9 @@
-// Where everything in a window lives, and what a flag word means. Host, device and tests use these structs and no others.
+// Where everything in a window lives, and what a flag word means. Host, device and tests use these structs
+// and no others.
 //
-// A window is the memory that a rank lets its peers write into. It starts with one abort word per peer; after that comes
-// one region per channel, each a complete instance: flags, dispatch window, combine window. See docs/protocol.md.
+// A window is the memory that a rank lets its peers write into. It starts with one abort word per peer; after
+// that comes one region per channel, each a complete instance: flags, dispatch window, combine window. See
+// docs/protocol.md.
 #pragma once
 
 #include <cstdint>
@@ -14,33 +16,45 @@
 
 namespace ep {
 
-constexpr int64_t kLine = 128;         // bytes a flag has for itself: a cache line of any machine we run on
-constexpr int kMaxWorld = 72;          // ranks in one NVLink domain
-constexpr int kMaskWords = 2;          // 64-bit words of a rank mask
-constexpr uint32_t kClosed = 0xFFFF;   // count of a combine flag that closes an exchange without data
+constexpr int64_t kLine = 128;        // bytes a flag has for itself: a cache line of any machine we run on
+constexpr int kMaxWorld = 72;         // ranks in one NVLink domain
+constexpr int kMaskWords = 2;         // 64-bit words of a rank mask
+constexpr uint32_t kClosed = 0xFFFF;  // count of a combine flag that closes an exchange without data
 constexpr uint64_t kEpochMask = (uint64_t{1} << 48) - 1;
 
 static_assert(kMaxWorld <= 64 * kMaskWords);
 
 // Flag and abort words: 48 bits of epoch, 16 bits of count (flag) or of blamed rank + 1 (abort).
-EP_HD constexpr uint64_t make_word(uint64_t epoch, uint32_t low) { return (epoch & kEpochMask) << 16 | (low & 0xFFFF); }
-EP_HD constexpr uint64_t word_epoch(uint64_t word) { return word >> 16; }
-EP_HD constexpr uint32_t word_low(uint64_t word) { return static_cast<uint32_t>(word & 0xFFFF); }
-EP_HD constexpr uint64_t next_epoch(uint64_t epoch) { return (epoch + 1) & kEpochMask; }
+EP_HD constexpr uint64_t make_word(uint64_t epoch, uint32_t low) {
+    return (epoch & kEpochMask) << 16 | (low & 0xFFFF);
+}
+EP_HD constexpr uint64_t word_epoch(uint64_t word) {
+    return word >> 16;
+}
+EP_HD constexpr uint32_t word_low(uint64_t word) {
+    return static_cast<uint32_t>(word & 0xFFFF);
+}
+EP_HD constexpr uint64_t next_epoch(uint64_t epoch) {
+    return (epoch + 1) & kEpochMask;
+}
 // Signed distance a - b of two epochs, right across the wrap at 2^48.
-EP_HD constexpr int64_t epoch_distance(uint64_t a, uint64_t b) { return static_cast<int64_t>((a - b) << 16) >> 16; }
+EP_HD constexpr int64_t epoch_distance(uint64_t a, uint64_t b) {
+    return static_cast<int64_t>((a - b) << 16) >> 16;
+}
 
-EP_HD constexpr int64_t align_line(int64_t n) { return (n + kLine - 1) / kLine * kLine; }
+EP_HD constexpr int64_t align_line(int64_t n) {
+    return (n + kLine - 1) / kLine * kLine;
+}
 
 // What an exchange moves; equal on all ranks, fixed when the communicator is made.
 struct ExchangeShape {
     int64_t world;
     int64_t top_k;
-    int64_t max_tokens;    // tokens a rank may dispatch in one call
-    int64_t row_bytes;     // a dispatched row
-    int64_t scale_bytes;   // the scales of a dispatched row, 0 if it has none
-    int64_t wire_bytes;    // a row on the way back
-    int64_t num_chunks;    // flags per source
+    int64_t max_tokens;   // tokens a rank may dispatch in one call
+    int64_t row_bytes;    // a dispatched row
+    int64_t scale_bytes;  // the scales of a dispatched row, 0 if it has none
+    int64_t wire_bytes;   // a row on the way back
+    int64_t num_chunks;   // flags per source
     int64_t num_channels;
     int64_t weights_back;  // 1: combine carries one fp32 weight per (row, k)
 };
@@ -54,8 +68,9 @@ struct SourceHeader {
 // Byte offsets from the start of a window.
 struct WindowLayout {
     ExchangeShape shape;
-    int64_t dispatch_flags, combine_flags, headers, ids, weights, scales, rows, combine_rows, combine_weights;  // in a channel
-    int64_t channels;  // first channel
+    int64_t dispatch_flags, combine_flags, headers, ids, weights, scales, rows, combine_rows,
+        combine_weights;  // in a channel
+    int64_t channels;     // first channel
     int64_t channel_bytes;
     int64_t total;
 
@@ -93,10 +108,15 @@ struct WindowLayout {
         return channel(c) + combine_flags + (source * shape.num_chunks + chunk) * kLine;
     }
     EP_HD int64_t header(int64_t c, int64_t source) const { return channel(c) + headers + source * kLine; }
-    // A dispatched row stands at slot source * T + token, so that the rows of all sources are one tensor [world * T, ...].
+    // A dispatched row stands at slot source * T + token, so that the rows of all sources are one tensor
+    // [world * T, ...].
     EP_HD int64_t id_row(int64_t c, int64_t slot) const { return channel(c) + ids + slot * shape.top_k * 4; }
-    EP_HD int64_t weight_row(int64_t c, int64_t slot) const { return channel(c) + weights + slot * shape.top_k * 4; }
-    EP_HD int64_t scale_row(int64_t c, int64_t slot) const { return channel(c) + scales + slot * shape.scale_bytes; }
+    EP_HD int64_t weight_row(int64_t c, int64_t slot) const {
+        return channel(c) + weights + slot * shape.top_k * 4;
+    }
+    EP_HD int64_t scale_row(int64_t c, int64_t slot) const {
+        return channel(c) + scales + slot * shape.scale_bytes;
+    }
     EP_HD int64_t row(int64_t c, int64_t slot) const { return channel(c) + rows + slot * shape.row_bytes; }
     // Combined rows are never handed out as a tensor: their place does not depend on T.
     EP_HD int64_t combine_row(int64_t c, int64_t from, int64_t token) const {

@@ -1,5 +1,5 @@
-// Number formats of rows, and the one formula for fp8. Every kernel rounds with these, so that results do not depend on
-// the transport. Round to nearest, ties to even, everywhere.
+// Number formats of rows, and the one formula for fp8. Every kernel rounds with these, so that results do not
+// depend on the transport. Round to nearest, ties to even, everywhere.
 #pragma once
 
 #include <cmath>
@@ -11,9 +11,9 @@ namespace ep {
 // Part of the interface with ep_backend/config.py.
 enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kE4M3 = 3, kBytes = 4 };
 
-constexpr int64_t kScaleBlock = 128;     // elements that share one fp8 scale
+constexpr int64_t kScaleBlock = 128;  // elements that share one fp8 scale
 constexpr float kE4M3Max = 448.0f;
-constexpr float kMinAmax = 1e-10f;       // keeps the scale of an all-zero block positive
+constexpr float kMinAmax = 1e-10f;  // keeps the scale of an all-zero block positive
 
 inline uint32_t float_bits(float x) {
     uint32_t u;
@@ -26,7 +26,9 @@ inline float bits_float(uint32_t u) {
     return x;
 }
 
-inline float bf16_to_float(uint16_t b) { return bits_float(static_cast<uint32_t>(b) << 16); }
+inline float bf16_to_float(uint16_t b) {
+    return bits_float(static_cast<uint32_t>(b) << 16);
+}
 inline uint16_t float_to_bf16(float x) {
     const uint32_t u = float_bits(x);
     const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
@@ -34,7 +36,9 @@ inline uint16_t float_to_bf16(float x) {
 }
 
 // fp8 block scale: scale = max(amax, 1e-10) / 448 in fp32, then q = e4m3(x / scale) with IEEE division.
-inline float fp8_scale(float amax) { return (amax > kMinAmax ? amax : kMinAmax) / kE4M3Max; }
+inline float fp8_scale(float amax) {
+    return (amax > kMinAmax ? amax : kMinAmax) / kE4M3Max;
+}
 
 // fp32 -> e4m3 (bias 7, no infinity), saturating to +-448; NaN stays NaN.
 inline uint8_t float_to_e4m3(float x) {

@@ -9,19 +9,20 @@ namespace ep {
 
 enum class Status : int32_t {
     kOk = 0,
-    kTimeout = 1,        // this rank's own deadline passed
-    kAborted = 2,        // a peer's deadline passed; it blames `peer`
-    kAhead = 3,          // a flag is of a later epoch than the one awaited
-    kSlotsDiffer = 4,    // a source used another T, or says it has more tokens than slots
-    kPeerClosed = 5,     // a peer closed the exchange without sending the rows this rank waited for
-    kBadId = 6,          // an expert id is neither -1 nor in [0, num_experts); nothing was sent
-    kDuplicateId = 7,    // an expert stands twice in a token's top-k; nothing was sent
-    kWrongState = 8,     // the channel is not at the point of the exchange that the call needs; nothing was sent
+    kTimeout = 1,      // this rank's own deadline passed
+    kAborted = 2,      // a peer's deadline passed; it blames `peer`
+    kAhead = 3,        // a flag is of a later epoch than the one awaited
+    kSlotsDiffer = 4,  // a source used another T, or says it has more tokens than slots
+    kPeerClosed = 5,   // a peer closed the exchange without sending the rows this rank waited for
+    kBadId = 6,        // an expert id is neither -1 nor in [0, num_experts); nothing was sent
+    kDuplicateId = 7,  // an expert stands twice in a token's top-k; nothing was sent
+    kWrongState = 8,  // the channel is not at the point of the exchange that the call needs; nothing was sent
 };
 
 enum class Phase : int32_t { kDispatch = 0, kCombine = 1 };
 
-// The sticky error word: the first failure that stops the communicator, with all that a person needs to find the cause.
+// The sticky error word: the first failure that stops the communicator, with all that a person needs to find
+// the cause.
 struct ErrorWord {
     Status status = Status::kOk;
     int32_t peer = -1;      // rank that is blamed

@@ -30,18 +30,21 @@ class DispatchCall:
 class Received:
     """What arrived, in the layout of the communicator; R is the number of rows.
 
-    ``rank_major``: R = world * T, a view of the window; the row of token t of source s is number s * T + t. Rows without
-    a local expert hold anything: never multiply them, not even by 0. ``compact``: only the R rows that have a local
-    expert, in order of source and token. ``expert_major``: ``rows`` is [local experts, world * T, ...], for each expert
-    its rows in order of source and token, then rows that hold anything.
+    ``rank_major``: R = world * T, a view of the window; the row of token t of source s is number s * T + t.
+    Rows without a local expert hold anything: never multiply them, not even by 0. ``compact``: only the R
+    rows that have a local expert, in order of source and token. ``expert_major``: ``rows`` is [local experts,
+    world * T, ...], for each expert its rows in order of source and token, then rows that hold anything.
     """
 
     rows: torch.Tensor
-    """[R, hidden] or [local experts, world * T, hidden]; opaque payloads have ``payload_bytes`` columns of uint8."""
+    """[R, hidden] or [local experts, world * T, hidden]; opaque payloads have ``payload_bytes`` columns of
+    uint8."""
     scales: torch.Tensor | None
-    """As ``rows``, but float32 [..., hidden / 128] for fp8 and uint8 [..., scale_bytes] for opaque payloads; else None."""
+    """As ``rows``, but float32 [..., hidden / 128] for fp8 and uint8 [..., scale_bytes] for opaque payloads;
+    else None."""
     topk_ids: torch.Tensor | None
-    """[R, top_k] int32; experts of other ranks and slots without a token are ``pad_id``. None if expert-major."""
+    """[R, top_k] int32; experts of other ranks and slots without a token are ``pad_id``. None if
+    expert-major."""
     topk_weights: torch.Tensor | None
     """[R, top_k] float32; 0 where the id is ``pad_id``. None if expert-major."""
     tokens_per_source: torch.Tensor
@@ -51,7 +54,8 @@ class Received:
 
 
 class Transport(Protocol):
-    """How rows travel. Made together by all ranks; used by one thread at a time, in the same order on all ranks."""
+    """How rows travel. Made together by all ranks; used by one thread at a time, in the same order on all
+    ranks."""
 
     name: str
     window_bytes: int
@@ -70,11 +74,13 @@ class Transport(Protocol):
 class NativeExchange:
     """This rank's window and its C++ exchange: what CPU transports are built on.
 
-    ``windows``: addresses of all ranks' windows, as this process has them mapped; a rank without one is 0. ``own``: this
-    rank's window as bytes.
+    ``windows``: addresses of all ranks' windows, as this process has them mapped; a rank without one is 0.
+    ``own``: this rank's window as bytes.
     """
 
-    def __init__(self, config: EpConfig, rank: int, world: int, own: torch.Tensor, windows: list[int]) -> None:
+    def __init__(
+        self, config: EpConfig, rank: int, world: int, own: torch.Tensor, windows: list[int]
+    ) -> None:
         self.config, self.rank, self.world, self.own = config, rank, world, own
         expert_ranks = config.expert_ranks(world)
         self.num_local = expert_ranks.count(rank)
@@ -92,7 +98,9 @@ class NativeExchange:
             windows,
         )
         self._free = weakref.finalize(self, ops.exchange_destroy, self.handle)
-        _, self._first, self._stride, self._scales_at, self._rows_at = ops.window_layout(config.window_shape(world))
+        _, self._first, self._stride, self._scales_at, self._rows_at = ops.window_layout(
+            config.window_shape(world)
+        )
 
     def destroy(self) -> None:
         self._free()
@@ -138,21 +146,23 @@ class NativeExchange:
             raise EpArgumentError(_describe_bad_ids(ids, self.config.num_experts))
         if status == _native.WRONG_STATE:
             raise EpError("the channel is not at this point of an exchange: dispatch and combine alternate")
-        _, peer, reporter, phase, channel, expected, seen, waited_us, *masks, closed_by = ops.exchange_error(self.handle)
+        _, peer, reporter, phase, channel, expected, seen, waited_us, *masks, closed_by = ops.exchange_error(
+            self.handle
+        )
         if status == _native.PEER_CLOSED:
             raise EpProtocolError(
-                f"rank {closed_by} ended the exchange without a combine, so rank {self.rank} lacks its rows; the "
-                "communicator stays usable"
+                f"rank {closed_by} ended the exchange without a combine, so rank {self.rank} lacks its rows; "
+                "the communicator stays usable"
             )
         if status == _native.SLOTS_DIFFER:
             raise EpProtocolError(
-                f"rank {peer} and rank {self.rank} gave different tokens_per_rank to the same dispatch; it must be equal "
-                "on all ranks"
+                f"rank {peer} and rank {self.rank} gave different tokens_per_rank to the same dispatch; it "
+                "must be equal on all ranks"
             )
         if status == _native.AHEAD:
             raise EpProtocolError(
-                f"rank {peer} is at exchange {seen} while rank {self.rank} is at {expected}: the ranks did not make the "
-                "same calls"
+                f"rank {peer} is at exchange {seen} while rank {self.rank} is at {expected}: the ranks did "
+                "not make the same calls"
             )
         bits = sum((mask & (2**64 - 1)) << (64 * i) for i, mask in enumerate(masks))
         raise EpTimeoutError(
@@ -176,8 +186,12 @@ def _describe_bad_ids(ids: torch.Tensor, num_experts: int) -> str:
     outside = ((ids < -1) | (ids >= num_experts)).nonzero()
     if len(outside):
         token, k = outside[0].tolist()
-        return f"topk_ids[{token}, {k}] is {int(ids[token, k])}; ids from 0 to {num_experts - 1}, or -1 for none, were wanted"
+        return (
+            f"topk_ids[{token}, {k}] is {int(ids[token, k])}; ids from 0 to {num_experts - 1}, or -1 for none, "
+            "were wanted"
+        )
     ordered = ids.sort(dim=1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
     token, k = twice[0].tolist()
-    return f"token {token} has expert {int(ordered[token, k])} twice in its top-k; each expert at most once was wanted"
+    expert = int(ordered[token, k])
+    return f"token {token} has expert {expert} twice in its top-k; each expert at most once was wanted"

@@ -1,6 +1,7 @@
 """Transport ``collective``: packed buffers through torch.distributed's all-to-all, wherever that reaches.
 
-The rows end in a private window, so everything behind the transport is the same code as for windows that peers write.
+The rows end in a private window, so everything behind the transport is the same code as for windows that
+peers write.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class _Open:
 
 
 class CollectiveTransport:
-    """All-to-all of the group's own backend. A failed operation leaves the group unusable, so there is no recovery."""
+    """All-to-all of the group's own backend. A failed operation leaves the group unusable, so there is no
+    recovery."""
 
     name = "collective"
 
@@ -63,7 +65,15 @@ class CollectiveTransport:
         self.check()
         self._exchange.raise_for(ops.check_ids(self._exchange.handle, call.ids), call.ids)
         self.close_exchange(call.channel)
-        arguments = (self._exchange.handle, call.channel, call.x, call.scales, call.ids, call.weights, call.slots)
+        arguments = (
+            self._exchange.handle,
+            call.channel,
+            call.x,
+            call.scales,
+            call.ids,
+            call.weights,
+            call.slots,
+        )
         rows = torch.empty(self._world, dtype=torch.int64)
         self._exchange.raise_for(ops.pack_count(*arguments, rows), call.ids)
         sent_rows: list[int] = rows.tolist()
@@ -73,7 +83,9 @@ class CollectiveTransport:
         tokens = torch.full((self._world,), call.x.shape[0])
         mine = torch.stack([rows, tokens, torch.full((self._world,), call.slots)], dim=1)
         counts = torch.empty_like(mine)
-        self._wait(dist.all_to_all_single(counts, mine, group=self._group, async_op=True), "dispatch", call.channel)
+        self._wait(
+            dist.all_to_all_single(counts, mine, group=self._group, async_op=True), "dispatch", call.channel
+        )
         received_rows: list[int] = counts[:, 0].tolist()
         records = torch.empty(sum(received_rows) * self._record_bytes, dtype=torch.uint8)
         work = self._start(records, sent, self._record_sizes(received_rows), self._record_sizes(sent_rows))
@@ -99,7 +111,8 @@ class CollectiveTransport:
         self._exchange.raise_for(ops.unpack_combine(self._exchange.handle, channel, exchange.records, out))
 
     def close_exchange(self, channel: int) -> None:
-        """Answers the peers with closing flags and empty rows: they may have sent a combine, and all-to-all takes all."""
+        """Answers the peers with closing flags and empty rows: they may have sent a combine, and all-to-all
+        takes all."""
         self.check()
         exchange = self._open[channel]
         if exchange is None:
@@ -120,7 +133,9 @@ class CollectiveTransport:
         self._exchange.check()
 
     def recover(self) -> None:
-        raise EpError("the collective transport cannot recover: torch.distributed keeps no group usable after a failure")
+        raise EpError(
+            "the collective transport cannot recover: torch.distributed keeps no group usable after a failure"
+        )
 
     def set_timeout(self, seconds: float) -> None:
         self._timeout_s = seconds
@@ -157,7 +172,9 @@ class CollectiveTransport:
         exchange.work = self._start(exchange.records, sent, into, out_of)
         exchange.returned = True
 
-    def _start(self, into: torch.Tensor, sent: torch.Tensor, into_sizes: list[int], sent_sizes: list[int]) -> dist.Work:
+    def _start(
+        self, into: torch.Tensor, sent: torch.Tensor, into_sizes: list[int], sent_sizes: list[int]
+    ) -> dist.Work:
         return dist.all_to_all_single(into, sent, into_sizes, sent_sizes, group=self._group, async_op=True)
 
     def _wait(self, work: dist.Work, phase: str, channel: int) -> None:
@@ -166,6 +183,11 @@ class CollectiveTransport:
             work.wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             self._failure = EpTimeoutError(
-                rank=self._rank, peer=-1, phase=phase, channel=channel, waited_s=monotonic() - start, detail=str(error)
+                rank=self._rank,
+                peer=-1,
+                phase=phase,
+                channel=channel,
+                waited_s=monotonic() - start,
+                detail=str(error),
             )
             raise self._failure from error

@@ -1,4 +1,5 @@
-"""Transport ``cpu``: windows in memory that the processes of one machine share; the protocol of docs/protocol.md."""
+"""Transport ``cpu``: windows in memory that the processes of one machine share; the protocol of
+docs/protocol.md."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ class CpuTransport:
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         self.window_bytes = int(ops.window_layout(config.window_shape(world))[0])
         share, addresses = rendezvous.together(
-            group, lambda: WindowShare(self.window_bytes, rank, world, self._timeout_s), lambda share: share.address
+            group,
+            lambda: WindowShare(self.window_bytes, rank, world, self._timeout_s),
+            lambda share: share.address,
         )
         mapped, _ = rendezvous.together(group, lambda: share.map_peers(addresses))
         windows = [torch.frombuffer(window, dtype=torch.uint8) for window in mapped]
@@ -54,7 +57,8 @@ class CpuTransport:
         self._exchange.check()
 
     def recover(self) -> None:
-        """All ranks meet, so none writes any more; then all go on behind the highest epoch. Nothing is cleared."""
+        """All ranks meet, so none writes any more; then all go on behind the highest epoch. Nothing is
+        cleared."""
         rendezvous.meet(self._group, self._timeout_s)
         epochs = rendezvous.gather(self._group, ops.exchange_max_epoch(self._exchange.handle))
         ops.exchange_recover(self._exchange.handle, max(epochs) + 1)

@@ -1,7 +1,7 @@
 """Memory that the processes of one machine share, without a name in any file system.
 
-Each rank makes an anonymous file (memfd) and hands its descriptor to the others over Unix sockets in the abstract
-namespace. The kernel frees all of it when the last process is gone, however it ended.
+Each rank makes an anonymous file (memfd) and hands its descriptor to the others over Unix sockets in the
+abstract namespace. The kernel frees all of it when the last process is gone, however it ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def anonymous(size: int) -> mmap.mmap:
 
 
 class WindowShare:
-    """This rank's window and the socket where peers fetch it. ``address`` goes to the peers, then ``map_peers`` maps theirs."""
+    """This rank's window and the socket where peers fetch it. ``address`` goes to the peers, then
+    ``map_peers`` maps theirs."""
 
     def __init__(self, size: int, rank: int, world: int, timeout_s: float) -> None:
         self.size, self.rank, self.world, self.timeout_s = size, rank, world, timeout_s
@@ -43,10 +44,12 @@ class WindowShare:
         self.address = (name, self._token)
 
     def map_peers(self, addresses: Sequence[tuple[str, bytes]]) -> list[mmap.mmap]:
-        """Every rank's window, mapped, in order of rank. ``addresses``: of all ranks. Call it on all ranks at once."""
+        """Every rank's window, mapped, in order of rank. ``addresses``: of all ranks. Call it on all ranks at
+        once."""
         wanted: dict[int, socket.socket] = {}
         try:
-            # The kernel completes a connection before anybody accepts it, so all may first connect and then serve.
+            # The kernel completes a connection before anybody accepts it, so all may first connect and then
+            # serve.
             for peer, (name, token) in enumerate(addresses):
                 if peer != self.rank:
                     wanted[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -55,11 +58,13 @@ class WindowShare:
                     wanted[peer].sendall(token)
             for _ in range(self.world - 1):
                 self._serve_one()
-            return [self._map(self._fd if r == self.rank else _receive(wanted[r]), r) for r in range(self.world)]
+            return [
+                self._map(self._fd if r == self.rank else _receive(wanted[r]), r) for r in range(self.world)
+            ]
         except OSError as error:
             raise EpConfigError(
-                f"rank {self.rank} cannot share memory with its peers: {error}. They must run on one machine, as one "
-                "user, in one network namespace"
+                f"rank {self.rank} cannot share memory with its peers: {error}. They must run on one machine, "
+                "as one user, in one network namespace"
             ) from error
         finally:
             for connection in wanted.values():
@@ -71,7 +76,8 @@ class WindowShare:
             connection, _ = self._listener.accept()
             with connection:
                 connection.settimeout(self.timeout_s)
-                # The name can be guessed by other users of the machine; the token and the user id cannot be had.
+                # The name can be guessed by other users of the machine; the token and the user id cannot be
+                # had.
                 uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
                 if uid != os.getuid() or connection.recv(TOKEN_BYTES, socket.MSG_WAITALL) != self._token:
                     continue
@@ -96,7 +102,9 @@ class WindowShare:
 
 
 def _receive(connection: socket.socket) -> int:
-    data, fds, _, _ = socket.recv_fds(connection, 1, 1)
+    _, fds, _, _ = socket.recv_fds(connection, 1, 1)
     if not fds:
-        raise OSError("a peer closed the connection instead of sending its window" if not data else "no descriptor came")
+        raise OSError(
+            "a peer closed the connection instead of sending its window" if not data else "no descriptor came"
+        )
     return fds[0]

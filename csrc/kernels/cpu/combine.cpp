@@ -1,4 +1,5 @@
-// Combine: each rank's weighted sums go back to where the tokens came from, and are added there. See exchange.h.
+// Combine: each rank's weighted sums go back to where the tokens came from, and are added there. See
+// exchange.h.
 #include <algorithm>
 #include <cstring>
 
@@ -19,11 +20,13 @@ void Exchange::combine_flags(int64_t channel, uint32_t count) {
 Status Exchange::combine_send(int64_t channel, Layout layout, const void* y, DType type) {
     if (error_.status != Status::kOk) return error_.status;
     if (channels_[channel].stage != Stage::kReceived) return Status::kWrongState;
-    for_each_partial(channel, layout, y, type, [&](int64_t source, int64_t token, const void* partial, DType partial_type) {
-        if (!masked_.test(source))
-            convert_row(windows_[source] + layout_.combine_row(channel, settings_.rank, token), settings_.wire, partial,
-                        partial_type, settings_.hidden);
-    });
+    for_each_partial(channel, layout, y, type,
+                     [&](int64_t source, int64_t token, const void* partial, DType partial_type) {
+                         if (!masked_.test(source))
+                             convert_row(
+                                 windows_[source] + layout_.combine_row(channel, settings_.rank, token),
+                                 settings_.wire, partial, partial_type, settings_.hidden);
+                     });
     combine_flags(channel, 0);
     return Status::kOk;
 }

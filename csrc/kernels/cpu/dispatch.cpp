@@ -10,7 +10,8 @@ namespace ep::cpu {
 Status Exchange::check_ids(const void* ids, bool are_64_bit, int64_t tokens) {
     const int64_t k = settings_.shape.top_k;
     for (int64_t i = 0; i < tokens * k; ++i) {
-        const int64_t id = are_64_bit ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
+        const int64_t id =
+            are_64_bit ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
         if (id < -1 || id >= placement_.num_experts()) return Status::kBadId;
         ids_[i] = static_cast<int32_t>(id);
     }
@@ -38,12 +39,14 @@ void Exchange::encode_row(const DispatchInput& in, int64_t token, char* row, cha
     const ExchangeShape& shape = settings_.shape;
     if (settings_.payload == DType::kE4M3 && in.type != DType::kE4M3) {
         const char* x = static_cast<const char*>(in.x) + token * settings_.hidden * element_bytes(in.type);
-        quantize_row(reinterpret_cast<uint8_t*>(row), reinterpret_cast<float*>(scales), x, in.type, settings_.hidden);
+        quantize_row(reinterpret_cast<uint8_t*>(row), reinterpret_cast<float*>(scales), x, in.type,
+                     settings_.hidden);
         return;
     }
     std::memcpy(row, static_cast<const char*>(in.x) + token * shape.row_bytes, shape.row_bytes);
     if (shape.scale_bytes)
-        std::memcpy(scales, static_cast<const char*>(in.scales) + token * shape.scale_bytes, shape.scale_bytes);
+        std::memcpy(scales, static_cast<const char*>(in.scales) + token * shape.scale_bytes,
+                    shape.scale_bytes);
 }
 
 Status Exchange::dispatch_send(int64_t channel, const DispatchInput& in) {
@@ -57,7 +60,8 @@ Status Exchange::dispatch_send(int64_t channel, const DispatchInput& in) {
         if (masked_.test(d)) continue;
         *reinterpret_cast<SourceHeader*>(windows_[d] + layout_.header(channel, settings_.rank)) = {
             static_cast<uint32_t>(in.tokens), static_cast<uint32_t>(ch.slots)};
-        // Every token's ids and weights go to everybody, a foreign id says "no row": slots need no scan and no map.
+        // Every token's ids and weights go to everybody, a foreign id says "no row": slots need no scan and
+        // no map.
         std::memcpy(windows_[d] + layout_.id_row(channel, first_slot), ch.ids.data(), in.tokens * k * 4);
         std::memcpy(windows_[d] + layout_.weight_row(channel, first_slot), in.weights, in.tokens * k * 4);
     }
@@ -72,8 +76,8 @@ Status Exchange::dispatch_send(int64_t channel, const DispatchInput& in) {
                 if (!route.test(d) || masked_.test(d)) continue;
                 std::memcpy(windows_[d] + layout_.row(channel, first_slot + t), row_.data(), shape.row_bytes);
                 if (shape.scale_bytes)
-                    std::memcpy(windows_[d] + layout_.scale_row(channel, first_slot + t), row_.data() + shape.row_bytes,
-                                shape.scale_bytes);
+                    std::memcpy(windows_[d] + layout_.scale_row(channel, first_slot + t),
+                                row_.data() + shape.row_bytes, shape.scale_bytes);
             }
         }
         for (int64_t d = 0; d < shape.world; ++d)
@@ -113,9 +117,11 @@ Status Exchange::check_headers(int64_t channel) {
     return Status::kOk;
 }
 
-int64_t Exchange::dispatch_counts(int64_t channel, int32_t* tokens_per_source, int32_t* rows_per_expert) const {
+int64_t Exchange::dispatch_counts(int64_t channel, int32_t* tokens_per_source,
+                                  int32_t* rows_per_expert) const {
     const int64_t k = settings_.shape.top_k;
-    for (int64_t r = 0; r < settings_.shape.world; ++r) tokens_per_source[r] = static_cast<int32_t>(tokens_of(channel, r));
+    for (int64_t r = 0; r < settings_.shape.world; ++r)
+        tokens_per_source[r] = static_cast<int32_t>(tokens_of(channel, r));
     std::fill_n(rows_per_expert, placement_.num_local(), 0);
     int64_t rows = 0;
     for_each_row(channel, [&](int64_t, int64_t, int64_t slot) {
@@ -131,17 +137,20 @@ void Exchange::dispatch_read(int64_t channel, Layout layout, const ReceivedRows&
     const ExchangeShape& shape = settings_.shape;
     const int64_t k = shape.top_k, capacity = shape.world * channels_[channel].slots;
     auto copy_row = [&](int64_t to, int64_t slot) {
-        std::memcpy(static_cast<char*>(out.rows) + to * shape.row_bytes, own() + layout_.row(channel, slot), shape.row_bytes);
+        std::memcpy(static_cast<char*>(out.rows) + to * shape.row_bytes, own() + layout_.row(channel, slot),
+                    shape.row_bytes);
         if (shape.scale_bytes)
-            std::memcpy(static_cast<char*>(out.scales) + to * shape.scale_bytes, own() + layout_.scale_row(channel, slot),
-                        shape.scale_bytes);
+            std::memcpy(static_cast<char*>(out.scales) + to * shape.scale_bytes,
+                        own() + layout_.scale_row(channel, slot), shape.scale_bytes);
     };
     auto copy_metadata = [&](int64_t to, int64_t slot) {
         const int32_t* ids = ids_at(channel, slot);
         const float* weights = weights_at(channel, slot);
         for (int64_t j = 0; j < k; ++j) {
             const bool local = placement_.is_local(ids[j]);
-            out.ids[to * k + j] = !local ? settings_.pad_id : settings_.local_ids ? placement_.local_index(ids[j]) : ids[j];
+            out.ids[to * k + j] = !local                ? settings_.pad_id
+                                  : settings_.local_ids ? placement_.local_index(ids[j])
+                                                        : ids[j];
             out.weights[to * k + j] = local ? weights[j] : 0.0f;
         }
     };

@@ -76,7 +76,8 @@ void Exchange::recover(uint64_t epoch) {
     }
 }
 
-// Sticky: the first failure stays, and the peers learn whom to blame instead of waiting for their own deadlines.
+// Sticky: the first failure stays, and the peers learn whom to blame instead of waiting for their own
+// deadlines.
 Status Exchange::fail(ErrorWord word) {
     if (error_.status != Status::kOk) return error_.status;
     error_ = word;
@@ -108,8 +109,8 @@ bool Exchange::told_to_stop(int64_t channel, Phase phase, int64_t waited_us) {
     return false;
 }
 
-// Waits for the flags of all sources, each of which must be of exactly this epoch; lows[source] = sum of their counts,
-// or kClosed.
+// Waits for the flags of all sources, each of which must be of exactly this epoch; lows[source] = sum of
+// their counts, or kClosed.
 Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
     const uint64_t epoch = channels_[channel].epoch;
     const int64_t world = settings_.shape.world, chunks = settings_.shape.num_chunks;
@@ -130,8 +131,9 @@ Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
         bool moved = false;
         for (int64_t r = 0; r < world; ++r) {
             while (missing.test(r)) {
-                const int64_t at = phase == Phase::kDispatch ? layout_.dispatch_flag(channel, r, next_chunk[r])
-                                                             : layout_.combine_flag(channel, r, next_chunk[r]);
+                const int64_t at = phase == Phase::kDispatch
+                                       ? layout_.dispatch_flag(channel, r, next_chunk[r])
+                                       : layout_.combine_flag(channel, r, next_chunk[r]);
                 const uint64_t word = load_acquire(own() + at);
                 if (word_epoch(word) != epoch) {
                     if (epoch_distance(word_epoch(word), epoch) <= 0) break;
@@ -153,8 +155,9 @@ Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
         if (waited > settings_.timeout_us) {
             int64_t peer = 0;
             while (!missing.test(peer)) ++peer;
-            const int64_t at = phase == Phase::kDispatch ? layout_.dispatch_flag(channel, peer, next_chunk[peer])
-                                                         : layout_.combine_flag(channel, peer, next_chunk[peer]);
+            const int64_t at = phase == Phase::kDispatch
+                                   ? layout_.dispatch_flag(channel, peer, next_chunk[peer])
+                                   : layout_.combine_flag(channel, peer, next_chunk[peer]);
             error.status = Status::kTimeout;
             error.peer = static_cast<int32_t>(peer);
             error.epoch_seen = word_epoch(load_acquire(own() + at));

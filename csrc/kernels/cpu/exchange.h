@@ -1,10 +1,11 @@
 // One rank's side of the exchanges over CPU memory: the one-sided protocol of docs/protocol.md.
 //
-//   dispatch_send -> dispatch_wait -> dispatch_read -> combine_send -> combine_recv          (or close instead of combine)
+//   dispatch_send -> dispatch_wait -> dispatch_read -> combine_send -> combine_recv          (or close
+//   instead of combine)
 //
-// dispatch.cpp and combine.cpp write rows and flags straight into the peers' windows; pack.cpp does the same exchange over
-// packed buffers that something else (torch.distributed) carries, with this rank's own window as the place where it ends.
-// An Exchange is used by one thread at a time; ranks may be processes or threads.
+// dispatch.cpp and combine.cpp write rows and flags straight into the peers' windows; pack.cpp does the same
+// exchange over packed buffers that something else (torch.distributed) carries, with this rank's own window
+// as the place where it ends. An Exchange is used by one thread at a time; ranks may be processes or threads.
 #pragma once
 
 #include <algorithm>
@@ -26,35 +27,36 @@ constexpr int64_t kPackedFlagBytes = 16;  // before the combine rows of a source
 struct Settings {
     ExchangeShape shape;
     int64_t rank;
-    int64_t hidden;       // elements of a combined row
-    DType wire;           // format of a row on the way back
-    DType payload;        // format of a dispatched row in the window
-    bool local_ids;       // received ids: index among this rank's experts, else global
-    int32_t pad_id;       // received id of a foreign expert and of a slot without a token
-    uint64_t epoch;       // epoch of the exchange before the first
+    int64_t hidden;  // elements of a combined row
+    DType wire;      // format of a row on the way back
+    DType payload;   // format of a dispatched row in the window
+    bool local_ids;  // received ids: index among this rank's experts, else global
+    int32_t pad_id;  // received id of a foreign expert and of a slot without a token
+    uint64_t epoch;  // epoch of the exchange before the first
     int64_t timeout_us;
 };
 
 struct DispatchInput {
-    const void* x;        // [tokens, row]
-    DType type;           // a float format with payload kE4M3 is quantised on the way
-    const void* scales;   // [tokens, scale_bytes], when the caller quantised
-    const void* ids;      // [tokens, top_k] global expert ids, -1: none
+    const void* x;       // [tokens, row]
+    DType type;          // a float format with payload kE4M3 is quantised on the way
+    const void* scales;  // [tokens, scale_bytes], when the caller quantised
+    const void* ids;     // [tokens, top_k] global expert ids, -1: none
     bool ids_are_64_bit;
-    const float* weights; // [tokens, top_k]
+    const float* weights;  // [tokens, top_k]
     int64_t tokens;
-    int64_t slots;        // T
+    int64_t slots;  // T
 };
 
 struct ReceivedRows {
-    void* rows;           // compact: [rows, row]; expert-major: [local experts, world * T, row]; rank-major: unused, the window is it
+    void* rows;  // compact: [rows, row]; expert-major: [local experts, world * T, row]; rank-major: unused,
+                 // the window is it
     void* scales;
-    int32_t* ids;         // rank-major [world * T, top_k], compact [rows, top_k]
+    int32_t* ids;  // rank-major [world * T, top_k], compact [rows, top_k]
     float* weights;
 };
 
 class Exchange {
-   public:
+  public:
     Exchange(const Settings& settings, Placement placement, std::vector<char*> windows);
 
     // kOk, kBadId or kDuplicateId. Keeps the ids as 32-bit in ids_.
@@ -66,7 +68,8 @@ class Exchange {
     int64_t dispatch_counts(int64_t channel, int32_t* tokens_per_source, int32_t* rows_per_expert) const;
     void dispatch_read(int64_t channel, Layout layout, const ReceivedRows& out) const;
 
-    // y: rank-major and compact one finished row per received row; expert-major [local experts, world * T, hidden], unweighted.
+    // y: rank-major and compact one finished row per received row; expert-major [local experts, world * T,
+    // hidden], unweighted.
     Status combine_send(int64_t channel, Layout layout, const void* y, DType type);
     Status combine_recv(int64_t channel, void* out, DType type);
     // Ends an exchange without data: sends closing flags, waits for those of the peers.
@@ -90,7 +93,7 @@ class Exchange {
     // Waits and sends leave this rank out from now on.
     void mask_rank(int64_t rank) { masked_.set(rank); }
 
-   private:
+  private:
     enum class Stage { kIdle, kSent, kReceived, kReturned };
     // The channel's device word {epoch, open} and what combine needs of the dispatch.
     struct Channel {
@@ -114,7 +117,8 @@ class Exchange {
     int64_t chunk_begin(int64_t chunk, int64_t slots) const;
     int64_t tokens_of(int64_t channel, int64_t source) const;
 
-    // Calls f(source, token, slot) for every received row that has a local expert, in the order of sources and tokens.
+    // Calls f(source, token, slot) for every received row that has a local expert, in the order of sources
+    // and tokens.
     template <class F>
     void for_each_row(int64_t channel, F&& f) const;
     // Calls f(source, token, row, its format) with the sum that this rank returns for each such row.
@@ -137,10 +141,10 @@ class Exchange {
     RankMask masked_;
     ErrorWord error_;
     int32_t closed_by_ = -1;
-    uint64_t floor_;               // abort words below this epoch are of before the last recovery
-    std::vector<int32_t> ids_;     // scratch: ids of a call, as 32-bit
-    std::vector<char> row_;        // scratch: one encoded row and its scales, or one wire row
-    std::vector<float> acc_;       // scratch: one row of sums
+    uint64_t floor_;            // abort words below this epoch are of before the last recovery
+    std::vector<int32_t> ids_;  // scratch: ids of a call, as 32-bit
+    std::vector<char> row_;     // scratch: one encoded row and its scales, or one wire row
+    std::vector<float> acc_;    // scratch: one row of sums
 };
 
 template <class F>

@@ -1,8 +1,10 @@
-// The exchange over packed buffers: whoever carries them (torch.distributed) needs no window of a peer. The rows end in this
-// rank's own window, where dispatch_read and the sums of combine find them as if a peer had written them. See exchange.h.
+// The exchange over packed buffers: whoever carries them (torch.distributed) needs no window of a peer. The
+// rows end in this rank's own window, where dispatch_read and the sums of combine find them as if a peer had
+// written them. See exchange.h.
 //
-// A dispatch record is [row | scales | ids | weights | token], records of one destination stand together in the order of
-// tokens; on the way back each destination gets a flag and then bare wire rows in that same order, which need no index.
+// A dispatch record is [row | scales | ids | weights | token], records of one destination stand together in
+// the order of tokens; on the way back each destination gets a flag and then bare wire rows in that same
+// order, which need no index.
 #include <algorithm>
 #include <cstring>
 
@@ -49,8 +51,8 @@ Status Exchange::unpack_dispatch(int64_t channel, const char* records, const int
     const ExchangeShape& s = settings_.shape;
     Channel& ch = channels_[channel];
     for (int64_t r = 0; r < s.world; ++r, counts += 3) {
-        *reinterpret_cast<SourceHeader*>(own() + layout_.header(channel, r)) = {static_cast<uint32_t>(counts[1]),
-                                                                                static_cast<uint32_t>(counts[2])};
+        *reinterpret_cast<SourceHeader*>(own() + layout_.header(channel, r)) = {
+            static_cast<uint32_t>(counts[1]), static_cast<uint32_t>(counts[2])};
         const int64_t first_slot = r * ch.slots;
         // A token that is not for this rank sent nothing at all: its ids must say so.
         auto* ids = reinterpret_cast<int32_t*>(own() + layout_.id_row(channel, first_slot));
@@ -62,7 +64,8 @@ Status Exchange::unpack_dispatch(int64_t channel, const char* records, const int
             if (token < 0 || token >= ch.slots) continue;  // only with another T, which check_headers reports
             const int64_t slot = first_slot + token;
             std::memcpy(own() + layout_.row(channel, slot), records, s.row_bytes);
-            if (s.scale_bytes) std::memcpy(own() + layout_.scale_row(channel, slot), records + s.row_bytes, s.scale_bytes);
+            if (s.scale_bytes)
+                std::memcpy(own() + layout_.scale_row(channel, slot), records + s.row_bytes, s.scale_bytes);
             std::memcpy(own() + layout_.id_row(channel, slot), metadata, s.top_k * 4);
             std::memcpy(own() + layout_.weight_row(channel, slot), metadata + s.top_k * 4, s.top_k * 4);
         }
@@ -86,17 +89,19 @@ Status Exchange::pack_combine(int64_t channel, Layout layout, const void* y, DTy
     auto flag_until = [&](int64_t source) {
         for (; flagged < source; ++flagged) records = pack_flag(channel, 0, records);
     };
-    for_each_partial(channel, layout, y, type, [&](int64_t source, int64_t, const void* partial, DType partial_type) {
-        flag_until(source + 1);
-        convert_row(records, settings_.wire, partial, partial_type, settings_.hidden);
-        records += settings_.shape.wire_bytes;
-    });
+    for_each_partial(channel, layout, y, type,
+                     [&](int64_t source, int64_t, const void* partial, DType partial_type) {
+                         flag_until(source + 1);
+                         convert_row(records, settings_.wire, partial, partial_type, settings_.hidden);
+                         records += settings_.shape.wire_bytes;
+                     });
     flag_until(settings_.shape.world);
     channels_[channel].stage = Stage::kReturned;
     return Status::kOk;
 }
 
-// A closing flag and as many empty rows as the source expects: the buffers on both sides have the agreed sizes.
+// A closing flag and as many empty rows as the source expects: the buffers on both sides have the agreed
+// sizes.
 Status Exchange::pack_close(int64_t channel, const int64_t* rows_per_source, char* records) {
     if (channels_[channel].stage != Stage::kReceived) return Status::kWrongState;
     for (int64_t r = 0; r < settings_.shape.world; ++r) {

@@ -18,10 +18,13 @@ struct RankMask {
 };
 
 class Placement {
-   public:
-    // expert_rank[e]: the rank that holds expert e. A rank's experts are numbered in the order of their global ids.
+  public:
+    // expert_rank[e]: the rank that holds expert e. A rank's experts are numbered in the order of their
+    // global ids.
     Placement(int64_t rank, int64_t world, std::vector<int32_t> expert_rank)
-        : rank_(static_cast<int32_t>(rank)), expert_rank_(std::move(expert_rank)), local_(expert_rank_.size()) {
+        : rank_(static_cast<int32_t>(rank)),
+          expert_rank_(std::move(expert_rank)),
+          local_(expert_rank_.size()) {
         std::vector<int32_t> held(world, 0);
         for (size_t e = 0; e < expert_rank_.size(); ++e) local_[e] = held[expert_rank_[e]]++;
         num_local_ = held[rank];
@@ -53,7 +56,7 @@ class Placement {
         return false;
     }
 
-   private:
+  private:
     int32_t rank_;
     std::vector<int32_t> expert_rank_;
     std::vector<int32_t> local_;

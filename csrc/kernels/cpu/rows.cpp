@@ -3,8 +3,8 @@
 #include <cstring>
 #include <stdexcept>
 
-// One binary serves every x86-64 CPU: the loader picks the clone that the machine can run. Sanitizers cannot follow the
-// indirect functions that this makes and get the plain build.
+// One binary serves every x86-64 CPU: the loader picks the clone that the machine can run. Sanitizers cannot
+// follow the indirect functions that this makes and get the plain build.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(EP_SANITIZE)
 #define EP_CLONES __attribute__((target_clones("default", "arch=x86-64-v3")))
 #else
@@ -33,10 +33,14 @@ struct BF16 {
 template <class F>
 void with_format(DType type, F&& f) {
     switch (type) {
-        case DType::kF32: return f(F32{});
-        case DType::kF16: return f(F16{});
-        case DType::kBF16: return f(BF16{});
-        default: throw std::logic_error("ep_backend: arithmetic on a row that has no float format");
+        case DType::kF32:
+            return f(F32{});
+        case DType::kF16:
+            return f(F16{});
+        case DType::kBF16:
+            return f(BF16{});
+        default:
+            throw std::logic_error("ep_backend: arithmetic on a row that has no float format");
     }
 }
 
@@ -56,7 +60,8 @@ EP_CLONES void fma(float* __restrict acc, float weight, const typename S::T* __r
 }
 
 template <class S>
-EP_CLONES void quantize(uint8_t* __restrict q, float* __restrict scales, const typename S::T* __restrict s, int64_t n) {
+EP_CLONES void quantize(uint8_t* __restrict q, float* __restrict scales, const typename S::T* __restrict s,
+                        int64_t n) {
     for (int64_t b = 0; b < n / kScaleBlock; ++b, q += kScaleBlock, s += kScaleBlock) {
         float amax = 0;
         for (int i = 0; i < kScaleBlock; ++i) {
@@ -73,10 +78,13 @@ EP_CLONES void quantize(uint8_t* __restrict q, float* __restrict scales, const t
 
 int64_t element_bytes(DType type) {
     switch (type) {
-        case DType::kF32: return 4;
+        case DType::kF32:
+            return 4;
         case DType::kF16:
-        case DType::kBF16: return 2;
-        default: return 1;
+        case DType::kBF16:
+            return 2;
+        default:
+            return 1;
     }
 }
 
@@ -95,12 +103,14 @@ void convert_row(void* dst, DType dst_type, const void* src, DType src_type, int
 }
 
 void add_row(float* acc, const void* src, DType src_type, int64_t n) {
-    with_format(src_type, [&](auto s) { add<decltype(s)>(acc, static_cast<const typename decltype(s)::T*>(src), n); });
+    with_format(src_type,
+                [&](auto s) { add<decltype(s)>(acc, static_cast<const typename decltype(s)::T*>(src), n); });
 }
 
 void fma_row(float* acc, float weight, const void* src, DType src_type, int64_t n) {
-    with_format(src_type,
-                [&](auto s) { fma<decltype(s)>(acc, weight, static_cast<const typename decltype(s)::T*>(src), n); });
+    with_format(src_type, [&](auto s) {
+        fma<decltype(s)>(acc, weight, static_cast<const typename decltype(s)::T*>(src), n);
+    });
 }
 
 void quantize_row(uint8_t* q, float* scales, const void* src, DType src_type, int64_t n) {
@@ -111,7 +121,8 @@ void quantize_row(uint8_t* q, float* scales, const void* src, DType src_type, in
 
 void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t row_bytes) {
     for (int64_t i = 0; i < n; ++i) {
-        std::memcpy(static_cast<char*>(out) + i * row_bytes, static_cast<const char*>(rows) + index[i] * row_bytes, row_bytes);
+        std::memcpy(static_cast<char*>(out) + i * row_bytes,
+                    static_cast<const char*>(rows) + index[i] * row_bytes, row_bytes);
     }
 }
 

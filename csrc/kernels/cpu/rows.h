@@ -1,4 +1,5 @@
-// Arithmetic on single rows: fp32 accumulation, explicit fma, one rounding at the end (docs/architecture.md, "Numerics").
+// Arithmetic on single rows: fp32 accumulation, explicit fma, one rounding at the end (docs/architecture.md,
+// "Numerics").
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,9 @@
 
 namespace ep::cuda {
 
-// out[i] = rows[index[i]] for i in [0, n); both 16-byte aligned, row_bytes a multiple of 16. Asynchronous on `stream`.
-cudaError_t gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t row_bytes, cudaStream_t stream);
+// out[i] = rows[index[i]] for i in [0, n); both 16-byte aligned, row_bytes a multiple of 16. Asynchronous on
+// `stream`.
+cudaError_t gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t row_bytes,
+                        cudaStream_t stream);
 
 }  // namespace ep::cuda
