@@ -233,8 +233,8 @@ class Communicator:
         self._usable()
         if handle.state not in states or self._handles[handle.channel] is not handle:
             raise EpArgumentError(
-                f"the handle's exchange is {handle.state!r}; {' or '.join(map(repr, states))} was wanted: each "
-                "dispatch is received once and then combined or released once"
+                f"the handle's exchange is {handle.state!r}; {' or '.join(map(repr, states))} was wanted: "
+                "each dispatch is received once and then combined or released once"
             )
 
     def _check_dispatch(

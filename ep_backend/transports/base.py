@@ -187,8 +187,8 @@ def _describe_bad_ids(ids: torch.Tensor, num_experts: int) -> str:
     if len(outside):
         token, k = outside[0].tolist()
         return (
-            f"topk_ids[{token}, {k}] is {int(ids[token, k])}; ids from 0 to {num_experts - 1}, or -1 for none, "
-            "were wanted"
+            f"topk_ids[{token}, {k}] is {int(ids[token, k])}; ids from 0 to {num_experts - 1}, or -1 for "
+            "none, were wanted"
         )
     ordered = ids.sort(dim=1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()

@@ -63,8 +63,8 @@ class WindowShare:
             ]
         except OSError as error:
             raise EpConfigError(
-                f"rank {self.rank} cannot share memory with its peers: {error}. They must run on one machine, "
-                "as one user, in one network namespace"
+                f"rank {self.rank} cannot share memory with its peers: {error}. They must run on one "
+                "machine, as one user, in one network namespace"
             ) from error
         finally:
             for connection in wanted.values():
@@ -104,7 +104,5 @@ class WindowShare:
 def _receive(connection: socket.socket) -> int:
     _, fds, _, _ = socket.recv_fds(connection, 1, 1)
     if not fds:
-        raise OSError(
-            "a peer closed the connection instead of sending its window" if not data else "no descriptor came"
-        )
+        raise OSError("a peer did not send its window")
     return fds[0]
