@@ -1,0 +1,34 @@
+"""Shared by all tests: the helper modules of this folder, hypothesis profiles, and the end of the rank processes."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Not the repository's root: tests run against the installed package.
+sys.path.insert(0, str(Path(__file__).parent))
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # the seam tests need no hypothesis
+    settings = None
+
+if settings is not None:
+    common = {
+        "deadline": None,  # a rank that is late for the first time starts its process
+        "derandomize": False,
+        "print_blob": True,
+        "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    }
+    settings.register_profile("quick", max_examples=25, **common)
+    settings.register_profile("long", max_examples=400, **common)
+    settings.load_profile(os.environ.get("EP_TEST_PROFILE", "quick"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_rank_survives():
+    yield
+    harness = sys.modules.get("harness")
+    if harness is not None:
+        harness.stop_all()
