@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ep_backend.errors import EpConfigError
 from rich.console import Console
 from rich.table import Table
 
 from ep_backend.bench.engines import vllm
+from ep_backend.errors import EpConfigError
 
 OURS = "ep_backend"
 SHOWN_COMPLETIONS = 3
@@ -131,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
                         results.append(_result(args.engine, backend, number, load, measured))
                 console.print("  stopped")
 
-    console.print(_table(results, backends, f"{args.model.name} on {args.data_parallel_size} {device} ranks"))
+    console.print(
+        _table(results, backends, f"{args.model.resolve().name} on {args.data_parallel_size} {device} ranks")
+    )
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         report = _report(args, device, results, completions)

@@ -1,7 +1,8 @@
-"""What the plug-in does to vLLM, checked without an engine. Run by test_seam.py, once per version of vLLM's sources.
+"""What the plug-in does to vLLM, checked without an engine. Run by test_seam.py, once per version of vLLM's
+sources.
 
-vLLM's compiled modules may be missing. The file's name keeps it out of a plain collection: its cases change vLLM for
-the whole process, and the first of them must see it unchanged.
+vLLM's compiled modules may be missing. The file's name keeps it out of a plain collection: its cases change
+vLLM for the whole process, and the first of them must see it unchanged.
 """
 
 import importlib
@@ -70,7 +71,9 @@ def _use_all2all():
     """Later versions are told; earlier ones look into the configuration."""
     from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 
-    return {"use_all2all": True} if "use_all2all" in inspect.signature(DeviceCommunicatorBase).parameters else {}
+    return (
+        {"use_all2all": True} if "use_all2all" in inspect.signature(DeviceCommunicatorBase).parameters else {}
+    )
 
 
 def test_name_is_accepted_by_the_configuration():
@@ -104,7 +107,11 @@ def test_other_backends_see_no_change(name):
 
 def test_sequence_parallel_moe_follows_tensor_and_data_parallel():
     assert ParallelConfig(all2all_backend=NAME, **PARALLEL).use_sequence_parallel_moe
-    for lacking in ({"data_parallel_size": 1}, {"tensor_parallel_size": 1}, {"enable_expert_parallel": False}):
+    for lacking in (
+        {"data_parallel_size": 1},
+        {"tensor_parallel_size": 1},
+        {"enable_expert_parallel": False},
+    ):
         assert not ParallelConfig(all2all_backend=NAME, **{**PARALLEL, **lacking}).use_sequence_parallel_moe
 
 
@@ -138,9 +145,7 @@ def test_manager_is_replaced_in_the_cpu_communicator(config, group):
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     communicator = resolve_obj_by_qualname(current_platform.get_device_communicator_cls())
-    made = communicator(
-        cpu_group=group, device=CPU, device_group=group, unique_name="ep:0", **_use_all2all()
-    )
+    made = communicator(cpu_group=group, device=CPU, device_group=group, unique_name="ep:0", **_use_all2all())
     assert type(made.all2all_manager) is EpManager
     assert made.use_all2all
     assert made.all2all_manager.scheduler_limit == config.scheduler_config.max_num_batched_tokens

@@ -13,7 +13,8 @@ def cache_folder() -> Path:
 
 
 def fetch(version: str) -> Path:
-    """A folder to put on the import path, with the package vllm of this release in it. Downloads once (0.3 GB).
+    """A folder to put on the import path, with the package vllm of this release in it. Downloads once (0.3
+    GB).
 
     Raises CalledProcessError if the package index cannot be reached or does not have the release.
     """

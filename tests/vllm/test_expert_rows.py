@@ -15,7 +15,7 @@ def weighted(ids, weights, num_experts):
 
 
 def random_rows(rows, top_k, num_local, seed):
-    """Ids as received: each row has 1..top_k distinct local experts in random columns, -1 and weight 0 elsewhere."""
+    """As received: each row has 1..top_k distinct local experts in random columns, else -1 and weight 0."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(num_local, generator=generator)[:top_k] for _ in range(rows)])
     foreign = torch.rand(rows, top_k, generator=generator) < 0.6
@@ -58,7 +58,9 @@ def test_the_foreign_id_belongs_to_another_rank(num_experts, world):
         first = rank * base + min(rank, more)
         mine = range(first, first + base + (rank < more))
         ids = torch.tensor([[-1, mine[0]]], dtype=torch.int32)
-        foreign, kept = GlobalIds(num_experts, rank, world).ids_and_weights(ids, torch.ones(1, 2))[0][0].tolist()
+        foreign, kept = (
+            GlobalIds(num_experts, rank, world).ids_and_weights(ids, torch.ones(1, 2))[0][0].tolist()
+        )
         assert kept == mine[0]
         assert 0 <= foreign < num_experts
         assert foreign not in mine

@@ -1,4 +1,4 @@
-"""prepare / experts / finalize over real communicators, two processes, against a dense sum in one. No engine."""
+"""prepare / experts / finalize in two processes, with real communicators, against a dense sum. No engine."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ CASES = {
 
 def make_inputs(case, seed=0):
     """Tokens, ids and weights of every rank and all experts' weights, the same in every process."""
-    experts, top_k, tokens, chosen, dtype, on_input = case
+    experts, top_k, tokens, chosen, dtype, _ = case
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape, scale=1.0):
@@ -142,7 +142,10 @@ def outputs():
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=run_rank, args=(r, port, list(CASES), queue), daemon=True) for r in range(WORLD)]
+    ranks = [
+        context.Process(target=run_rank, args=(r, port, list(CASES), queue), daemon=True)
+        for r in range(WORLD)
+    ]
     for process in ranks:
         process.start()
     found = {}

@@ -1,4 +1,4 @@
-"""The seam cases under the installed vLLM, and under the sources of the oldest and newest supported release."""
+"""The seam cases under the installed vLLM, and the sources of the oldest and newest supported release."""
 
 import os
 import subprocess

@@ -65,13 +65,18 @@ def test_the_token_limit_is_the_library_s():
         ({"expert_parallel": False}, ["--enable-expert-parallel"]),
         ({"data_parallel": 1}, ["--data-parallel-size N"]),
         ({"data_parallel": 1, "tensor_parallel": 4}, ["--data-parallel-size N"]),
-        ({"expert_parallel": False, "data_parallel": 1}, ["--enable-expert-parallel", "--data-parallel-size N"]),
+        (
+            {"expert_parallel": False, "data_parallel": 1},
+            ["--enable-expert-parallel", "--data-parallel-size N"],
+        ),
     ],
 )
 def test_a_launch_that_never_calls_us_is_told_what_to_add(changes, added):
     note = unused_note(but(**changes))
     assert "\n" not in note
-    assert [option for option in ("--enable-expert-parallel", "--data-parallel-size N") if option in note] == added
+    assert [
+        option for option in ("--enable-expert-parallel", "--data-parallel-size N") if option in note
+    ] == added
 
 
 def test_a_model_without_experts_is_named_as_the_reason():

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ep_backend.errors import EpConfigError
-
 from ep_backend.bench.engines.process import Session, free_port, wait_until_healthy
+from ep_backend.errors import EpConfigError
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 
@@ -34,6 +33,7 @@ class Serving:
     max_num_seqs: int | None = None
     port: int = 0
     extra: tuple[str, ...] = ()
+    environ: tuple[tuple[str, str], ...] = ()
     start_timeout_s: float = 600.0
 
 
@@ -85,6 +85,11 @@ def _installed(distribution: str) -> bool:
 def serve_command(serving: Serving, port: int) -> list[str]:
     command = [*COMMAND, "serve", str(serving.model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--data-parallel-size", str(serving.data_parallel_size), "--dtype", serving.dtype]
+    if serving.device == "cpu":
+        command += [
+            "--api-server-count",
+            "1",
+        ]  # vLLM's default is one per rank, which costs cores and start-up time
     if serving.expert_parallel:
         command += ["--enable-expert-parallel", "--all2all-backend", serving.backend]
     if serving.max_model_len is not None:
@@ -105,7 +110,7 @@ def serve_environment(serving: Serving) -> dict[str, str]:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         cores = len(os.sched_getaffinity(0))
         defaults["OMP_NUM_THREADS"] = str(max(1, cores // serving.data_parallel_size))
-    return {**defaults, **os.environ}
+    return {**defaults, **os.environ, **dict(serving.environ)}
 
 
 class Server:
