@@ -1,4 +1,4 @@
-"""Shared by all tests: the helper modules of this folder, hypothesis profiles, and the end of the rank processes."""
+"""Shared by all tests: helper modules, hypothesis profiles, and the end of the rank processes."""
 
 import os
 import sys

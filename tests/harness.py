@@ -8,9 +8,15 @@
 
     results = ranks(4).run(job, 7, timeout=60)  # one result per rank
 
-``ranks(n)`` keeps one group of n processes for the test session. A job that raises on any rank fails the run with every
-rank's traceback, and the group is thrown away, because its ranks may be out of step. Tests that kill or stop ranks take a
-group of their own: ``with fresh_ranks(3) as group: group.start(job); os.kill(group.pids[1], 9); group.outcomes(timeout=20)``.
+``ranks(n)`` keeps one group of n processes for the test session. A job that raises on any rank fails the run
+with every rank's traceback, and the group is thrown away, because its ranks may be out of step. Tests that kill
+or stop ranks take a group of their own:
+
+    with fresh_ranks(3) as group:
+        group.start(job)
+        os.kill(group.pids[1], signal.SIGKILL)
+        outcomes = group.outcomes(timeout=20)
+
 Every wait has a deadline. The processes die with the process that started them.
 """
 
@@ -46,7 +52,7 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "ep_backend"])
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank made of a job: a value, or an error's traceback, or an exit, or none of them (it never answered)."""
+    """What a rank made of a job: a value, an error's traceback, an exit, or nothing (it never answered)."""
 
     rank: int
     value: Any = None
@@ -66,7 +72,7 @@ class Outcome:
         return f"rank {self.rank} " + (f"raised\n{self.error}" if self.error else "succeeded")
 
 
-class RanksFailed(AssertionError):
+class RanksError(AssertionError):
     """A job failed. ``outcomes``: of all ranks."""
 
     def __init__(self, outcomes: list[Outcome]) -> None:
@@ -93,7 +99,7 @@ class Ranks:
         started = self.outcomes(START_S)
         if not all(outcome.ok for outcome in started):
             self.kill()
-            raise RanksFailed(started)
+            raise RanksError(started)
 
     @property
     def pids(self) -> list[int]:
@@ -104,12 +110,12 @@ class Ranks:
         return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-        """``function(rank, group, *args)`` on every rank; the results in order of rank. Raises RanksFailed."""
+        """``function(rank, group, *args)`` on every rank; the results by rank. Raises RanksError."""
         self.start(function, *args)
         outcomes = self.outcomes(timeout, give_up_early=True)
         if not all(outcome.ok for outcome in outcomes):
             self.kill()
-            raise RanksFailed(outcomes)
+            raise RanksError(outcomes)
         return [outcome.value for outcome in outcomes]
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
@@ -174,7 +180,7 @@ _pools: dict[int, Ranks] = {}
 
 
 def ranks(world: int) -> Ranks:
-    """The session's group of ``world`` processes, started when it is first asked for and again after a failed job."""
+    """The session's group of ``world`` processes; started when first asked for, and again after a failed job."""
     pool = _pools.get(world)
     if pool is None or not pool.alive:
         if pool is not None:
@@ -262,7 +268,8 @@ def _function(file: str, name: str) -> Callable[..., Any]:
     if file not in _modules:
         module_name = f"job_{len(_modules)}_{Path(file).stem}"
         spec = importlib.util.spec_from_file_location(module_name, file)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
