@@ -27,6 +27,7 @@ import ctypes
 import faulthandler
 import importlib.util
 import inspect
+import io
 import multiprocessing
 import os
 import pickle
@@ -158,7 +159,7 @@ class Ranks:
 
     def _answer(self, rank: int) -> Outcome:
         try:
-            value, error = pickle.loads(self._pipes[rank].recv_bytes())
+            value, error = _unpack(self._pipes[rank].recv_bytes())
         except (EOFError, ConnectionError):
             self._processes[rank].join(10)
             return Outcome(rank, exitcode=self._processes[rank].exitcode)
@@ -249,10 +250,25 @@ def _serve(
 
 def _reply(pipe: connection.Connection, value: Any, error: str | None) -> None:
     try:
-        message = pickle.dumps((value, error))
+        message = _pack((value, error))
     except Exception:
-        message = pickle.dumps((None, f"the result cannot be pickled\n{traceback.format_exc()}"))
+        message = _pack((None, f"the result cannot be pickled\n{traceback.format_exc()}"))
     pipe.send_bytes(message)
+
+
+def _pack(answer: Any) -> bytes:
+    """As torch.save does it: plain pickle cannot take back float8 tensors."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(answer, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(message: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(message), weights_only=False)
 
 
 def _die_with_parent() -> None:

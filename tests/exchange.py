@@ -1,0 +1,192 @@
+"""Exchanges for tests: inputs made from a seed, the same in every process, a job that runs them, and what must come out.
+
+A *step* is one exchange on one channel, a dict:
+
+    seed, tokens (per rank), slots (T or None), routing, ids (dtype), result (dtype of y), strided (bool), channel,
+    closers (ranks that release instead of combining)
+
+A *schedule* is a list of (step number, action); actions are "dispatch", "send", "recv", "combine", "combine_send",
+"combine_recv". A step whose schedule ends early is dropped: the next dispatch on its channel closes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+import ep_backend as ep
+from ep_backend import reference
+from ep_backend.reference import Call
+
+ROUTINGS = ("uniform", "skew", "one_rank", "sparse", "none")
+WHOLE = ("dispatch", "combine")
+HALVES = ("send", "recv", "combine_send", "combine_recv")
+
+
+def step(tokens, *, seed=0, slots=None, **more):
+    """A step with what most tests want."""
+    usual = {
+        "routing": "uniform",
+        "ids": torch.int64,
+        "result": None,
+        "strided": False,
+        "channel": 0,
+        "closers": (),
+    }
+    return {"seed": seed, "tokens": tuple(tokens), "slots": slots, **usual, **more}
+
+
+def make_call(config, world, rank, step):
+    """What ``rank`` dispatches."""
+    g = torch.Generator().manual_seed(step["seed"] * 1009 + rank)
+    count = step["tokens"][rank]
+    ids = torch.full((count, config.top_k), -1, dtype=torch.int64)
+    weights = torch.randn(count, config.top_k, generator=g)
+    weights[torch.rand(weights.shape, generator=g) < 0.1] = 0.0
+    owners = config.expert_ranks(world)
+    target = owners[step["seed"] % config.num_experts]
+    at_target = torch.tensor([e for e, r in enumerate(owners) if r == target])
+    popularity = 1.0 / (1.0 + torch.arange(config.num_experts)) ** 2
+    for t in range(count):
+        if step["routing"] in ("uniform", "sparse"):
+            ids[t] = torch.randperm(config.num_experts, generator=g)[: config.top_k]
+        elif step["routing"] == "skew":
+            ids[t] = torch.multinomial(popularity, config.top_k, generator=g)
+        elif step["routing"] == "one_rank":
+            chosen = at_target[torch.randperm(len(at_target), generator=g)[: config.top_k]]
+            ids[t, : len(chosen)] = chosen
+    if step["routing"] == "sparse":
+        ids[torch.rand(ids.shape, generator=g) < 0.5] = -1
+    x, scales = _rows(config, count, g)
+    return Call(x, ids.to(step["ids"]), weights, scales)
+
+
+def _bits(shape, dtype, g):
+    """Any bit pattern: rows that are not quantised travel as bytes."""
+    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), generator=g, dtype=torch.uint8)
+    return raw.view(dtype)
+
+
+def _rows(config, count, g):
+    shape = (count, config.row_width)
+    if config.quantization:
+        magnitude = 10.0 ** torch.randint(-4, 4, (count, config.hidden_size // 128, 1), generator=g)
+        blocks = torch.randn(count, config.hidden_size // 128, 128, generator=g) * magnitude
+        blocks[torch.rand(blocks.shape[:2], generator=g) < 0.1] = 0.0
+        return blocks.flatten(1).to(config.payload), None
+    scales = None
+    if config.payload == torch.float8_e4m3fn:
+        scales = _bits((count, config.hidden_size // 128), torch.float32, g)
+    elif config.scale_bytes:
+        scales = _bits((count, config.scale_bytes), torch.uint8, g)
+    return _bits(shape, config.payload, g), scales
+
+
+def make_result(config, rank, step, received):
+    """The y of ``rank``: values of all magnitudes; NaN in every row that must not be read."""
+    g = torch.Generator().manual_seed(step["seed"] * 1009 + rank + 500)
+    shape = (*received.rows.shape[:-1], config.hidden_size)
+    y = torch.randn(shape, generator=g) * 10.0 ** torch.randint(-3, 3, (*shape[:-1], 1), generator=g)
+    y[~reference.defined_rows(config, received)] = torch.nan
+    return y.to(step["result"] or config.result_dtype)
+
+
+def _strided(t):
+    """The same values with gaps between rows and between elements."""
+    wide = torch.zeros(*t.shape[:-1], t.shape[-1] * 2, dtype=t.dtype)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def own(received):
+    """A copy that outlives the exchange."""
+    copy = {k: None if v is None else v.clone() for k, v in vars(received).items()}
+    return ep.Received(**copy)
+
+
+class Runner:
+    """One rank's communicator and its exchanges under way."""
+
+    def __init__(self, communicator, steps):
+        self.c, self.steps, self.open = communicator, steps, {}
+        self.received, self.combined = {}, {}
+
+    def act(self, number, action):
+        step, c, config = self.steps[number], self.c, self.c.config
+        if action in ("dispatch", "send"):
+            call = make_call(config, c.world_size, c.rank, step)
+            x, ids, weights, scales = call.x, call.topk_ids, call.topk_weights, call.scales
+            if step["strided"]:
+                x, ids, weights = _strided(x), _strided(ids), _strided(weights)
+                scales = None if scales is None else _strided(scales)
+            arguments = {"scales": scales, "tokens_per_rank": step["slots"], "channel": step["channel"]}
+            if action == "send":
+                self.open[number] = c.dispatch_send(x, ids, weights, **arguments)
+            else:
+                received, self.open[number] = c.dispatch(x, ids, weights, **arguments)
+                self._keep(number, received)
+        elif action == "recv":
+            self._keep(number, c.dispatch_recv(self.open[number]))
+        elif c.rank in step["closers"]:
+            if action != "combine_recv":
+                c.release(self.open.pop(number))
+        elif action == "combine_send":
+            c.combine_send(self._result(number), self.open[number])
+        else:
+            handle = self.open.pop(number)
+            try:
+                if action == "combine":
+                    self.combined[number] = c.combine(self._result(number), handle)
+                else:
+                    self.combined[number] = c.combine_recv(handle)
+            except ep.EpProtocolError as error:
+                self.combined[number] = str(error)
+
+    def _keep(self, number, received):
+        self.received[number] = own(received)
+
+    def _result(self, number):
+        y = make_result(self.c.config, self.c.rank, self.steps[number], self.received[number])
+        return _strided(y) if self.steps[number]["strided"] else y
+
+
+def run_steps(rank, group, config, steps, schedule, transports=("cpu", "collective")):
+    """The job: per transport what was received and combined, by step."""
+    results = {}
+    for transport in transports:
+        with ep.Communicator(group, replace(config, transport=transport)) as communicator:
+            runner = Runner(communicator, steps)
+            for number, action in schedule:
+                runner.act(number, action)
+            results[transport] = (runner.received, runner.combined)
+    return results
+
+
+def one_by_one(steps):
+    """The schedule that finishes each step before the next."""
+    return [(number, action) for number in range(len(steps)) for action in WHOLE]
+
+
+def check_steps(config, steps, results):
+    """Compare the results of ``run_steps`` on all ranks with the reference, bit by bit."""
+    world = len(results)
+    for number, step in enumerate(steps):
+        calls = [make_call(config, world, rank, step) for rank in range(world)]
+        wanted = reference.dispatch(config, calls, step["slots"])
+        ys = [make_result(config, rank, step, wanted[rank]) for rank in range(world)]
+        totals = reference.combine(config, calls, ys, step["slots"])
+        for rank in range(world):
+            for transport, (received, combined) in results[rank].items():
+                where = f"{transport}, rank {rank}, step {number}"
+                if number in received:
+                    difference = reference.first_difference(config, received[number], wanted[rank])
+                    assert difference is None, f"{where}: {difference}"
+                if number not in combined:
+                    continue
+                if step["closers"]:
+                    assert isinstance(combined[number], str), f"{where}: combined though a rank closed"
+                    assert "without a combine" in combined[number]
+                else:
+                    same = reference.same_bits(combined[number], totals[rank])
+                    assert same, f"{where}: {combined[number]} instead of {totals[rank]}"
