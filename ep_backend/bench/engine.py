@@ -6,8 +6,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
-import platform
 import shlex
 import signal
 import sys
@@ -21,7 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ep_backend.bench import report
 from ep_backend.bench.engines import vllm
+from ep_backend.bench.engines.process import ServerError
 from ep_backend.errors import EpConfigError
 
 OURS = "ep_backend"
@@ -93,53 +93,69 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or EpError with the end of the engine's log in it."""
+    """0: measured; 1: a server or a client failed, and the end of its log was shown. Raises EpConfigError."""
     console = Console()
     if not (args.model / "config.json").is_file():
         raise EpConfigError(f"--model {args.model} has no config.json: give the folder of a model")
     vllm.check_environment()
     device = vllm.choose_device(args.data_parallel_size) if args.device == "auto" else args.device
-    loads = _loads(args, SIZES[device])
-    logs = args.log_dir or Path(tempfile.mkdtemp(prefix="ep-backend-bench-"))
-    backends = list(dict.fromkeys(args.backends.split(",")))
-    prompts = _prompts(args.model)
-    results: list[dict[str, Any]] = []
-    completions: dict[str, list[dict[str, str]]] = {}
-
-    with _terminable():
-        for number in range(args.rounds):
-            for backend in backends:
-                serving = _serving(args, backend, device, loads)
-                folder = logs / f"round{number}-{backend}"
-                if args.rounds > 1:
-                    console.print(f"round {number + 1} of {args.rounds}")
-                with vllm.Server(
-                    serving, folder, lambda text: console.print(text, highlight=False)
-                ) as server:
-                    if backend not in completions:
-                        completions[backend] = _complete(server, prompts)
-                        _show_completions(console, completions[backend])
-                    for load in loads:
-                        console.print(
-                            f"  measuring {load.num_prompts} requests, {load.concurrency} at a time"
-                        )
-                        measured = server.measure(dataclasses.replace(load, seed=number))
-                        if measured["failed"] or measured["completed"] != load.num_prompts:
-                            raise server.session.error(
-                                f"only {measured['completed']} of {load.num_prompts} succeeded"
-                            )
-                        results.append(_result(args.engine, backend, number, load, measured))
-                console.print("  stopped")
-
-    console.print(
-        _table(results, backends, f"{args.model.resolve().name} on {args.data_parallel_size} {device} ranks")
-    )
+    bench = Bench(args, device, console)
+    try:
+        with _terminable():
+            for number in range(args.rounds):
+                for backend in bench.backends:
+                    bench.serve_and_measure(backend, number)
+    except ServerError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        return 1
+    title = f"{args.model.resolve().name} on {args.data_parallel_size} {device} ranks"
+    console.print(_table(bench.results, bench.backends, title))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        report = _report(args, device, results, completions)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        args.json.write_text(json.dumps(bench.document(), indent=2) + "\n")
         console.print(f"wrote {args.json}", highlight=False)
     return 0
+
+
+class Bench:
+    """One command's servers, in turn, and what was measured."""
+
+    def __init__(self, args: argparse.Namespace, device: str, console: Console) -> None:
+        self.backends = list(dict.fromkeys(args.backends.split(",")))
+        self.results: list[dict[str, Any]] = []
+        self.completions: dict[str, list[dict[str, str]]] = {}
+        self._args, self._device, self._console = args, device, console
+        self._loads = _loads(args, SIZES[device])
+        self._logs = args.log_dir or Path(tempfile.mkdtemp(prefix="ep-backend-bench-"))
+
+    def serve_and_measure(self, backend: str, number: int) -> None:
+        """Start the engine with `backend`, print completions the first time, measure every load, stop it."""
+        if self._args.rounds > 1:
+            self._say(f"round {number + 1} of {self._args.rounds}")
+        serving = _serving(self._args, backend, self._device, self._loads)
+        with vllm.Server(serving, self._logs / f"round{number}-{backend}", self._say) as server:
+            if backend not in self.completions:
+                self.completions[backend] = _complete(server, _prompts(self._args.model))
+                _show_completions(self._console, self.completions[backend])
+            for load in self._loads:
+                self._say(f"  measuring {load.num_prompts} requests, {load.concurrency} at a time")
+                measured = server.measure(dataclasses.replace(load, seed=number))
+                self.results.append(_result(self._args.engine, backend, number, load, measured))
+        self._say("  stopped")
+
+    def document(self) -> dict[str, Any]:
+        """What --json writes."""
+        return {
+            "machine": report.machine(self._device),
+            "versions": vllm.versions(),
+            "command": shlex.join(["ep-backend", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "results": self.results,
+            "completions": self.completions,
+        }
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, no_wrap=True, overflow="ellipsis")
 
 
 def _loads(args: argparse.Namespace, size: Size) -> list[vllm.Load]:
@@ -238,23 +254,6 @@ def _table(results: list[dict[str, Any]], backends: list[str], title: str) -> Ta
                 cells.append(f"{row['tpot_median_ms'] / rows[baseline]['tpot_median_ms']:.2f}")
             table.add_row(*cells)
     return table
-
-
-def _report(
-    args: argparse.Namespace, device: str, results: list[dict[str, Any]], completions: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "machine": machine(device),
-        "versions": vllm.versions(),
-        "command": shlex.join(["ep-backend", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "results": results,
-        "completions": completions,
-    }
-
-
-def machine(device: str) -> dict[str, Any]:
-    return {"device": device, "system": platform.platform(), "cpus": len(os.sched_getaffinity(0))}
 
 
 @contextmanager

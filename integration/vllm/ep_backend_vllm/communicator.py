@@ -14,6 +14,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 class _WithEpManager:
     """Mixed in front of CpuCommunicator, CudaCommunicator, ..."""
 
+    cpu_group: Any
+    device: Any
+    all2all_manager: Any
     _base_is_built = False
 
     # The base class raises on names it does not know, or falls back with a warning, while it builds its own

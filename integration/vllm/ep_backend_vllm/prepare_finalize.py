@@ -111,6 +111,8 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
             topk_weights.to(torch.float32).contiguous(),
             tokens_per_rank=tokens_per_rank(self._communicator.config.max_tokens_per_rank),
         )
+        assert received.topk_ids is not None  # only expert-major rows come without
+        assert received.topk_weights is not None
         ids, weights = self._expert_rows.ids_and_weights(received.topk_ids, received.topk_weights)
         return received.rows, None, None, ids, weights
 

@@ -37,15 +37,17 @@ def selected(vllm_config: Any) -> bool:
 def accept_name() -> None:
     """Add the name to what ParallelConfig and `--all2all-backend` accept; wrong names stay rejected."""
     import vllm.config.parallel as parallel
-    from pydantic.dataclasses import rebuild_dataclass
+    from pydantic.dataclasses import rebuild_dataclass  # type: ignore[import-not-found,unused-ignore]
 
     field = parallel.ParallelConfig.__dataclass_fields__["all2all_backend"]
-    if NAME in get_args(field.type):
+    names = get_args(field.type)
+    if NAME in names:
         return
-    names = Literal[(*get_args(field.type), NAME)]  # type: ignore[valid-type]
-    parallel.All2AllBackend = names
-    parallel.ParallelConfig.__annotations__["all2all_backend"] = names
-    field.type = names
+    names += (NAME,)
+    accepted: Any = Literal[names]
+    parallel.All2AllBackend = accepted
+    parallel.ParallelConfig.__annotations__["all2all_backend"] = accepted
+    field.type = accepted
     rebuild_dataclass(parallel.ParallelConfig, force=True)
     # The command line takes its choices from the field's type and caches them.
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
