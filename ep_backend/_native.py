@@ -35,7 +35,9 @@ LAYOUTS = {"rank_major": 0, "compact": 1, "expert_major": 2}
 MAX_WORLD = 72
 
 # csrc/common/status.h
-OK, TIMEOUT, ABORTED, AHEAD, SLOTS_DIFFER, PEER_CLOSED, BAD_ID, DUPLICATE_ID, WRONG_STATE = range(9)
+OK, TIMEOUT, ABORTED, AHEAD, SLOTS_DIFFER, PEER_CLOSED, BAD_ID, DUPLICATE_ID, WRONG_STATE, RECOVERING = range(
+    10
+)
 PHASES = ("dispatch", "combine")
 
 

@@ -1,15 +1,13 @@
-"""Meetings of a group on the host: used when communicators are made and when they recover, never in an
-exchange."""
+"""Meetings of a group on the host: used when communicators are made, never in an exchange."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ep_backend.errors import EpConfigError, EpError
+from ep_backend.errors import EpConfigError
 
 T = TypeVar("T")
 
@@ -41,16 +39,3 @@ def together(
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise EpConfigError(f"rank {failed[0][0]} cannot start{more}: {failed[0][1]}")
     return result, [told for told, _ in answers]
-
-
-def meet(group: dist.ProcessGroup | None, timeout_s: float) -> None:
-    """Wait until every rank is here. Raises EpError after ``timeout_s``, naming who is missing where gloo can
-    tell."""
-    if dist.get_backend(group) != "gloo":
-        raise EpError("recover() meets on the host and needs a gloo group: make the communicator with one")
-    try:
-        dist.monitored_barrier(group, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
-    except RuntimeError as error:
-        raise EpError(
-            f"not all ranks came to recover(); a new communicator is needed without the dead: {error}"
-        ) from error

@@ -11,8 +11,7 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
         "int timeout_us, int[] expert_rank, int[] windows) -> int");
     m.def("exchange_destroy(int exchange) -> ()");
     m.def("exchange_error(int exchange) -> int[]");
-    m.def("exchange_max_epoch(int exchange) -> int");
-    m.def("exchange_recover(int exchange, int epoch) -> ()");
+    m.def("exchange_recover(int exchange, int timeout_us) -> int[]");
     m.def("exchange_set_timeout(int exchange, int timeout_us) -> ()");
     m.def("exchange_close(int exchange, int channel) -> int");
 
@@ -54,7 +53,6 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("exchange_create", TORCH_BOX(&ep::ops::exchange_create));
     m.impl("exchange_destroy", TORCH_BOX(&ep::ops::exchange_destroy));
     m.impl("exchange_error", TORCH_BOX(&ep::ops::exchange_error));
-    m.impl("exchange_max_epoch", TORCH_BOX(&ep::ops::exchange_max_epoch));
     m.impl("exchange_recover", TORCH_BOX(&ep::ops::exchange_recover));
     m.impl("exchange_set_timeout", TORCH_BOX(&ep::ops::exchange_set_timeout));
     m.impl("exchange_close", TORCH_BOX(&ep::ops::exchange_close));

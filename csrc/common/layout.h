@@ -1,9 +1,9 @@
 // Where everything in a window lives, and what a flag word means. Host, device and tests use these structs
 // and no others.
 //
-// A window is the memory that a rank lets its peers write into. It starts with one abort word per peer; after
-// that comes one region per channel, each a complete instance: flags, dispatch window, combine window. See
-// docs/protocol.md.
+// A window is the memory that a rank lets its peers write into. It starts with one abort word and one meeting
+// word per peer; after that comes one region per channel, each a complete instance: flags, dispatch window,
+// combine window. See docs/protocol.md.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ constexpr uint64_t kEpochMask = (uint64_t{1} << 48) - 1;
 
 static_assert(kMaxWorld <= 64 * kMaskWords);
 
-// Flag and abort words: 48 bits of epoch, 16 bits of count (flag) or of blamed rank + 1 (abort).
+// Words: 48 bits of epoch, 16 bits of count (flag), of blamed rank + 1 (abort) or of Meeting (meeting word).
 EP_HD constexpr uint64_t make_word(uint64_t epoch, uint32_t low) {
     return (epoch & kEpochMask) << 16 | (low & 0xFFFF);
 }
@@ -41,6 +41,9 @@ EP_HD constexpr uint64_t next_epoch(uint64_t epoch) {
 EP_HD constexpr int64_t epoch_distance(uint64_t a, uint64_t b) {
     return static_cast<int64_t>((a - b) << 16) >> 16;
 }
+
+// How far a rank is in recover(); see Exchange::recover.
+enum class Meeting : uint32_t { kNone = 0, kHere = 1, kAgreed = 2 };
 
 EP_HD constexpr int64_t align_line(int64_t n) {
     return (n + kLine - 1) / kLine * kLine;
@@ -94,12 +97,13 @@ struct WindowLayout {
         l.combine_rows = place(slots * s.wire_bytes);
         l.combine_weights = place(s.weights_back ? slots * s.top_k * 4 : 0);
         l.channel_bytes = at;
-        l.channels = align_line(s.world * kLine);
+        l.channels = 2 * s.world * kLine;
         l.total = l.channels + s.num_channels * l.channel_bytes;
         return l;
     }
 
     EP_HD int64_t abort_word(int64_t source) const { return source * kLine; }
+    EP_HD int64_t meeting_word(int64_t source) const { return (shape.world + source) * kLine; }
     EP_HD int64_t channel(int64_t c) const { return channels + c * channel_bytes; }
     EP_HD int64_t dispatch_flag(int64_t c, int64_t source, int64_t chunk) const {
         return channel(c) + dispatch_flags + (source * shape.num_chunks + chunk) * kLine;

@@ -17,6 +17,7 @@ enum class Status : int32_t {
     kBadId = 6,        // an expert id is neither -1 nor in [0, num_experts); nothing was sent
     kDuplicateId = 7,  // an expert stands twice in a token's top-k; nothing was sent
     kWrongState = 8,  // the channel is not at the point of the exchange that the call needs; nothing was sent
+    kRecovering = 9,  // recover() has been called here, and not all ranks have come to it
 };
 
 enum class Phase : int32_t { kDispatch = 0, kCombine = 1 };

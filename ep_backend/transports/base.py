@@ -146,6 +146,10 @@ class NativeExchange:
             raise EpArgumentError(_describe_bad_ids(ids, self.config.num_experts))
         if status == _native.WRONG_STATE:
             raise EpError("the channel is not at this point of an exchange: dispatch and combine alternate")
+        if status == _native.RECOVERING:
+            raise EpError(
+                "stopped: recover() was called here, but not all ranks came to it; call it again on all ranks"
+            )
         _, peer, reporter, phase, channel, expected, seen, waited_us, *masks, closed_by = ops.exchange_error(
             self.handle
         )

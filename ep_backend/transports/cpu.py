@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ep_backend import rendezvous
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
+from ep_backend.errors import EpError
 from ep_backend.transports.base import DispatchCall, NativeExchange, Received
 from ep_backend.transports.shm import WindowShare
 
@@ -19,7 +20,6 @@ class CpuTransport:
     name = "cpu"
 
     def __init__(self, group: dist.ProcessGroup | None, config: EpConfig) -> None:
-        self._group = group
         self._timeout_s = config.timeout()
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         self.window_bytes = int(ops.window_layout(config.window_shape(world))[0])
@@ -59,9 +59,13 @@ class CpuTransport:
     def recover(self) -> None:
         """All ranks meet, so none writes any more; then all go on behind the highest epoch. Nothing is
         cleared."""
-        rendezvous.meet(self._group, self._timeout_s)
-        epochs = rendezvous.gather(self._group, ops.exchange_max_epoch(self._exchange.handle))
-        ops.exchange_recover(self._exchange.handle, max(epochs) + 1)
+        absent = ops.exchange_recover(self._exchange.handle, round(self._timeout_s * 1e6))
+        if absent:
+            raise EpError(
+                f"rank {', '.join(map(str, absent))} did not come to recover() within {self._timeout_s:g} s; "
+                "this rank stays stopped: call recover() again on all ranks, or make a new communicator "
+                "without the dead"
+            )
 
     def set_timeout(self, seconds: float) -> None:
         self._timeout_s = seconds

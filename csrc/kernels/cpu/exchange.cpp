@@ -18,6 +18,10 @@ int64_t microseconds_since(Clock::time_point start) {
     return std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count();
 }
 
+uint64_t meeting(uint64_t epoch, Meeting how_far) {
+    return make_word(epoch, static_cast<uint32_t>(how_far));
+}
+
 // More ranks than cores is normal on a CPU: give the core away soon, and sleep when nothing comes for long.
 void back_off(int64_t round) {
     constexpr int64_t kSpins = 64, kYields = 512;
@@ -67,13 +71,50 @@ uint64_t Exchange::max_epoch() const {
     return epoch;
 }
 
-void Exchange::recover(uint64_t epoch) {
+// Each rank says in all windows {epoch, kHere}, and {epoch, kAgreed} once every peer has said one of the two;
+// epoch is the highest that it has said or seen. It leaves when all have agreed on the same one. A rank that
+// has said so writes nothing else until it leaves, even if it gave up in between: an old word of a meeting
+// that failed is still true.
+std::vector<int64_t> Exchange::recover(int64_t timeout_us) {
+    if (error_.status == Status::kOk) {
+        error_.status = Status::kRecovering;
+        error_.reporter = static_cast<int32_t>(settings_.rank);
+    }
+    uint64_t epoch = next_epoch(max_epoch());
+    Meeting said = Meeting::kNone;
+    const auto start = Clock::now();
+    for (int64_t round = 0;; ++round) {
+        const bool late = microseconds_since(start) > timeout_us;
+        uint64_t highest = epoch;
+        std::vector<int64_t> absent, disagree;
+        for (int64_t r = 0; r < settings_.shape.world; ++r) {
+            if (r == settings_.rank || masked_.test(r)) continue;
+            const uint64_t word = load_acquire(own() + layout_.meeting_word(r));
+            const bool here = word_low(word) != 0 && epoch_distance(word_epoch(word), floor_) >= 0;
+            if (here && epoch_distance(word_epoch(word), highest) > 0) highest = word_epoch(word);
+            if (!here) absent.push_back(r);
+            if (word != meeting(epoch, Meeting::kAgreed)) disagree.push_back(r);
+        }
+        const Meeting say = absent.empty() ? Meeting::kAgreed : Meeting::kHere;
+        if (say != said || highest != epoch) {
+            said = say;
+            epoch = highest;
+            for (int64_t r = 0; r < settings_.shape.world; ++r)
+                if (r != settings_.rank && !masked_.test(r))
+                    store_release(windows_[r] + layout_.meeting_word(settings_.rank), meeting(epoch, said));
+            continue;
+        }
+        if (disagree.empty()) break;
+        if (late) return absent.empty() ? disagree : absent;
+        back_off(round);
+    }
     error_ = ErrorWord{};
     floor_ = next_epoch(epoch);
     for (Channel& ch : channels_) {
-        ch.epoch = epoch & kEpochMask;
+        ch.epoch = epoch;
         ch.stage = Stage::kIdle;
     }
+    return {};
 }
 
 // Sticky: the first failure stays, and the peers learn whom to blame instead of waiting for their own
@@ -129,6 +170,9 @@ Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
     const auto start = Clock::now();
     for (int64_t round = 0;; ++round) {
         bool moved = false;
+        // The clock comes first: a rank that was stopped for long finds what has come meanwhile before it
+        // blames anybody.
+        const int64_t waited = microseconds_since(start);
         for (int64_t r = 0; r < world; ++r) {
             while (missing.test(r)) {
                 const int64_t at = phase == Phase::kDispatch
@@ -140,7 +184,7 @@ Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
                     error.status = Status::kAhead;
                     error.peer = static_cast<int32_t>(r);
                     error.epoch_seen = word_epoch(word);
-                    error.waited_us = microseconds_since(start);
+                    error.waited_us = waited;
                     return fail(error);
                 }
                 lows[r] = word_low(word) == kClosed ? kClosed : lows[r] + word_low(word);
@@ -150,7 +194,6 @@ Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
         }
         if (!missing.any()) return Status::kOk;
         if (moved) continue;
-        const int64_t waited = microseconds_since(start);
         if (told_to_stop(channel, phase, waited)) return error_.status;
         if (waited > settings_.timeout_us) {
             int64_t peer = 0;

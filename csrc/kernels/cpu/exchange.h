@@ -86,9 +86,10 @@ class Exchange {
 
     const ErrorWord& error() const { return error_; }
     int32_t closed_by() const { return closed_by_; }  // who made the last combine_recv return kPeerClosed
-    uint64_t max_epoch() const;
-    // After all ranks have stopped: every channel goes on behind `epoch`; nothing in a window is cleared.
-    void recover(uint64_t epoch);
+    // All ranks meet, so none of them still writes; then every channel goes on behind the highest epoch of
+    // all ranks, and nothing in a window is cleared. Returns the ranks that did not come in time: none, or
+    // this rank stays stopped and may call again.
+    std::vector<int64_t> recover(int64_t timeout_us);
     void set_timeout(int64_t us) { settings_.timeout_us = us; }
     // Waits and sends leave this rank out from now on.
     void mask_rank(int64_t rank) { masked_.set(rank); }
@@ -109,6 +110,7 @@ class Exchange {
     void encode_row(const DispatchInput& in, int64_t token, char* row, char* scales) const;
     Status wait_flags(int64_t channel, Phase phase, uint32_t* lows);
     Status check_headers(int64_t channel);
+    uint64_t max_epoch() const;
     bool told_to_stop(int64_t channel, Phase phase, int64_t waited_us);
     Status fail(ErrorWord word);
     void combine_flags(int64_t channel, uint32_t count);
