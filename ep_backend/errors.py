@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class EpError(RuntimeError):
     """Base of all errors of ep_backend."""
@@ -47,7 +50,7 @@ class EpTimeoutError(EpError, TimeoutError):
         self.rank, self.peer, self.phase, self.channel = rank, peer, phase, channel
         self.epoch_expected, self.epoch_seen, self.waited_s = epoch_expected, epoch_seen, waited_s
         self.reported_by = rank if reported_by is None else reported_by
-        self.missing = missing
+        self.missing, self.detail = missing, detail
         who = f"rank {peer}" if peer >= 0 else "a peer"
         if self.reported_by == rank:
             text = f"rank {rank} waited {waited_s:.1f} s in {phase} for {who}"
@@ -58,3 +61,20 @@ class EpTimeoutError(EpError, TimeoutError):
         if len(missing) > 1:
             text += f"; nothing came from ranks {', '.join(map(str, missing))}"
         super().__init__(text + (f": {detail}" if detail else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would pickle the message alone; engines send exceptions between processes.
+        fields = (
+            "rank",
+            "peer",
+            "phase",
+            "channel",
+            "epoch_expected",
+            "epoch_seen",
+            "waited_s",
+            "reported_by",
+        )
+        return partial(
+            EpTimeoutError,
+            **{name: getattr(self, name) for name in (*fields, "missing", "detail")},
+        ), ()
