@@ -100,11 +100,14 @@ class Session:
         """Ask to end, then kill. Returns when no process of the session is left."""
         if self._process is None:
             return
-        self._signal(signal.SIGTERM)
-        if not self._gone_within(TERM_GRACE_S):
+        try:
+            self._signal(signal.SIGTERM)
+            self._gone_within(TERM_GRACE_S)
+        finally:
+            # Also after a second Ctrl-C.
             self._signal(signal.SIGKILL)
-            if not self._gone_within(TERM_GRACE_S):
-                raise ServerError(f"processes {self.members()} of {self.command[:4]} do not end")
+        if not self._gone_within(TERM_GRACE_S):
+            raise ServerError(f"processes {self.members()} of {self.command[:4]} do not end")
         self._process.wait()
         self._process = None
 

