@@ -125,7 +125,8 @@ Status Exchange::fail(ErrorWord word) {
     if (word.status != Status::kAborted) {
         const uint64_t abort = make_word(word.epoch_expected, static_cast<uint32_t>(word.peer + 1));
         for (int64_t r = 0; r < settings_.shape.world; ++r)
-            if (r != settings_.rank) store_release(windows_[r] + layout_.abort_word(settings_.rank), abort);
+            if (r != settings_.rank && windows_[r])  // exchanges over packed buffers map no window of a peer
+                store_release(windows_[r] + layout_.abort_word(settings_.rank), abort);
     }
     return error_.status;
 }
