@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ep_backend import rendezvous
-from ep_backend.config import EpConfig
+from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.probe import probe
 from ep_backend.select import Decision, decide
@@ -132,6 +132,7 @@ class Communicator:
         EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
         exchange.
         """
+        self._expect(handle, "received")
         out = self._check_out(handle, out)
         self.combine_send(y, handle)
         return self.combine_recv(handle, out=out)
@@ -206,8 +207,8 @@ class Communicator:
 
     def set_timeout(self, seconds: float) -> None:
         """Change how long this rank waits for its peers, from the next wait on."""
-        if not seconds > 0:
-            raise EpArgumentError(f"the timeout is {seconds}; a number of seconds above 0 was wanted")
+        if wrong := wrong_timeout(seconds):
+            raise EpArgumentError(f"the timeout is {wrong}")
         self._usable()
         self._transport.set_timeout(seconds)
 
@@ -231,7 +232,13 @@ class Communicator:
 
     def _expect(self, handle: Handle, *states: str) -> None:
         self._usable()
-        if handle.state not in states or self._handles[handle.channel] is not handle:
+        if not isinstance(handle, Handle):
+            raise EpArgumentError(f"handle is {_named(handle)}; the Handle that dispatch returned was wanted")
+        if handle.state in states and not any(mine is handle for mine in self._handles):
+            raise EpArgumentError(
+                "the handle is of another communicator; one of this communicator was wanted"
+            )
+        if handle.state not in states:
             raise EpArgumentError(
                 f"the handle's exchange is {handle.state!r}; {' or '.join(map(repr, states))} was wanted: "
                 "each dispatch is received once and then combined or released once"
@@ -248,15 +255,18 @@ class Communicator:
     ) -> DispatchCall:
         self._usable()
         config = self.config
-        if not 0 <= channel < config.num_channels:
-            raise EpArgumentError(f"channel is {channel}; 0 to {config.num_channels - 1} was wanted")
-        slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
-        if not 1 <= slots <= config.max_tokens_per_rank:
-            raise EpArgumentError(f"tokens_per_rank is {slots}; 1 to {config.max_tokens_per_rank} was wanted")
-        tokens = x.shape[0] if x.dim() else 0
+        if not isinstance(channel, int) or not 0 <= channel < config.num_channels:
+            raise EpArgumentError(f"channel is {channel!r}; 0 to {config.num_channels - 1} was wanted")
+        most = config.max_tokens_per_rank
+        slots = most if tokens_per_rank is None else tokens_per_rank
+        if not isinstance(slots, int) or not 1 <= slots <= most:
+            raise EpArgumentError(f"tokens_per_rank is {slots!r}; 1 to {most} was wanted")
+        if isinstance(x, torch.Tensor) and x.dim() != 2:
+            raise EpArgumentError(f"x is {list(x.shape)}; [M, {config.row_width}] was wanted")
+        tokens = x.shape[0] if isinstance(x, torch.Tensor) else 0
+        self._check("x", x, (tokens, config.row_width), (config.payload,))
         if tokens > slots:
             raise EpArgumentError(f"x has {tokens} tokens; at most tokens_per_rank = {slots} were wanted")
-        self._check("x", x, (tokens, config.row_width), (config.payload,))
         self._check("topk_ids", ids, (tokens, config.top_k), (torch.int32, torch.int64))
         self._check("topk_weights", weights, (tokens, config.top_k), (torch.float32,))
         if config.payload == torch.float8_e4m3fn:
@@ -296,8 +306,14 @@ class Communicator:
     def _check(
         self, name: str, t: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
     ) -> None:
+        wanted = f"{list(shape)} {' or '.join(map(str, dtypes))} on {self.device} was wanted"
+        if not isinstance(t, torch.Tensor):
+            raise EpArgumentError(f"{name} is {_named(t)}; a tensor {wanted}")
+        if t.layout != torch.strided:
+            raise EpArgumentError(f"{name} is {t.layout}; a dense tensor {wanted}")
         if tuple(t.shape) != shape or t.dtype not in dtypes or t.device.type != self.device.type:
-            raise EpArgumentError(
-                f"{name} is {list(t.shape)} {t.dtype} on {t.device}; "
-                f"{list(shape)} {' or '.join(map(str, dtypes))} on {self.device} was wanted"
-            )
+            raise EpArgumentError(f"{name} is {list(t.shape)} {t.dtype} on {t.device}; {wanted}")
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from ep_backend.errors import EpConfigError
 SCALE_BLOCK = 128  # elements that share one fp8 scale: csrc/common/numerics.h
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS, MAX_TOP_K, MAX_HIDDEN, MAX_TOKENS = 1024, 16, 16384, 16384
+MAX_ROW_BYTES = 4 * MAX_HIDDEN  # of opaque rows: as long as the longest of the others
+MAX_TIMEOUT_S = 86400  # a day, as for EP_BACKEND_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,21 @@ class EpConfig:
         _check_choice("quantization", self.quantization, (None, "fp8_block128"))
         _check_choice("out_dtype", self.out_dtype, (None, *FLOATS))
         _check_choice("wire_dtype", self.wire_dtype, (None, *FLOATS))
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise EpConfigError(f"timeout_s is {self.timeout_s}; a number of seconds above 0 was wanted")
+        if self.timeout_s is not None and (wrong := wrong_timeout(self.timeout_s)):
+            raise EpConfigError(f"timeout_s is {wrong}")
+        if not _whole(self.pad_id) or not -(2**31) <= self.pad_id < 2**31:
+            raise EpConfigError(f"pad_id is {self.pad_id!r}; a 32-bit whole number was wanted")
+        if self.expert_map is not None:
+            if isinstance(self.expert_map, str) or not isinstance(self.expert_map, Sequence):
+                raise EpConfigError(f"expert_map is {self.expert_map!r}; a tuple of ranks was wanted")
+            object.__setattr__(self, "expert_map", tuple(self.expert_map))
+            if len(self.expert_map) != self.num_experts or not all(map(_whole, self.expert_map)):
+                raise EpConfigError(
+                    f"expert_map has {len(self.expert_map)} entries; one rank for each of the "
+                    f"{self.num_experts} experts was wanted"
+                )
+        if not isinstance(self.transport, str):
+            raise EpConfigError(f"transport is {self.transport!r}; a name was wanted")
         if self.quantization and self.payload not in FLOATS:
             raise EpConfigError(f"quantization {self.quantization} needs a float payload, not {self.payload}")
         if self.is_fp8 and self.hidden_size % SCALE_BLOCK:
@@ -82,9 +98,12 @@ class EpConfig:
                 f"fp8 needs a hidden_size that is a multiple of {SCALE_BLOCK}, not {self.hidden_size}"
             )
         if self.is_opaque:
-            if self.payload_bytes is None or self.payload_bytes <= 0:
+            if self.payload_bytes is None:
                 raise EpConfigError("a uint8 payload is opaque and needs payload_bytes")
-            if self.scale_bytes < 0 or self.scale_bytes % 4:
+            _check_range("payload_bytes", self.payload_bytes, MAX_ROW_BYTES)
+            if self.scale_bytes != 0:
+                _check_range("scale_bytes", self.scale_bytes, MAX_ROW_BYTES)
+            if self.scale_bytes % 4:
                 raise EpConfigError(f"scale_bytes is {self.scale_bytes}; a multiple of 4 was wanted")
         elif self.payload_bytes is not None or self.scale_bytes:
             raise EpConfigError(
@@ -151,10 +170,6 @@ class EpConfig:
         if world > MAX_WORLD:
             raise EpConfigError(f"the group has {world} ranks; at most {MAX_WORLD} are possible")
         if self.expert_map is not None:
-            if len(self.expert_map) != self.num_experts:
-                raise EpConfigError(
-                    f"expert_map has {len(self.expert_map)} entries for {self.num_experts} experts"
-                )
             wrong = [r for r in self.expert_map if not 0 <= r < world]
             if wrong:
                 raise EpConfigError(f"expert_map names rank {wrong[0]}; the group has ranks 0 to {world - 1}")
@@ -185,8 +200,19 @@ class EpConfig:
         return [f"{name}: {a} against {b}" for name, a, b in pairs if a != b and name not in private]
 
 
+def wrong_timeout(seconds: Any) -> str | None:
+    """What is wrong with a timeout, as the end of a sentence; None if nothing is."""
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds <= MAX_TIMEOUT_S:
+        return None
+    return f"{seconds!r}; a number of seconds above 0 and at most {MAX_TIMEOUT_S} was wanted"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_range(name: str, value: Any, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+    if not _whole(value) or not 1 <= value <= most:
         raise EpConfigError(f"{name} is {value!r}; a whole number from 1 to {most} was wanted")
 
 
