@@ -23,8 +23,9 @@ MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
 NEW_TOKENS = 64
 EQUAL_IN_BF16 = 6
 """Of 8 prompts, those that must be equal to the last token in bfloat16."""
-BF16_GAP = 0.25
-"""Largest gap between the two best logits at which bfloat16 may choose differently."""
+BF16_GAP = 0.125
+"""Largest gap between the two best logits at which bfloat16 may choose differently: two units in the last
+place of a bfloat16 between 8 and 16. The best logits of this model are 3 to 13."""
 
 
 def serving(**changes):
@@ -158,14 +159,14 @@ def test_a_stalled_rank_ends_the_engine_with_a_message(tmp_path):
         begin = time.monotonic()
         asking.start()
         asking.join(120)
-        seconds = time.monotonic() - begin
+        print(f"the request failed after {time.monotonic() - begin:.1f} s")
         assert failures, "the request must fail, not hang"
-        while server.session.returncode() is None and time.monotonic() - begin < 120:
+        wait_for_end = time.monotonic() + 60
+        while "EngineDeadError" not in server.session.log.read_text(errors="replace"):
+            assert time.monotonic() < wait_for_end
             time.sleep(0.5)
         log = server.session.log.read_text(errors="replace")
-        print(f"the request failed after {seconds:.1f} s")
-    assert "EpTimeoutError" in log
-    assert re.search(r"rank 0 .*rank 1", next(line for line in log.splitlines() if "EpTimeoutError" in line))
+    assert re.search(r"EpTimeoutError: rank 0 waited \d+\.\d s in (dispatch|combine) for rank 1", log)
 
 
 @pytest.mark.engine_long
