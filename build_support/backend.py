@@ -1,7 +1,8 @@
 """PEP 517 build backend: scikit-build-core, told where the installed torch and NVIDIA's compiler are.
 
-torch is no build requirement, because pip would then download a CUDA build of several gigabytes into the build
-environment. The library uses PyTorch's stable ABI, so the torch that it is built against need not be the one it runs on.
+torch is no build requirement, because pip would then download a CUDA build of several gigabytes into the
+build environment. The library uses PyTorch's stable ABI, so the torch that it is built against need not be
+the one that it runs on.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def _wheel_toolkit() -> Path:
             return toolkit
     wheels = " ".join(f"'{wheel}'" for wheel in CUDA_WHEELS)
     raise SystemExit(
-        "EP_BACKEND_CUDA=1 compiles with NVIDIA's wheels, which this environment lacks: build with isolation, "
-        f"or first `pip install {wheels}`."
+        "EP_BACKEND_CUDA=1 compiles with NVIDIA's wheels, which this environment lacks: build with isolation, or "
+        f"first `pip install {wheels}`."
     )
 
 

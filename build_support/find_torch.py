@@ -23,8 +23,9 @@ def _candidates() -> Iterator[Path]:
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
-    # pip hides the surrounding environment from an isolated build, but runs its interpreter: the paths still say where
-    # it is. Other front ends make an environment of their own; then the activated one or the base one is meant.
+    # pip hides the surrounding environment from an isolated build, but runs its interpreter: the paths still
+    # say where it is. Other front ends make an environment of their own; then the activated one or the base
+    # one is meant.
     folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for prefix in (os.environ.get("VIRTUAL_ENV"), sys.base_prefix):

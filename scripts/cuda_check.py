@@ -2,7 +2,8 @@
 
 usage: cuda_check.py WHEEL   (installs NVIDIA's disassemblers, 6 MB, into build/cuda-tools)
 
-The protocol signals with plain stores, because atomics on a peer's memory do not work on every machine (docs/protocol.md).
+The protocol signals with plain stores, because atomics on a peer's memory do not work on every machine
+(docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "build" / "cuda-tools"
+DISASSEMBLERS = ("cuobjdump", "nvdisasm")  # 13.2 reads what 13.0 writes; there is none of 13.0
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 PTX = {"sm_120"}
-# SASS, for example ATOMG.E.ADD.STRONG.SYS or REDG.E.ADD.STRONG.SYS; PTX, for example atom.add.acq_rel.sys.global.u32.
+# SASS, for example ATOMG.E.ADD.STRONG.SYS; PTX, for example atom.add.acq_rel.sys.global.u32.
 SYSTEM_ATOMIC = re.compile(r"\b(ATOM|ATOMG|RED|REDG)\.[\w.]*\bSYS\b|\b(atom|red)\.[\w.:]*\bsys\b")
 SAMPLES = {  # what nvcc 13.0 emits for each, so that the expression above is known to find it
     "@P0 ATOMG.E.ADD.STRONG.SYS PT, R7, desc[UR4][R2.64], R9 ;": True,
@@ -56,14 +59,20 @@ def check(library: Path) -> None:
     assert kernels >= len(ARCHITECTURES), f"only {kernels} functions were disassembled"
     atomics = [line.strip() for line in code.splitlines() if SYSTEM_ATOMIC.search(line)]
     assert not atomics, "system-scope atomics:\n" + "\n".join(atomics[:10])
-    print(f"{kernels} functions for {', '.join(sorted(ARCHITECTURES))}, PTX for {', '.join(PTX)}, no system-scope atomic")
+    print(f"{kernels} functions for {sorted(ARCHITECTURES)}, PTX for {sorted(PTX)}, no system-scope atomic")
 
 
 def main() -> None:
     if not (TOOLS / "nvidia").is_dir():
         subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--target", TOOLS]
-            + ["nvidia-cuda-cuobjdump==13.2.*", "nvidia-cuda-nvdisasm==13.2.*"],
+            [
+                *PIP,
+                "install",
+                "-q",
+                "--target",
+                TOOLS,
+                *(f"nvidia-cuda-{tool}==13.2.*" for tool in DISASSEMBLERS),
+            ],
             check=True,
         )
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(sys.argv[1]) as archive:

@@ -2,8 +2,8 @@
 
 usage: install_cpu_torch.py VERSION INDEX
 
-Asks pip what it would install before anything is downloaded. Where the machine's own package index has only a CUDA build
-(several gigabytes), takes the CPU build from INDEX, PyTorch's public one.
+Asks pip what it would install before anything is downloaded. Where the machine's own package index has only a
+CUDA build (several gigabytes), takes the CPU build from INDEX, PyTorch's public one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import sys
 
 
 def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pip", *arguments], text=True, capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "pip", *arguments], text=True, capture_output=True, check=False
+    )
 
 
 def offered(version: str, *source: str) -> tuple[str | None, str]:
     """The version pip would install if that is a CPU build, else None; and what was found instead."""
-    found = pip("install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--report", "-", *source,
-                f"torch=={version}")  # fmt: skip
+    options = ("--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--report", "-")
+    found = pip("install", *options, *source, f"torch=={version}")
     if found.returncode != 0:
         return None, (found.stderr.strip().splitlines() or ["pip found nothing"])[-1]
     metadata = json.loads(found.stdout)["install"][0]["metadata"]

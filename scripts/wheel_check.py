@@ -1,6 +1,6 @@
-"""Checks a built wheel: its tag, its symbols, and an installation in an environment of its own, away from the sources.
+"""Checks a built wheel: tag, symbols, and an installation in an environment of its own, outside the checkout.
 
-usage: wheel_check.py WHEEL TORCH_INDEX   (run by a Python with no special packages; makes a virtual environment)
+usage: wheel_check.py WHEEL TORCH_INDEX   (any Python 3.10 or later; makes a virtual environment)
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ FOREIGN_LIBRARIES = re.compile(r"libpython|libcudart|libc10|libtorch_python|libt
 def run(*command: str | Path, ok: bool = True, **options) -> str:
     """Standard output and error of a command; raises if it fails (ok) or succeeds (not ok)."""
     done = subprocess.run(
-        [str(part) for part in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        [str(part) for part in command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
         **options,
-    )  # fmt: skip
+    )
     if (done.returncode == 0) != ok:
         raise AssertionError(f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}")
     return done.stdout
@@ -60,8 +64,12 @@ class Check:
         assert carried == sources, (carried, sources)
 
     def no_python_symbols(self) -> None:
-        symbols = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", self.library).splitlines()]
-        assert any("torch" in symbol for symbol in symbols), "nm shows no symbol of torch: is this the library?"
+        symbols = [
+            line.split()[-1] for line in run("nm", "-D", "--undefined-only", self.library).splitlines()
+        ]
+        assert any("torch" in symbol for symbol in symbols), (
+            "nm shows no symbol of torch: is this the library?"
+        )
         python = [symbol for symbol in symbols if ABSENT.match(symbol)]
         assert not python, python
         needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", self.library))
@@ -105,11 +113,11 @@ class Check:
         assert "EP_BACKEND_TIMEOUT_S" in said, said
         json.loads(run(command, "env", "--json", **self.options))
         assert "bench" in run(command, "--help", **self.options)
-        listed = run(
-            self.python, "-c",
-            "from importlib.metadata import entry_points as e; print([p.value for p in e(group='vllm.general_plugins')])",
-            **self.options,
-        )  # fmt: skip
+        program = (
+            "from importlib.metadata import entry_points\n"
+            "print([point.value for point in entry_points(group='vllm.general_plugins')])"
+        )
+        listed = run(self.python, "-c", program, **self.options)
         assert "ep_backend_vllm:register" in listed, listed
 
 
