@@ -1,0 +1,232 @@
+"""What the exchange benchmark compares: the library's transports, and plain collectives as the baseline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import Communicator, Handle, Received
+from ep_backend.bench import workload
+from ep_backend.bench.workload import Inputs, Settings
+from ep_backend.communicator import TRANSPORTS
+
+BASELINE = "baseline_allgather"
+CALIBRATION_ROUNDS = 7
+
+
+class Contender(Protocol):
+    """One way to dispatch and combine. All methods are collective over the default group."""
+
+    name: str
+    window_bytes: int | None
+    """Bytes of this rank's windows; None if there are none."""
+
+    def prepare(self, inputs: list[Inputs]) -> None:
+        """Get ready for a case of equally large input sets."""
+
+    def verify(self) -> bool:
+        """Exchange each input set once, untimed, with the experts computed from what was received; keep their
+        results for `combine`. Returns whether everything was right on this rank."""
+
+    def dispatch(self, number: int) -> None:
+        """Send input set ``number`` and receive."""
+
+    def combine(self, out: torch.Tensor) -> None:
+        """Return the results prepared for the dispatched set; ``out`` [tokens, hidden]."""
+
+    def details(self) -> dict[str, Any]:
+        """What a reader of the results should know about how this case was run."""
+
+    def destroy(self) -> None: ...
+
+
+class Ours:
+    """A transport of this library behind a communicator."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name, self._settings = name, settings
+        self._comm = Communicator(None, settings.config(name), device=settings.device)
+        self.window_bytes: int | None = self._comm.window_bytes
+        self._inputs: list[Inputs] = []
+        self._results: list[torch.Tensor] = []
+        self._number = 0
+        self._handle: Handle | None = None
+
+    def prepare(self, inputs: list[Inputs]) -> None:
+        self._inputs = inputs
+
+    def verify(self) -> bool:
+        self._results, correct = [], True
+        for given in self._inputs:
+            received, handle = self._send(given)
+            self._results.append(self._compute(received))
+            correct &= given.accepts(self._comm.combine(self._results[-1], handle))
+        return correct
+
+    def dispatch(self, number: int) -> None:
+        self._number = number
+        _, self._handle = self._send(self._inputs[number])
+
+    def combine(self, out: torch.Tensor) -> None:
+        assert self._handle is not None
+        self._comm.combine(self._results[self._number], self._handle, out=out)
+
+    def details(self) -> dict[str, Any]:
+        return {"layout": self._settings.layout, "window_bytes": self.window_bytes}
+
+    def destroy(self) -> None:
+        self._comm.destroy()
+
+    def _send(self, given: Inputs) -> tuple[Received, Handle]:
+        return self._comm.dispatch(
+            given.x, given.ids, given.weights, scales=given.scales, tokens_per_rank=given.tokens
+        )
+
+    def _compute(self, received: Received) -> torch.Tensor:
+        settings, experts = self._settings, self._comm.local_experts
+        if settings.layout != "expert_major":
+            assert received.topk_ids is not None
+            assert received.topk_weights is not None
+            return workload.weighted_sums(
+                received.rows, received.scales, received.topk_ids, received.topk_weights, experts, settings
+            )
+        factors = workload.expert_factors(settings.experts, settings.hidden, settings.seed)
+        y = torch.zeros(*received.rows.shape[:2], settings.hidden, dtype=settings.result_dtype)
+        for e, count in enumerate(received.rows_per_expert.tolist()):
+            scales = None if received.scales is None else received.scales[e, :count]
+            rows = workload.dequantize(received.rows[e, :count], scales)
+            y[e, :count] = (rows * factors[experts[e]]).to(y.dtype)
+        return y
+
+
+class AllGather:
+    """All-gather of every rank's rows, ids, weights (and scales); reduce-scatter of every rank's sums.
+
+    That is what engines do where nothing better is there. torch.distributed offers several ways to the same
+    result; the fastest for the case's size is taken, measured before the case.
+    """
+
+    name = BASELINE
+    window_bytes: int | None = None
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self._settings = settings
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        ranks = settings.config("auto").expert_ranks(self._world)
+        self._experts = tuple(e for e, rank in enumerate(ranks) if rank == self._rank)
+        self._local = torch.full((settings.experts + 1,), -1, dtype=torch.int64)
+        self._local[list(self._experts)] = torch.arange(len(self._experts))
+
+    def prepare(self, inputs: list[Inputs]) -> None:
+        self._inputs = inputs
+        self._pieces = [self._pieces_of(given) for given in inputs]
+        tokens, widths = inputs[0].tokens, [piece.shape[1] for piece in self._pieces[0]]
+        rows, hidden, dtype = self._world * tokens, self._settings.hidden, self._settings.result_dtype
+        self._gathered = [torch.empty(rows, width, dtype=torch.uint8) for width in widths]
+        self._packed = torch.empty(tokens, sum(widths), dtype=torch.uint8)
+        self._packed_all = torch.empty(rows, sum(widths), dtype=torch.uint8)
+        self._results = [torch.zeros(rows, hidden, dtype=dtype) for _ in inputs]
+        self._scratch = torch.empty(rows, hidden, dtype=dtype)
+        self._number, out = 0, torch.empty(tokens, hidden, dtype=dtype)
+
+        gathers = {"all_gather": self._gather_each, "packed all_gather": self._gather_packed}
+        reduces = {
+            "reduce_scatter": self._reduce_scatter,
+            "all_to_all + sum": self._all_to_all_and_sum,
+            "all_reduce + slice": self._all_reduce_and_slice,
+        }
+        gather, reduce = _fastest(gathers, 0), _fastest(reduces, out)
+        self._gather, self._reduce, self._chosen = gathers[gather], reduces[reduce], (gather, reduce)
+
+    def verify(self) -> bool:
+        correct = True
+        for number, given in enumerate(self._inputs):
+            self.dispatch(number)
+            self._results[number] = self._compute(self._received())
+            out = torch.empty(given.tokens, self._settings.hidden, dtype=self._settings.result_dtype)
+            self.combine(out)
+            correct &= given.accepts(out)
+        return correct
+
+    def dispatch(self, number: int) -> None:
+        self._number = number
+        self._gather(number)
+
+    def combine(self, out: torch.Tensor) -> None:
+        self._reduce(out)
+
+    def details(self) -> dict[str, Any]:
+        return {"collectives": " and ".join(self._chosen), "window_bytes": None}
+
+    def destroy(self) -> None: ...
+
+    def _pieces_of(self, given: Inputs) -> list[torch.Tensor]:
+        """Everything that travels, as bytes: [tokens, width] each."""
+        parts = [given.x, given.ids, given.weights, *([] if given.scales is None else [given.scales])]
+        return [part.contiguous().view(torch.uint8) for part in parts]
+
+    def _gather_each(self, number: int) -> None:
+        for into, piece in zip(self._gathered, self._pieces[number], strict=True):
+            _all_gather(into, piece)
+        self._is_packed = False
+
+    def _gather_packed(self, number: int) -> None:
+        # Rows are left where they arrive: what an engine would do to take them apart is not counted.
+        torch.cat(self._pieces[number], dim=1, out=self._packed)
+        _all_gather(self._packed_all, self._packed)
+        self._is_packed = True
+
+    def _received(self) -> list[torch.Tensor]:
+        parts = self._gathered
+        if self._is_packed:
+            parts = list(self._packed_all.split([p.shape[1] for p in self._gathered], dim=1))
+        given = self._inputs[0]
+        dtypes = [given.x.dtype, given.ids.dtype, given.weights.dtype]
+        dtypes += [] if given.scales is None else [given.scales.dtype]
+        return [part.contiguous().view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+
+    def _compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        rows, ids, weights = parts[:3]
+        scales = parts[3] if len(parts) > 3 else None
+        local = self._local[ids.long()]
+        return workload.weighted_sums(rows, scales, local, weights, self._experts, self._settings)
+
+    def _reduce_scatter(self, out: torch.Tensor) -> None:
+        _reduce_scatter(out, self._results[self._number])
+
+    def _all_to_all_and_sum(self, out: torch.Tensor) -> None:
+        dist.all_to_all_single(self._scratch, self._results[self._number])
+        torch.sum(self._scratch.view(self._world, *out.shape), 0, out=out)
+
+    def _all_reduce_and_slice(self, out: torch.Tensor) -> None:
+        self._scratch.copy_(self._results[self._number])
+        dist.all_reduce(self._scratch)
+        out.copy_(self._scratch.view(self._world, *out.shape)[self._rank])
+
+
+# Renamed in PyTorch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _fastest(ways: Mapping[str, Callable[[Any], None]], argument: Any) -> str:
+    """The way whose slowest rank is the fastest, by the median; the same answer on all ranks."""
+    seconds = torch.empty(len(ways), CALIBRATION_ROUNDS + 1, dtype=torch.float64)
+    for round_ in range(seconds.shape[1]):
+        for way, act in enumerate(ways.values()):
+            dist.barrier()
+            start = time.perf_counter()
+            act(argument)
+            seconds[way, round_] = time.perf_counter() - start
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return list(ways)[int(seconds[:, 1:].median(1).values.argmin())]
+
+
+MAKERS: dict[str, Callable[[str, Settings], Contender]] = {
+    **dict.fromkeys(TRANSPORTS, Ours),
+    BASELINE: AllGather,
+}
