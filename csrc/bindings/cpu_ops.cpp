@@ -1,10 +1,8 @@
 // Operators of the CPU kernels; see ops.h.
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <memory>
 
 #include "../kernels/cpu/exchange.h"
+#include "formats.h"
 #include "ops.h"
 
 namespace ep::ops {
@@ -17,28 +15,8 @@ Exchange& at(int64_t exchange) {
     return *reinterpret_cast<Exchange*>(exchange);
 }
 
-DType format_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float:
-            return DType::kF32;
-        case ScalarType::Half:
-            return DType::kF16;
-        case ScalarType::BFloat16:
-            return DType::kBF16;
-        case ScalarType::Float8_e4m3fn:
-            return DType::kE4M3;
-        default:
-            return DType::kBytes;
-    }
-}
-
 void* data(const std::optional<Tensor>& t) {
     return t ? t->data_ptr() : nullptr;
-}
-
-ExchangeShape shape_of(const std::vector<int64_t>& s) {
-    STD_TORCH_CHECK(s.size() == 9, "ep_backend: a window shape has 9 fields");
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
 }
 
 cpu::DispatchInput input_of(const Tensor& x, const std::optional<Tensor>& scales, const Tensor& ids,
@@ -88,18 +66,9 @@ void exchange_destroy(int64_t exchange) {
 }
 
 std::vector<int64_t> exchange_error(int64_t exchange) {
-    const ErrorWord& e = at(exchange).error();
-    return {static_cast<int64_t>(e.status),
-            e.peer,
-            e.reporter,
-            static_cast<int64_t>(e.phase),
-            e.channel,
-            static_cast<int64_t>(e.epoch_expected),
-            static_cast<int64_t>(e.epoch_seen),
-            e.waited_us,
-            static_cast<int64_t>(e.missing[0]),
-            static_cast<int64_t>(e.missing[1]),
-            at(exchange).closed_by()};
+    std::vector<int64_t> fields = fields_of(at(exchange).error());
+    fields.push_back(at(exchange).closed_by());
+    return fields;
 }
 
 std::vector<int64_t> exchange_recover(int64_t exchange, int64_t timeout_us) {
@@ -185,7 +154,7 @@ int64_t unpack_combine(int64_t exchange, int64_t channel, Tensor records, Tensor
 
 void gather_rows(Tensor rows, Tensor index, Tensor out) {
     cpu::gather_rows(out.data_ptr(), rows.data_ptr(), pointer<int64_t>(index), index.numel(),
-                     out.size(1) * cpu::element_bytes(format_of(out)));
+                     out.size(1) * element_bytes(format_of(out)));
 }
 
 }  // namespace ep::ops

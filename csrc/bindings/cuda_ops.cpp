@@ -1,19 +1,124 @@
-// Operators of the CUDA kernels; see ops.h.
+// Operators of the CUDA kernels; see cuda_ops.h.
+#include "cuda_ops.h"
+
 #include <torch/csrc/stable/accelerator.h>
 
+#include "../kernels/cuda/exchange.h"
 #include "../kernels/cuda/gather_rows.h"
 #include "current_stream.h"
-#include "ops.h"
+#include "formats.h"
 
 namespace ep::ops {
+namespace {
+
+using cuda::Exchange;
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+Exchange& at(int64_t exchange) {
+    return *reinterpret_cast<Exchange*>(exchange);
+}
+
+void check(cudaError_t error, const char* what) {
+    STD_TORCH_CHECK(error == cudaSuccess, "ep_backend: ", what, " failed: ", cudaGetErrorString(error));
+}
+
+cuda::Plan plan_of(const std::vector<int64_t>& p) {
+    cuda::Plan plan{};
+    plan.slots = static_cast<int32_t>(p[0]);
+    if (p.size() == 4) {
+        plan.tokens_per_chunk = static_cast<int32_t>(p[1]);
+        plan.segments = static_cast<int32_t>(p[2]);
+        plan.warps_per_token = static_cast<int32_t>(p[3]);
+    }
+    return plan;
+}
+
+}  // namespace
+
+int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire, int64_t out,
+                             bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us, int64_t max_blocks,
+                             int64_t device, std::vector<int64_t> expert_rank, std::vector<int64_t> windows) {
+    const DeviceGuard guard(static_cast<int32_t>(device));
+    const cuda::Settings settings{shape_of(shape),
+                                  rank,
+                                  hidden,
+                                  static_cast<DType>(wire),
+                                  static_cast<DType>(out),
+                                  local_ids,
+                                  static_cast<int32_t>(pad_id),
+                                  static_cast<uint64_t>(epoch),
+                                  timeout_us,
+                                  max_blocks};
+    std::vector<char*> pointers;
+    for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
+    return reinterpret_cast<int64_t>(new Exchange(settings, {expert_rank.begin(), expert_rank.end()}, pointers));
+}
+
+void cuda_exchange_destroy(int64_t exchange) {
+    delete &at(exchange);
+}
+
+std::vector<int64_t> cuda_exchange_error(int64_t exchange) {
+    return fields_of(at(exchange).error());
+}
+
+int64_t cuda_exchange_max_epoch(int64_t exchange) {
+    return static_cast<int64_t>(at(exchange).max_epoch());
+}
+void cuda_exchange_recover(int64_t exchange, int64_t epoch) {
+    at(exchange).recover(static_cast<uint64_t>(epoch));
+}
+void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us) {
+    at(exchange).set_timeout(timeout_us);
+}
+
+void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,
+                   Tensor weights, std::optional<Tensor> num_tokens, std::vector<int64_t> plan, bool send,
+                   bool receive, Tensor out_ids, Tensor out_weights, Tensor tokens_per_source) {
+    const int32_t device = x.get_device_index();
+    const DeviceGuard guard(device);
+    cuda::DispatchArgs a{};
+    a.x = static_cast<const char*>(x.data_ptr());
+    a.scales = scales ? static_cast<const char*>(scales->data_ptr()) : nullptr;
+    a.ids = ids.data_ptr();
+    a.weights = static_cast<const float*>(weights.data_ptr());
+    a.device_tokens = num_tokens ? static_cast<const int32_t*>(num_tokens->data_ptr()) : nullptr;
+    a.out_ids = static_cast<int32_t*>(out_ids.data_ptr());
+    a.out_weights = static_cast<float*>(out_weights.data_ptr());
+    a.tokens_per_source = static_cast<int32_t*>(tokens_per_source.data_ptr());
+    a.plan = plan_of(plan);
+    a.tokens = static_cast<int32_t>(x.size(0));
+    a.x_type = format_of(x);
+    // Rows that travel have fewer bytes than rows that come: they are quantised on the way.
+    const int64_t x_row_bytes = x.size(1) * element_bytes(a.x_type);
+    a.quantize = x_row_bytes != at(exchange).settings().shape.row_bytes;
+    a.ids_are_64_bit = ids.scalar_type() == ScalarType::Long;
+    a.send = send;
+    a.receive = receive;
+    check(at(exchange).dispatch(channel, a, current_stream(device)), "dispatch");
+}
+
+void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send, bool receive,
+                  Tensor out) {
+    const int32_t device = out.get_device_index();
+    const DeviceGuard guard(device);
+    cuda::CombineArgs a{};
+    a.y = static_cast<const char*>(y.data_ptr());
+    a.out = static_cast<char*>(out.data_ptr());
+    a.plan = plan_of(plan);
+    a.y_type = format_of(y);
+    a.send = send;
+    a.receive = receive;
+    check(at(exchange).combine(channel, a, current_stream(device)), "combine");
+}
 
 void gather_rows_cuda(Tensor rows, Tensor index, Tensor out) {
-    const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-    const int64_t element = out.numel() ? static_cast<int64_t>(out.element_size()) : 1;
-    const cudaError_t error =
-        cuda::gather_rows(out.data_ptr(), rows.data_ptr(), static_cast<const int64_t*>(index.data_ptr()),
-                          index.numel(), out.size(1) * element, current_stream(out.get_device_index()));
-    STD_TORCH_CHECK(error == cudaSuccess, "ep_backend: gather_rows failed: ", cudaGetErrorString(error));
+    const int32_t device = out.get_device_index();
+    const DeviceGuard guard(device);
+    check(cuda::gather_rows(out.data_ptr(), rows.data_ptr(), static_cast<const int64_t*>(index.data_ptr()), index.numel(),
+                            out.size(1) * static_cast<int64_t>(out.element_size()), current_stream(device)),
+          "gather_rows");
 }
 
 }  // namespace ep::ops

@@ -75,9 +75,3 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CPU, m) {
     m.impl("unpack_combine", TORCH_BOX(&ep::ops::unpack_combine));
     m.impl("gather_rows", TORCH_BOX(&ep::ops::gather_rows));
 }
-
-#if defined(EP_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {
-    m.impl("gather_rows", TORCH_BOX(&ep::ops::gather_rows_cuda));
-}
-#endif

@@ -49,8 +49,5 @@ int64_t pack_close(int64_t exchange, int64_t channel, Tensor rows_per_source, Te
 int64_t unpack_combine(int64_t exchange, int64_t channel, Tensor records, Tensor out);
 
 void gather_rows(Tensor rows, Tensor index, Tensor out);
-#if defined(EP_WITH_CUDA)
-void gather_rows_cuda(Tensor rows, Tensor index, Tensor out);
-#endif
 
 }  // namespace ep::ops

@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define EP_HD __host__ __device__
-#else
-#define EP_HD
-#endif
+#include "host_device.h"
 
 namespace ep {
 

@@ -6,42 +6,49 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace ep {
 
 // Part of the interface with ep_backend/config.py.
 enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kE4M3 = 3, kBytes = 4 };
 
+// Bytes of an element; 1 for opaque bytes.
+EP_HD constexpr int64_t element_bytes(DType type) {
+    return type == DType::kF32 ? 4 : type == DType::kF16 || type == DType::kBF16 ? 2 : 1;
+}
+
 constexpr int64_t kScaleBlock = 128;  // elements that share one fp8 scale
 constexpr float kE4M3Max = 448.0f;
 constexpr float kMinAmax = 1e-10f;  // keeps the scale of an all-zero block positive
 
-inline uint32_t float_bits(float x) {
+EP_HD inline uint32_t float_bits(float x) {
     uint32_t u;
     std::memcpy(&u, &x, 4);
     return u;
 }
-inline float bits_float(uint32_t u) {
+EP_HD inline float bits_float(uint32_t u) {
     float x;
     std::memcpy(&x, &u, 4);
     return x;
 }
 
-inline float bf16_to_float(uint16_t b) {
+EP_HD inline float bf16_to_float(uint16_t b) {
     return bits_float(static_cast<uint32_t>(b) << 16);
 }
-inline uint16_t float_to_bf16(float x) {
+EP_HD inline uint16_t float_to_bf16(float x) {
     const uint32_t u = float_bits(x);
     const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
     return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
 // fp8 block scale: scale = max(amax, 1e-10) / 448 in fp32, then q = e4m3(x / scale) with IEEE division.
-inline float fp8_scale(float amax) {
+EP_HD inline float fp8_scale(float amax) {
     return (amax > kMinAmax ? amax : kMinAmax) / kE4M3Max;
 }
 
 // fp32 -> e4m3 (bias 7, no infinity), saturating to +-448; NaN stays NaN.
-inline uint8_t float_to_e4m3(float x) {
+EP_HD inline uint8_t float_to_e4m3(float x) {
     const uint32_t u = float_bits(x);
     const uint32_t sign = (u >> 24) & 0x80;
     const uint32_t a = u & 0x7FFFFFFF;

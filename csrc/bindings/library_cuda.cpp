@@ -1,0 +1,36 @@
+// Registers the operators of the CUDA kernels. Nothing else happens here.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda_ops.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
+    m.def(
+        "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int pad_id, "
+        "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows) -> int");
+    m.def("cuda_exchange_destroy(int exchange) -> ()");
+    m.def("cuda_exchange_error(int exchange) -> int[]");
+    m.def("cuda_exchange_max_epoch(int exchange) -> int");
+    m.def("cuda_exchange_recover(int exchange, int epoch) -> ()");
+    m.def("cuda_exchange_set_timeout(int exchange, int timeout_us) -> ()");
+    m.def(
+        "cuda_dispatch(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, "
+        "Tensor? num_tokens, int[] plan, bool send, bool receive, Tensor(a!) out_ids, Tensor(b!) out_weights, "
+        "Tensor(c!) tokens_per_source) -> ()");
+    m.def(
+        "cuda_combine(int exchange, int channel, Tensor y, int[] plan, bool send, bool receive, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
+    m.impl("cuda_exchange_create", TORCH_BOX(&ep::ops::cuda_exchange_create));
+    m.impl("cuda_exchange_destroy", TORCH_BOX(&ep::ops::cuda_exchange_destroy));
+    m.impl("cuda_exchange_error", TORCH_BOX(&ep::ops::cuda_exchange_error));
+    m.impl("cuda_exchange_max_epoch", TORCH_BOX(&ep::ops::cuda_exchange_max_epoch));
+    m.impl("cuda_exchange_recover", TORCH_BOX(&ep::ops::cuda_exchange_recover));
+    m.impl("cuda_exchange_set_timeout", TORCH_BOX(&ep::ops::cuda_exchange_set_timeout));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {
+    m.impl("cuda_dispatch", TORCH_BOX(&ep::ops::cuda_dispatch));
+    m.impl("cuda_combine", TORCH_BOX(&ep::ops::cuda_combine));
+    m.impl("gather_rows", TORCH_BOX(&ep::ops::gather_rows_cuda));
+}

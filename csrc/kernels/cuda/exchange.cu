@@ -1,0 +1,213 @@
+#include "exchange.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+namespace ep::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string("ep_backend: ") + what + " failed: " + cudaGetErrorString(error));
+}
+
+// A block that waits keeps its place on the GPU. If all exchanges that exist can be resident together, none can wait for
+// a block that found no place.
+class Residency {
+  public:
+    void reserve(int device, int blocks, int capacity) {
+        const std::lock_guard lock(mutex_);
+        if (used_[device] + blocks > capacity)
+            throw std::runtime_error("ep_backend: " + std::to_string(used_[device]) + " blocks are reserved by other "
+                                     "channels, " + std::to_string(blocks) + " more do not fit the GPU's " +
+                                     std::to_string(capacity) + ": use fewer SMs per channel");
+        used_[device] += blocks;
+    }
+    void release(int device, int blocks) {
+        const std::lock_guard lock(mutex_);
+        used_[device] -= blocks;
+    }
+
+  private:
+    std::mutex mutex_;
+    std::unordered_map<int, int> used_;
+};
+
+Residency& residency() {
+    static Residency r;
+    return r;
+}
+
+int power_of_two_at_most(int n) {
+    int p = 1;
+    while (2 * p <= n) p *= 2;
+    return p;
+}
+
+// Offsets in device memory.
+struct Place {
+    int64_t at = 0;
+    int64_t operator()(int64_t bytes) {
+        const int64_t offset = at;
+        at += align_line(bytes);
+        return offset;
+    }
+};
+
+}  // namespace
+
+Plan make_plan(int64_t slots, int64_t max_blocks, int64_t max_chunks) {
+    Plan plan{};
+    plan.slots = static_cast<int32_t>(slots);
+    const int64_t per_block = (slots + max_blocks - 1) / max_blocks;
+    const int64_t least = (slots + max_chunks - 1) / max_chunks;
+    plan.tokens_per_chunk = static_cast<int32_t>(std::max(least, std::min<int64_t>(per_block, kWarps)));
+    plan.token_chunks = static_cast<int32_t>((slots + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk);
+    plan.segments = static_cast<int32_t>(
+        std::clamp<int64_t>(std::min(max_blocks, max_chunks) / plan.token_chunks, 1, kMaxSegments));
+    plan.warps_per_token = power_of_two_at_most(std::max(1, kWarps / plan.tokens_per_chunk));
+    return plan;
+}
+
+Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_rank,
+                   const std::vector<char*>& windows)
+    : settings_(settings) {
+    const ExchangeShape& shape = settings.shape;
+    check(cudaGetDevice(&device_index_), "cudaGetDevice");
+    int sms = 0, major = 0;
+    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index_), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_), "cudaDeviceGetAttribute");
+    dependent_ = major >= 9;
+    const int capacity = sms * std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
+    const int blocks = static_cast<int>(settings.max_blocks * shape.num_channels);
+    residency().reserve(device_index_, blocks, capacity);
+    reserved_blocks_ = blocks;
+
+    const auto experts = static_cast<int64_t>(expert_rank.size());
+    Place place;
+    const int64_t words = place(shape.num_channels * kLine);
+    const int64_t error = place(sizeof(ErrorCell));
+    const int64_t mask = place(kMaskWords * 8);
+    const int64_t ranks = place(experts);
+    const int64_t locals = place(experts * 2);
+    const int64_t routes = place(shape.num_channels * shape.max_tokens * kRouteWords * 4);
+    check(cudaMalloc(&device_, place.at), "cudaMalloc");
+    check(cudaMemset(device_, 0, place.at), "cudaMemset");
+    check(cudaHostAlloc(&pinned_, sizeof(ErrorCell), cudaHostAllocMapped), "cudaHostAlloc");
+    *pinned_ = ErrorCell{};
+
+    std::vector<uint8_t> rank_table(experts);
+    std::vector<int16_t> local_table(experts);
+    std::vector<int16_t> held(shape.world, 0);
+    for (int64_t e = 0; e < experts; ++e) {
+        rank_table[e] = static_cast<uint8_t>(expert_rank[e]);
+        local_table[e] = held[expert_rank[e]]++;
+    }
+    check(cudaMemcpy(device_ + ranks, rank_table.data(), experts, cudaMemcpyHostToDevice), "cudaMemcpy");
+    check(cudaMemcpy(device_ + locals, local_table.data(), experts * 2, cudaMemcpyHostToDevice), "cudaMemcpy");
+    // The usual placement is arithmetic; a table costs a load where latency counts most.
+    std::vector<int32_t> usual;
+    for (int64_t r = 0; r < shape.world; ++r)
+        usual.insert(usual.end(), experts / shape.world + (r < experts % shape.world), static_cast<int32_t>(r));
+    const bool contiguous = usual == expert_rank && experts >= shape.world;
+
+    for (int64_t c = 0; c < shape.num_channels; ++c) {
+        View v{};
+        v.layout = WindowLayout::make(shape);
+        std::copy(windows.begin(), windows.end(), v.windows);
+        v.word = reinterpret_cast<DeviceWord*>(device_ + words + c * kLine);
+        v.error = reinterpret_cast<ErrorCell*>(device_ + error);
+        v.host_error = pinned_;
+        v.routes = reinterpret_cast<uint32_t*>(device_ + routes) + c * shape.max_tokens * kRouteWords;
+        v.expert_rank = contiguous ? nullptr : reinterpret_cast<uint8_t*>(device_ + ranks);
+        v.expert_local = contiguous ? nullptr : reinterpret_cast<int16_t*>(device_ + locals);
+        v.mask = reinterpret_cast<uint64_t*>(device_ + mask);
+        v.timeout_ns = static_cast<uint64_t>(settings.timeout_us) * 1000;
+        v.rank = static_cast<int32_t>(settings.rank);
+        v.world = static_cast<int32_t>(shape.world);
+        v.top_k = static_cast<int32_t>(shape.top_k);
+        v.channel = static_cast<int32_t>(c);
+        v.experts = static_cast<int32_t>(experts);
+        v.experts_base = static_cast<int32_t>(experts / shape.world);
+        v.experts_more = static_cast<int32_t>(experts % shape.world);
+        v.pad_id = settings.pad_id;
+        v.local_ids = settings.local_ids;
+        views_.push_back(v);
+    }
+    recover(settings.epoch);
+}
+
+Exchange::~Exchange() {
+    residency().release(device_index_, reserved_blocks_);
+    // Errors cannot be reported here; a context that is gone has freed everything already.
+    cudaFree(device_);
+    cudaFreeHost(pinned_);
+}
+
+Plan Exchange::complete(Plan plan) const {
+    Plan chosen = make_plan(plan.slots, settings_.max_blocks, settings_.shape.num_chunks);
+    if (plan.tokens_per_chunk) {
+        chosen = plan;
+        chosen.token_chunks = (plan.slots + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk;
+    }
+    if (chosen.chunks() > settings_.shape.num_chunks)
+        throw std::runtime_error("ep_backend: the plan has " + std::to_string(chosen.chunks()) + " chunks; " +
+                                 std::to_string(settings_.shape.num_chunks) + " at most were wanted");
+    return chosen;
+}
+
+cudaError_t Exchange::dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream) {
+    a.plan = complete(a.plan);
+    const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
+    return launch_dispatch(view(channel), a, {blocks, stream, dependent_});
+}
+
+cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t stream) {
+    a.plan = complete(a.plan);
+    a.hidden = static_cast<int32_t>(settings_.hidden);
+    a.wire = settings_.wire;
+    a.out_type = settings_.out;
+    const int64_t rows = settings_.shape.world * a.plan.tokens_per_chunk;
+    a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
+    const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
+    return launch_combine(view(channel), a, {blocks, stream, dependent_});
+}
+
+ErrorWord Exchange::error() const {
+    const volatile uint32_t* stopped = &pinned_->stopped;
+    if (*stopped == 0) return ErrorWord{};
+    std::atomic_thread_fence(std::memory_order_acquire);
+    return pinned_->word;
+}
+
+uint64_t Exchange::max_epoch() const {
+    uint64_t newest = settings_.epoch;
+    for (const View& v : views_) {
+        DeviceWord word;
+        check(cudaMemcpy(&word, v.word, sizeof word, cudaMemcpyDeviceToHost), "cudaMemcpy");
+        if (epoch_distance(word.epoch, newest) > 0) newest = word.epoch;
+    }
+    return newest;
+}
+
+void Exchange::recover(uint64_t epoch) {
+    for (View& v : views_) {
+        const DeviceWord word{epoch & kEpochMask, 0, 0, 0, 0};
+        check(cudaMemcpy(v.word, &word, sizeof word, cudaMemcpyHostToDevice), "cudaMemcpy");
+        v.floor = next_epoch(epoch);
+    }
+    check(cudaMemset(views_[0].error, 0, sizeof(ErrorCell)), "cudaMemset");
+    *pinned_ = ErrorCell{};
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
+void Exchange::set_timeout(int64_t us) {
+    for (View& v : views_) v.timeout_ns = static_cast<uint64_t>(us) * 1000;
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,66 @@
+// One rank's side of the exchanges over GPU memory that its peers can write: what the host keeps, and the plan of a call.
+//
+// Everything is allocated when an Exchange is made; dispatch and combine only launch, so they can be captured in a
+// CUDA graph. Calls of a channel happen in the same order on all ranks, on streams that are ordered one after another.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "launch.h"
+
+namespace ep::cuda {
+
+struct Settings {
+    ExchangeShape shape;
+    int64_t rank;
+    int64_t hidden;
+    DType wire;
+    DType out;
+    bool local_ids;
+    int32_t pad_id;
+    uint64_t epoch;      // epoch of the exchange before the first
+    int64_t timeout_us;
+    int64_t max_blocks;  // of a launch; equal on all ranks
+};
+
+// How `slots` tokens per rank are divided among at most `max_blocks` blocks and `max_chunks` flags.
+Plan make_plan(int64_t slots, int64_t max_blocks, int64_t max_chunks);
+
+class Exchange {
+  public:
+    // Throws std::runtime_error if CUDA fails, or if the launches of this and of the exchanges that exist already
+    // could not all be resident on the GPU at once.
+    Exchange(const Settings& settings, const std::vector<int32_t>& expert_rank, const std::vector<char*>& windows);
+    ~Exchange();
+    Exchange(const Exchange&) = delete;
+    Exchange& operator=(const Exchange&) = delete;
+
+    // `a` without what the exchange knows itself; plan.slots = T, the rest of the plan may be 0: chosen.
+    cudaError_t dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream);
+    cudaError_t combine(int64_t channel, CombineArgs a, cudaStream_t stream);
+
+    // What stopped the exchange, as the kernels have told the host so far. Does not wait for the GPU.
+    ErrorWord error() const;
+    uint64_t max_epoch() const;
+    // After all ranks have stopped and their streams are idle: every channel goes on behind `epoch`.
+    void recover(uint64_t epoch);
+    void set_timeout(int64_t us);
+    const Settings& settings() const { return settings_; }
+
+  private:
+    const View& view(int64_t channel) const { return views_[channel]; }
+    Plan complete(Plan plan) const;
+
+    Settings settings_;
+    std::vector<View> views_;  // one per channel
+    char* device_ = nullptr;   // everything that kernels need in this GPU's own memory
+    ErrorCell* pinned_ = nullptr;
+    int device_index_ = 0;
+    int reserved_blocks_ = 0;
+    bool dependent_ = false;
+};
+
+}  // namespace ep::cuda
