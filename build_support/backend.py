@@ -51,8 +51,8 @@ def _wheel_toolkit() -> Path:
             return toolkit
     wheels = " ".join(f"'{wheel}'" for wheel in CUDA_WHEELS)
     raise SystemExit(
-        "EP_BACKEND_CUDA=1 compiles with NVIDIA's wheels, which this environment lacks: build with isolation, or "
-        f"first `pip install {wheels}`."
+        "EP_BACKEND_CUDA=1 compiles with NVIDIA's wheels, which this environment lacks: build with isolation "
+        f"or first `pip install {wheels}`."
     )
 
 
