@@ -62,11 +62,12 @@ class Communicator:
     def __init__(
         self, group: dist.ProcessGroup | None, config: EpConfig, *, device: torch.device | str | None = None
     ) -> None:
-        self.device = torch.device(device or "cpu")
         self.config = config
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise EpConfigError("this process is not in the group; one of its ranks was wanted")
         expert_ranks, told = rendezvous.together(
-            group, lambda: self._start(config), lambda _: (config, probe(self.device))
+            group, lambda: self._start(device), lambda _: (config, probe(self.device))
         )
         for rank, (theirs, _) in enumerate(told):
             # Every rank compares all with rank 0, so that all fail with the same words.
@@ -80,10 +81,15 @@ class Communicator:
         self._handles: list[Handle | None] = [None] * config.num_channels
         self._alive = True
 
-    def _start(self, config: EpConfig) -> tuple[int, ...]:
+    def _start(self, device: torch.device | str | None) -> tuple[int, ...]:
+        """All that can go wrong on one rank alone, before anybody waits for it. Returns each expert's rank."""
+        if not isinstance(self.config, EpConfig):
+            raise EpConfigError(f"config is {_named(self.config)}; an EpConfig was wanted")
+        self.config.timeout()
+        self.device = torch.device(device or "cpu")
         if self.device.type != "cpu":
             raise EpConfigError(f"device is {self.device}; this version of ep_backend moves CPU tensors only")
-        return config.expert_ranks(self.world_size)
+        return self.config.expert_ranks(self.world_size)
 
     @property
     def transport(self) -> str:

@@ -30,10 +30,11 @@ def together(
     """
     try:
         result = act()
+        answer = tell(result)
     except Exception as error:
         gather(group, (None, f"{type(error).__name__}: {error}"))
         raise EpConfigError(f"rank {dist.get_rank(group)} cannot start: {error}") from error
-    answers = gather(group, (tell(result), None))
+    answers = gather(group, (answer, None))
     failed = [(rank, text) for rank, (_, text) in enumerate(answers) if text is not None]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""

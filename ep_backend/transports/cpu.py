@@ -28,10 +28,13 @@ class CpuTransport:
             lambda: WindowShare(self.window_bytes, rank, world, self._timeout_s),
             lambda share: share.address,
         )
-        mapped, _ = rendezvous.together(group, lambda: share.map_peers(addresses))
-        windows = [torch.frombuffer(window, dtype=torch.uint8) for window in mapped]
-        self._windows = windows
-        self._exchange = NativeExchange(config, rank, world, windows[rank], [w.data_ptr() for w in windows])
+
+        def join() -> tuple[list[torch.Tensor], NativeExchange]:
+            windows = [torch.frombuffer(window, dtype=torch.uint8) for window in share.map_peers(addresses)]
+            own, pointers = windows[rank], [window.data_ptr() for window in windows]
+            return windows, NativeExchange(config, rank, world, own, pointers)
+
+        (self._windows, self._exchange), _ = rendezvous.together(group, join)
 
     def dispatch_send(self, call: DispatchCall) -> None:
         status = ops.dispatch_send(
