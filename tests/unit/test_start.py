@@ -1,0 +1,253 @@
+"""Starting a communicator: all ranks start, or all raise the same reason and the group stays usable."""
+
+import contextlib
+import os
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from exchange import check_steps, one_by_one, run_steps, step
+from harness import fresh_ranks, ranks
+
+import ep_backend as ep
+
+CONFIG = ep.EpConfig(num_experts=6, top_k=2, hidden_size=128, max_tokens_per_rank=4, timeout_s=3.0)
+STEPS = [step([2, 4, 0])]
+
+
+def attempt(group, config, **more):
+    """What the start of a communicator raises, and whether one can be made right afterwards."""
+    message = ""
+    try:
+        ep.Communicator(group, config, **more).destroy()
+    except ep.EpConfigError as error:
+        message = str(error)
+    return message
+
+
+def config_job(rank, group, configs):
+    message = attempt(group, configs[rank])
+    return message, run_steps(rank, group, CONFIG, STEPS, one_by_one(STEPS))
+
+
+DIFFERENT = {
+    "num_experts": 7,
+    "top_k": 1,
+    "hidden_size": 256,
+    "max_tokens_per_rank": 5,
+    "payload": torch.float16,
+    "quantization": "fp8_block128",
+    "out_dtype": torch.float32,
+    "wire_dtype": torch.float32,
+    "layout": "compact",
+    "expert_map": (0, 0, 0, 1, 1, 2),
+    "num_channels": 2,
+}
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_different_configurations(name, odd):
+    configs = [CONFIG] * 3
+    configs[odd] = replace(CONFIG, **{name: DIFFERENT[name]})
+    answers = ranks(3).run(config_job, configs)
+    messages = {message for message, _ in answers}
+    assert len(messages) == 1
+    message = messages.pop()
+    other = odd or 1
+    assert f"rank 0 and rank {other} have different configurations" in message
+    mine, theirs = getattr(configs[0], name), getattr(configs[other], name)
+    assert f"{name}: {mine} against {theirs}" in message
+    check_steps(CONFIG, STEPS, [results for _, results in answers])
+
+
+def test_all_differences_are_named():
+    configs = [CONFIG, replace(CONFIG, top_k=3, layout="compact"), CONFIG]
+    for message, _ in ranks(3).run(config_job, configs):
+        assert "top_k: 2 against 3" in message
+        assert "layout: rank_major against compact" in message
+
+
+def private_job(rank, group, configs):
+    with ep.Communicator(group, configs[rank]) as c:
+        ids = torch.tensor([[0, 5]])
+        received, handle = c.dispatch(torch.ones(1, 128).bfloat16(), ids, torch.ones(1, 2), tokens_per_rank=1)
+        out = c.combine(torch.ones(3, 128), handle)
+        return received.topk_ids, out
+
+
+def test_what_stays_on_a_rank_may_differ():
+    configs = [CONFIG, replace(CONFIG, pad_id=99), replace(CONFIG, expert_ids="global", pad_id=-5)]
+    answers = ranks(3).run(private_job, configs)
+    assert all(torch.equal(out, torch.full((1, 128), 2.0).bfloat16()) for _, out in answers)
+    assert [ids.unique().tolist() for ids, _ in answers] == [[-1, 0], [99], [-5, 5]]
+
+
+def device_job(rank, group, device):
+    more = {"device": device} if rank == 1 else {}
+    message = attempt(group, CONFIG, **more)
+    return message, run_steps(rank, group, CONFIG, STEPS, one_by_one(STEPS))
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu7"])
+def test_device_of_one_rank(device):
+    answers = ranks(3).run(device_job, device)
+    for message, _ in answers:
+        assert "rank 1 cannot start" in message
+        assert device in message
+    check_steps(CONFIG, STEPS, [results for _, results in answers])
+
+
+def no_config_job(rank, group):
+    return attempt(group, {"num_experts": 6} if rank == 0 else CONFIG)
+
+
+def test_no_config_on_one_rank():
+    for message in ranks(2).run(no_config_job):
+        assert "rank 0 cannot start" in message
+        assert "EpConfig was wanted" in message
+
+
+def subgroup_job(rank, group):
+    """Ranks 0 and 2 of three: their numbers in the group are 0 and 1."""
+    import torch.distributed as dist
+
+    part = dist.new_group([0, 2])
+    if rank == 1:
+        return attempt(part, CONFIG), None
+    steps = [step([2, 3])]
+    return "", run_steps(dist.get_rank(part), part, CONFIG, steps, one_by_one(steps))
+
+
+def test_part_of_the_ranks():
+    answers = ranks(3).run(subgroup_job)
+    assert "not in the group" in answers[1][0]
+    check_steps(CONFIG, [step([2, 3])], [answers[0][1], answers[2][1]])
+
+
+def placement_job(rank, group, transport):
+    """The map is right for four ranks and these are three."""
+    config = replace(CONFIG, expert_map=(0, 1, 2, 3, 0, 1), transport=transport)
+    return attempt(group, config)
+
+
+@pytest.mark.parametrize("transport", ["cpu", "collective"])
+def test_placement_beyond_the_group(transport):
+    for message in ranks(3).run(placement_job, transport):
+        assert "names rank 3" in message
+        assert "0 to 2" in message
+
+
+def transport_job(rank, group, names):
+    return attempt(group, replace(CONFIG, transport=names[rank]))
+
+
+@pytest.mark.parametrize("names", [("smoke",) * 2, ("peer",) * 2, ("cpu", "collective"), ("auto", "smoke")])
+def test_transports_that_cannot_be(names):
+    messages = ranks(2).run(transport_job, names)
+    assert len(set(messages)) == 1
+    assert any(name in messages[0] for name in names if name != "auto")
+    assert messages[0]
+
+
+def environment_job(rank, group, name, texts):
+    """As if the ranks had been started with different environments."""
+    with mock.patch.dict(os.environ, {name: texts[rank]}):
+        message = attempt(group, replace(CONFIG, timeout_s=None))
+    return message, run_steps(rank, group, CONFIG, STEPS, one_by_one(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("EP_BACKEND_TRANSPORT", ("cpu", "collective", "cpu")),
+        ("EP_BACKEND_TRANSPORT", ("nonsense",) * 3),
+        ("EP_BACKEND_PROFILE", ("cpu", "nvswitch", "cpu")),
+        ("EP_BACKEND_TIMEOUT_S", ("soon",) * 3),
+        ("EP_BACKEND_TIMEOUT_S", ("3", "soon", "3")),
+        ("EP_BACKEND_TIMEOUT_S", ("-1", "3", "3")),
+    ],
+)
+def test_environment(name, texts):
+    answers = ranks(3).run(environment_job, name, texts, timeout=40)
+    for message, _ in answers:
+        assert name in message or texts[0] in message, message
+    check_steps(CONFIG, STEPS, [results for _, results in answers])
+
+
+def broken_job(rank, group, target, transport, culprit):
+    failing = mock.patch(target, side_effect=OSError("injected"))
+    with failing if rank == culprit else contextlib.nullcontext():
+        message = attempt(group, replace(CONFIG, transport=transport))
+    return message, run_steps(rank, group, CONFIG, STEPS, one_by_one(STEPS))
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize(
+    ("target", "transport"),
+    [
+        ("os.memfd_create", "cpu"),
+        ("os.ftruncate", "cpu"),
+        ("socket.socket.listen", "cpu"),
+        ("socket.socket.connect", "cpu"),
+        ("socket.send_fds", "cpu"),
+        ("socket.recv_fds", "cpu"),
+        ("mmap.mmap", "cpu"),
+        ("ep_backend.transports.cpu.NativeExchange", "cpu"),
+        ("ep_backend.transports.collective.anonymous", "collective"),
+        ("ep_backend.transports.collective.NativeExchange", "collective"),
+        ("ep_backend.communicator.probe", "cpu"),
+    ],
+)
+def test_one_rank_cannot_start(target, transport, culprit):
+    answers = ranks(3).run(broken_job, target, transport, culprit, timeout=40)
+    for message, _ in answers:
+        assert "cannot start" in message
+        assert "injected" in message or "cannot share memory" in message
+    assert "injected" in answers[culprit][0]
+    check_steps(CONFIG, STEPS, [results for _, results in answers])
+
+
+def open_things():
+    with open("/proc/self/maps") as maps:
+        windows = sum("ep_backend-window" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), windows
+
+
+def failed_start_leaves_nothing_job(rank, group):
+    counts = []
+    for _ in range(3):
+        with (
+            mock.patch("socket.recv_fds", side_effect=OSError("injected"))
+            if rank
+            else contextlib.nullcontext()
+        ):
+            assert attempt(group, replace(CONFIG, timeout_s=0.5, transport="cpu"))
+        import gc
+
+        gc.collect()
+        counts.append(open_things())
+    return counts
+
+
+def test_a_failed_start_leaves_nothing():
+    for counts in ranks(2).run(failed_start_leaves_nothing_job):
+        assert counts[0] == counts[-1]
+        assert counts[-1][1] == 0
+
+
+def absent_job(rank, group):
+    if rank == 1:
+        os._exit(3)
+    return attempt(group, CONFIG)
+
+
+def test_a_rank_dies_before_it_starts():
+    """The group itself notices; what it raises is torch's, but nobody waits longer than the group's timeout."""
+    with fresh_ranks(2) as group:
+        group.start(absent_job)
+        outcomes = group.outcomes(timeout=30)
+    assert outcomes[1].exitcode == 3
+    assert outcomes[0].answered
+    assert outcomes[0].error
