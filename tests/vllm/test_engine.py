@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ep_backend.bench.engines.process import ServerError
 from ep_backend.bench.engines.vllm import Server, Serving
@@ -47,11 +48,13 @@ def reference():
 
     def get(dtype):
         if dtype not in records:
-            prompts = module.read_prompts()
-            records[dtype] = module.greedy(MODEL, prompts, NEW_TOKENS, dtype)
+            records[dtype] = module.greedy(MODEL, module.read_prompts(), NEW_TOKENS, dtype)
         return records[dtype]
 
-    return get
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are tiny: more threads wait for each other
+    yield get
+    torch.set_num_threads(threads)
 
 
 def generate(folder, prompts, **changes):
