@@ -36,9 +36,10 @@ cuda::Plan plan_of(const std::vector<int64_t>& p) {
 
 }  // namespace
 
-int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire, int64_t out,
-                             bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us, int64_t max_blocks,
-                             int64_t device, std::vector<int64_t> expert_rank, std::vector<int64_t> windows) {
+int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
+                             int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
+                             int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
+                             std::vector<int64_t> windows) {
     const DeviceGuard guard(static_cast<int32_t>(device));
     const cuda::Settings settings{shape_of(shape),
                                   rank,
@@ -52,7 +53,8 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                                   max_blocks};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
-    return reinterpret_cast<int64_t>(new Exchange(settings, {expert_rank.begin(), expert_rank.end()}, pointers));
+    return reinterpret_cast<int64_t>(
+        new Exchange(settings, {expert_rank.begin(), expert_rank.end()}, pointers));
 }
 
 void cuda_exchange_destroy(int64_t exchange) {
@@ -99,8 +101,8 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
     check(at(exchange).dispatch(channel, a, current_stream(device)), "dispatch");
 }
 
-void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send, bool receive,
-                  Tensor out) {
+void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send,
+                  bool receive, Tensor out) {
     const int32_t device = out.get_device_index();
     const DeviceGuard guard(device);
     cuda::CombineArgs a{};
@@ -116,8 +118,9 @@ void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64
 void gather_rows_cuda(Tensor rows, Tensor index, Tensor out) {
     const int32_t device = out.get_device_index();
     const DeviceGuard guard(device);
-    check(cuda::gather_rows(out.data_ptr(), rows.data_ptr(), static_cast<const int64_t*>(index.data_ptr()), index.numel(),
-                            out.size(1) * static_cast<int64_t>(out.element_size()), current_stream(device)),
+    check(cuda::gather_rows(out.data_ptr(), rows.data_ptr(), static_cast<const int64_t*>(index.data_ptr()),
+                            index.numel(), out.size(1) * static_cast<int64_t>(out.element_size()),
+                            current_stream(device)),
           "gather_rows");
 }
 

@@ -11,9 +11,10 @@ namespace ep::ops {
 
 using torch::stable::Tensor;
 
-int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire, int64_t out,
-                             bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us, int64_t max_blocks,
-                             int64_t device, std::vector<int64_t> expert_rank, std::vector<int64_t> windows);
+int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
+                             int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
+                             int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
+                             std::vector<int64_t> windows);
 void cuda_exchange_destroy(int64_t exchange);
 // The fields of ErrorWord in order.
 std::vector<int64_t> cuda_exchange_error(int64_t exchange);
@@ -25,8 +26,8 @@ void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us);
 void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,
                    Tensor weights, std::optional<Tensor> num_tokens, std::vector<int64_t> plan, bool send,
                    bool receive, Tensor out_ids, Tensor out_weights, Tensor tokens_per_source);
-void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send, bool receive,
-                  Tensor out);
+void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send,
+                  bool receive, Tensor out);
 void gather_rows_cuda(Tensor rows, Tensor index, Tensor out);
 
 }  // namespace ep::ops

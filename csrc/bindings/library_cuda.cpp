@@ -5,7 +5,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def(
-        "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int pad_id, "
+        "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int "
+        "pad_id, "
         "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows) -> int");
     m.def("cuda_exchange_destroy(int exchange) -> ()");
     m.def("cuda_exchange_error(int exchange) -> int[]");
@@ -14,10 +15,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def("cuda_exchange_set_timeout(int exchange, int timeout_us) -> ()");
     m.def(
         "cuda_dispatch(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, "
-        "Tensor? num_tokens, int[] plan, bool send, bool receive, Tensor(a!) out_ids, Tensor(b!) out_weights, "
+        "Tensor? num_tokens, int[] plan, bool send, bool receive, Tensor(a!) out_ids, Tensor(b!) "
+        "out_weights, "
         "Tensor(c!) tokens_per_source) -> ()");
     m.def(
-        "cuda_combine(int exchange, int channel, Tensor y, int[] plan, bool send, bool receive, Tensor(a!) out) -> ()");
+        "cuda_combine(int exchange, int channel, Tensor y, int[] plan, bool send, bool receive, Tensor(a!) "
+        "out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {

@@ -1,14 +1,17 @@
-// Memory order and the few instructions that CUDA C++ has no name for. Every load and store that orders anything between
-// ranks is here; docs/protocol.md ("Memory order on CUDA") says why each is enough. No atomic reaches beyond this GPU.
+// Memory order and the few instructions that CUDA C++ has no name for. Every load and store that orders
+// anything between ranks is here; docs/protocol.md ("Memory order on CUDA") says why each is enough. No
+// atomic reaches beyond this GPU.
 #pragma once
 
 #include <cstdint>
 
 namespace ep::ptx {
 
-// Everything this thread, and whoever it synchronised with before, has written is visible to the system before what this
-// thread writes next.
-__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+// Everything this thread, and whoever it synchronised with before, has written is visible to the system
+// before what this thread writes next.
+__device__ __forceinline__ void fence_system() {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 
 __device__ __forceinline__ void store_flag(void* p, uint64_t v) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
@@ -34,7 +37,8 @@ __device__ __forceinline__ uint4 load_row(const void* p) {
     return v;
 }
 __device__ __forceinline__ void store_row(void* p, uint4 v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 __device__ __forceinline__ uint64_t nanoseconds() {
@@ -43,8 +47,8 @@ __device__ __forceinline__ uint64_t nanoseconds() {
     return t;
 }
 
-// Programmatic dependent launch: the next kernel of the stream may take its place on the GPU before this one ends. It
-// must not read what this one writes before wait_for_previous_kernel().
+// Programmatic dependent launch: the next kernel of the stream may take its place on the GPU before this one
+// ends. It must not read what this one writes before wait_for_previous_kernel().
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

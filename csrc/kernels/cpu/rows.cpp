@@ -76,18 +76,6 @@ EP_CLONES void quantize(uint8_t* __restrict q, float* __restrict scales, const t
 
 }  // namespace
 
-int64_t element_bytes(DType type) {
-    switch (type) {
-        case DType::kF32:
-            return 4;
-        case DType::kF16:
-        case DType::kBF16:
-            return 2;
-        default:
-            return 1;
-    }
-}
-
 void convert_row(void* dst, DType dst_type, const void* src, DType src_type, int64_t n) {
     if (dst_type == src_type) {
         std::memcpy(dst, src, n * element_bytes(src_type));

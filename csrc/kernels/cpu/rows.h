@@ -8,9 +8,6 @@
 
 namespace ep::cpu {
 
-// Bytes of an element; 1 for opaque bytes.
-int64_t element_bytes(DType type);
-
 // dst[i] = round(src[i]); float formats.
 void convert_row(void* dst, DType dst_type, const void* src, DType src_type, int64_t n);
 // acc[i] += src[i]

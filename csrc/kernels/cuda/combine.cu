@@ -1,5 +1,6 @@
-// Combine in one launch: this rank's sums back to where the tokens came from, and the sum of what all ranks return.
-// A block sends a chunk, flags it, and reduces an earlier chunk while its stores are under way. See exchange.cuh.
+// Combine in one launch: this rank's sums back to where the tokens came from, and the sum of what all ranks
+// return. A block sends a chunk, flags it, and reduces an earlier chunk while its stores are under way. See
+// exchange.cuh.
 #include "exchange.cuh"
 #include "formats.cuh"
 #include "launch.h"
@@ -65,7 +66,8 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     for (int t = group; t < count; t += groups) {
         const int64_t token = first + t;
         Route route{};
-        for (int w = 0; w < kRouteWords && w * 32 < v.world; ++w) route.words[w] = v.routes[token * kRouteWords + w];
+        for (int w = 0; w < kRouteWords && w * 32 < v.world; ++w)
+            route.words[w] = v.routes[token * kRouteWords + w];
         const char* rows = own(v) + v.layout.combine_row(v.channel, 0, token);
         char* out = a.out + token * a.hidden * (Out::kWords * 2);
         for (int e = piece.begin + place; e < piece.end; e += step) {
@@ -105,8 +107,8 @@ __device__ void check_closed(const View& v, uint64_t epoch, const int* counts) {
 }
 
 template <class Y, class Wire, class Out>
-__global__ void __launch_bounds__(kThreads, 2) combine_kernel(const __grid_constant__ View v,
-                                                             const __grid_constant__ CombineArgs a) {
+__global__ void __launch_bounds__(kThreads, 2)
+    combine_kernel(const __grid_constant__ View v, const __grid_constant__ CombineArgs a) {
     __shared__ int counts[kMaxWorld];
     ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();

@@ -13,7 +13,8 @@ constexpr int kInFlight = 4;  // 16-byte loads that a thread issues before it st
 struct Piece {
     int begin, end;
 };
-// The part of a row's `words` 16-byte words that a segment covers; whole groups of 8 words (a block of fp8 scales).
+// The part of a row's `words` 16-byte words that a segment covers; whole groups of 8 words (a block of fp8
+// scales).
 __device__ Piece piece_of(int words, int segment, int segments) {
     auto cut = [&](int s) { return s == segments ? words : words * s / segments & ~7; };
     return {cut(segment), cut(segment + 1)};
@@ -26,13 +27,14 @@ __device__ int hop(const View& v, int n) {
 }
 
 // A group of warps copies a piece of a token's row to all its ranks, one load for all of them.
-__device__ void send_row(const View& v, const char* x, int64_t slot, const Route& route, Piece piece, int first,
-                         int step) {
+__device__ void send_row(const View& v, const char* x, int64_t slot, const Route& route, Piece piece,
+                         int first, int step) {
     for (int w = piece.begin + first; w < piece.end; w += step * kInFlight) {
         uint4 word[kInFlight];
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i)
-            if (w + i * step < piece.end) word[i] = ptx::load_row(x + static_cast<int64_t>(w + i * step) * 16);
+            if (w + i * step < piece.end)
+                word[i] = ptx::load_row(x + static_cast<int64_t>(w + i * step) * 16);
         for (int n = 1; n <= v.world; ++n) {
             const int d = hop(v, n);
             if (!route.test(d)) continue;
@@ -82,7 +84,8 @@ __device__ void send_quantized(const View& v, const char* x, int64_t slot, const
 }
 
 // Scales that the caller brought: few bytes, any multiple of 4.
-__device__ void send_scales(const View& v, const char* scales, int64_t slot, const Route& route, int first, int step) {
+__device__ void send_scales(const View& v, const char* scales, int64_t slot, const Route& route, int first,
+                            int step) {
     const auto* from = reinterpret_cast<const uint32_t*>(scales);
     for (int i = first; i < v.layout.shape.scale_bytes / 4; i += step)
         for (int d = 0; d < v.world; ++d)
@@ -91,7 +94,8 @@ __device__ void send_scales(const View& v, const char* scales, int64_t slot, con
 }
 
 template <class Id>
-__device__ void send_metadata(const View& v, const DispatchArgs& a, int64_t first_slot, int first, int count) {
+__device__ void send_metadata(const View& v, const DispatchArgs& a, int64_t first_slot, int first,
+                              int count) {
     const auto* ids = static_cast<const Id*>(a.ids) + static_cast<int64_t>(first) * v.top_k;
     const float* weights = a.weights + static_cast<int64_t>(first) * v.top_k;
     for (int i = threadIdx.x; i < count * v.top_k; i += kThreads) {
@@ -124,12 +128,15 @@ __device__ void send_chunk(const View& v, const DispatchArgs& a, int chunk, int 
         for (int w = 0; w < kRouteWords; ++w)
             route.words[w] &= ~static_cast<uint32_t>(v.mask[w / 2] >> (w % 2 * 32));
         if (segment == 0 && place < kRouteWords)
-            v.routes[token * kRouteWords + place] = place == 0 ? route.words[0] : place == 1 ? route.words[1] : route.words[2];
+            v.routes[token * kRouteWords + place] = place == 0   ? route.words[0]
+                                                    : place == 1 ? route.words[1]
+                                                                 : route.words[2];
         if (!route.any()) continue;
         if constexpr (std::is_void_v<F>) {
             send_row(v, a.x + token * v.layout.shape.row_bytes, first_slot + t, route, piece, place, step);
             if (segment == 0 && v.layout.shape.scale_bytes)
-                send_scales(v, a.scales + token * v.layout.shape.scale_bytes, first_slot + t, route, place, step);
+                send_scales(v, a.scales + token * v.layout.shape.scale_bytes, first_slot + t, route, place,
+                            step);
         } else {
             const int64_t x_bytes = v.layout.shape.row_bytes * 2 * F::kWords;
             send_quantized<F>(v, a.x + token * x_bytes, first_slot + t, route, piece, place, step);
@@ -144,7 +151,8 @@ __device__ void send_chunk(const View& v, const DispatchArgs& a, int chunk, int 
 }
 
 // Ids and weights leave the window; what is not for this rank, or was never sent, gets the padding id.
-__device__ void receive_metadata(const View& v, const DispatchArgs& a, int chunk, const int* counts, bool arrived) {
+__device__ void receive_metadata(const View& v, const DispatchArgs& a, int chunk, const int* counts,
+                                 bool arrived) {
     const Plan& plan = a.plan;
     const int first = chunk / plan.segments * plan.tokens_per_chunk;
     const int width = min(plan.tokens_per_chunk, plan.slots - first) * v.top_k;
@@ -152,7 +160,8 @@ __device__ void receive_metadata(const View& v, const DispatchArgs& a, int chunk
         const int source = i / width, j = i % width;
         const int64_t slot = static_cast<int64_t>(source) * plan.slots + first;
         const bool live = arrived && j / v.top_k < counts[source];
-        const int id = live ? reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[j] : -1;
+        const int id =
+            live ? reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[j] : -1;
         const float weight =
             live ? reinterpret_cast<const float*>(own(v) + v.layout.weight_row(v.channel, slot))[j] : 0.0f;
         const bool local = is_local(v, id);
@@ -165,7 +174,8 @@ __device__ void receive_metadata(const View& v, const DispatchArgs& a, int chunk
 // Chunk 0 of every source covers its header: how many tokens it has in all, and whether it agrees on T.
 __device__ void receive_headers(const View& v, const DispatchArgs& a, uint64_t epoch) {
     for (int source = threadIdx.x; source < v.world; source += kThreads) {
-        const auto header = *reinterpret_cast<const SourceHeader*>(own(v) + v.layout.header(v.channel, source));
+        const auto header =
+            *reinterpret_cast<const SourceHeader*>(own(v) + v.layout.header(v.channel, source));
         a.tokens_per_source[source] = masked(v, source) ? 0 : static_cast<int32_t>(header.tokens);
         if (masked(v, source) || header.slots == static_cast<uint32_t>(a.plan.slots)) continue;
         ErrorWord error;
@@ -188,8 +198,8 @@ __device__ bool close_open_exchange(const View& v, const DeviceWord& word, int* 
 }
 
 template <class Id, class F>
-__global__ void __launch_bounds__(kThreads, 2) dispatch_kernel(const __grid_constant__ View v,
-                                                              const __grid_constant__ DispatchArgs a) {
+__global__ void __launch_bounds__(kThreads, 2)
+    dispatch_kernel(const __grid_constant__ View v, const __grid_constant__ DispatchArgs a) {
     __shared__ int counts[kMaxWorld];
     ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();

@@ -13,18 +13,21 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess)
-        throw std::runtime_error(std::string("ep_backend: ") + what + " failed: " + cudaGetErrorString(error));
+        throw std::runtime_error(std::string("ep_backend: ") + what +
+                                 " failed: " + cudaGetErrorString(error));
 }
 
-// A block that waits keeps its place on the GPU. If all exchanges that exist can be resident together, none can wait for
-// a block that found no place.
+// A block that waits keeps its place on the GPU. If all exchanges that exist can be resident together, none
+// can wait for a block that found no place.
 class Residency {
   public:
     void reserve(int device, int blocks, int capacity) {
         const std::lock_guard lock(mutex_);
         if (used_[device] + blocks > capacity)
-            throw std::runtime_error("ep_backend: " + std::to_string(used_[device]) + " blocks are reserved by other "
-                                     "channels, " + std::to_string(blocks) + " more do not fit the GPU's " +
+            throw std::runtime_error("ep_backend: " + std::to_string(used_[device]) +
+                                     " blocks are reserved by other "
+                                     "channels, " +
+                                     std::to_string(blocks) + " more do not fit the GPU's " +
                                      std::to_string(capacity) + ": use fewer SMs per channel");
         used_[device] += blocks;
     }
@@ -80,8 +83,10 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
     const ExchangeShape& shape = settings.shape;
     check(cudaGetDevice(&device_index_), "cudaGetDevice");
     int sms = 0, major = 0;
-    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index_), "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index_),
+          "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_),
+          "cudaDeviceGetAttribute");
     dependent_ = major >= 9;
     const int capacity = sms * std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
     const int blocks = static_cast<int>(settings.max_blocks * shape.num_channels);
@@ -109,11 +114,13 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         local_table[e] = held[expert_rank[e]]++;
     }
     check(cudaMemcpy(device_ + ranks, rank_table.data(), experts, cudaMemcpyHostToDevice), "cudaMemcpy");
-    check(cudaMemcpy(device_ + locals, local_table.data(), experts * 2, cudaMemcpyHostToDevice), "cudaMemcpy");
+    check(cudaMemcpy(device_ + locals, local_table.data(), experts * 2, cudaMemcpyHostToDevice),
+          "cudaMemcpy");
     // The usual placement is arithmetic; a table costs a load where latency counts most.
     std::vector<int32_t> usual;
     for (int64_t r = 0; r < shape.world; ++r)
-        usual.insert(usual.end(), experts / shape.world + (r < experts % shape.world), static_cast<int32_t>(r));
+        usual.insert(usual.end(), experts / shape.world + (r < experts % shape.world),
+                     static_cast<int32_t>(r));
     const bool contiguous = usual == expert_rank && experts >= shape.world;
 
     for (int64_t c = 0; c < shape.num_channels; ++c) {

@@ -1,4 +1,5 @@
-// What the dispatch and combine kernels share: the view of one rank's exchange, who works on what, waiting and failing.
+// What the dispatch and combine kernels share: the view of one rank's exchange, who works on what, waiting
+// and failing.
 #pragma once
 
 #include "../../common/ptx.cuh"
@@ -66,7 +67,7 @@ __device__ inline void fail(const View& v, ErrorWord word) {
 // One lane waits for one flag. Returns its count, or -1 after a failure.
 __device__ inline int wait_flag(const View& v, Phase phase, uint64_t epoch, int source, int chunk) {
     const char* flag = own(v) + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, source, chunk)
-                                                            : v.layout.combine_flag(v.channel, source, chunk));
+                                                           : v.layout.combine_flag(v.channel, source, chunk));
     uint64_t start = 0;
     for (int spins = 0;; ++spins) {
         const uint64_t word = ptx::load_flag(flag);
@@ -125,8 +126,9 @@ __device__ inline void flag_chunk(const View& v, Phase phase, uint64_t epoch, in
     ptx::fence_system();
     for (int d = threadIdx.x; d < v.world; d += 32) {
         if (masked(v, d)) continue;
-        char* flag = v.windows[d] + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, v.rank, chunk)
-                                                               : v.layout.combine_flag(v.channel, v.rank, chunk));
+        char* flag =
+            v.windows[d] + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, v.rank, chunk)
+                                                      : v.layout.combine_flag(v.channel, v.rank, chunk));
         ptx::store_flag(flag, make_word(epoch, count));
     }
 }

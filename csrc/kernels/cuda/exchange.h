@@ -1,7 +1,9 @@
-// One rank's side of the exchanges over GPU memory that its peers can write: what the host keeps, and the plan of a call.
+// One rank's side of the exchanges over GPU memory that its peers can write: what the host keeps, and the
+// plan of a call.
 //
-// Everything is allocated when an Exchange is made; dispatch and combine only launch, so they can be captured in a
-// CUDA graph. Calls of a channel happen in the same order on all ranks, on streams that are ordered one after another.
+// Everything is allocated when an Exchange is made; dispatch and combine only launch, so they can be captured
+// in a CUDA graph. Calls of a channel happen in the same order on all ranks, on streams that are ordered one
+// after another.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +23,7 @@ struct Settings {
     DType out;
     bool local_ids;
     int32_t pad_id;
-    uint64_t epoch;      // epoch of the exchange before the first
+    uint64_t epoch;  // epoch of the exchange before the first
     int64_t timeout_us;
     int64_t max_blocks;  // of a launch; equal on all ranks
 };
@@ -31,9 +33,10 @@ Plan make_plan(int64_t slots, int64_t max_blocks, int64_t max_chunks);
 
 class Exchange {
   public:
-    // Throws std::runtime_error if CUDA fails, or if the launches of this and of the exchanges that exist already
-    // could not all be resident on the GPU at once.
-    Exchange(const Settings& settings, const std::vector<int32_t>& expert_rank, const std::vector<char*>& windows);
+    // Throws std::runtime_error if CUDA fails, or if the launches of this and of the exchanges that exist
+    // already could not all be resident on the GPU at once.
+    Exchange(const Settings& settings, const std::vector<int32_t>& expert_rank,
+             const std::vector<char*>& windows);
     ~Exchange();
     Exchange(const Exchange&) = delete;
     Exchange& operator=(const Exchange&) = delete;

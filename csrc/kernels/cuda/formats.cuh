@@ -82,7 +82,8 @@ __device__ __forceinline__ void store_eight(void* row, int64_t eighth, const Eig
         ptx::store_row(static_cast<char*>(row) + (eighth * F::kWords + i) * 16, w[i]);
 }
 
-// Four e4m3 values in a 32-bit word. The instruction (compute capability 8.9 and later) rounds as the formula does.
+// Four e4m3 values in a 32-bit word. The instruction (compute capability 8.9 and later) rounds as the formula
+// does.
 __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 890
     uint16_t low, high;
@@ -90,7 +91,8 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
     return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
 #else
-    return float_to_e4m3(a) | float_to_e4m3(b) << 8 | float_to_e4m3(c) << 16 | static_cast<uint32_t>(float_to_e4m3(d)) << 24;
+    return float_to_e4m3(a) | float_to_e4m3(b) << 8 | float_to_e4m3(c) << 16 |
+           static_cast<uint32_t>(float_to_e4m3(d)) << 24;
 #endif
 }
 

@@ -8,7 +8,8 @@ namespace ep::cuda {
 struct Launch {
     int blocks;
     cudaStream_t stream;
-    bool dependent;  // compute capability 9.0 and later: may take its place before the kernel ahead of it has ended
+    bool dependent;  // compute capability 9.0 and later: may take its place before the kernel ahead of it has
+                     // ended
 };
 
 cudaError_t launch_dispatch(const View& v, const DispatchArgs& a, const Launch& how);
@@ -34,7 +35,8 @@ cudaError_t launch(void (*kernel)(Params...), const Launch& how, const Params&..
 template <class Kernel>
 int resident_blocks(Kernel kernel) {
     int blocks = 0;
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0) == cudaSuccess ? blocks : 0;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0) == cudaSuccess ? blocks
+                                                                                                      : 0;
 }
 #endif
 

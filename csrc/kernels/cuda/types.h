@@ -16,13 +16,14 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSegments = 4;  // more pieces of one row than this do not make it faster
 constexpr int kRouteWords = (kMaxWorld + 31) / 32;
 
-// The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block to leave writes it.
+// The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block to
+// leave writes it.
 struct DeviceWord {
-    uint64_t epoch;    // of the newest exchange
-    uint32_t open;     // 1 between a dispatch and the end of its combine
-    int32_t tokens;    // of the open exchange
-    uint32_t chunks;   // of the open exchange
-    uint32_t ticket;   // blocks that have left
+    uint64_t epoch;   // of the newest exchange
+    uint32_t open;    // 1 between a dispatch and the end of its combine
+    int32_t tokens;   // of the open exchange
+    uint32_t chunks;  // of the open exchange
+    uint32_t ticket;  // blocks that have left
 };
 
 // Where a failure is written, on the GPU for the kernels that follow and in pinned memory for the host.
@@ -33,11 +34,11 @@ struct ErrorCell {
 
 // How a call's tokens are divided. Depends only on what is equal on all ranks, so flags need no negotiation.
 struct Plan {
-    int32_t slots;             // T
+    int32_t slots;  // T
     int32_t tokens_per_chunk;
-    int32_t segments;          // a row is cut into so many pieces, each with a chunk of its own
-    int32_t token_chunks;      // chunks = token_chunks * segments
-    int32_t warps_per_token;   // power of two, at most kWarps
+    int32_t segments;         // a row is cut into so many pieces, each with a chunk of its own
+    int32_t token_chunks;     // chunks = token_chunks * segments
+    int32_t warps_per_token;  // power of two, at most kWarps
     EP_HD int32_t chunks() const { return token_chunks * segments; }
 };
 
@@ -45,17 +46,18 @@ struct Plan {
 struct View {
     WindowLayout layout;
     char* windows[kMaxWorld];
-    DeviceWord* word;             // of the channel
-    ErrorCell* error;             // on the GPU
-    ErrorCell* host_error;        // pinned
-    uint32_t* routes;             // [max_tokens, kRouteWords]: ranks that each own token went to
-    const uint8_t* expert_rank;   // null: contiguous placement
+    DeviceWord* word;            // of the channel
+    ErrorCell* error;            // on the GPU
+    ErrorCell* host_error;       // pinned
+    uint32_t* routes;            // [max_tokens, kRouteWords]: ranks that each own token went to
+    const uint8_t* expert_rank;  // null: contiguous placement
     const int16_t* expert_local;
-    const uint64_t* mask;         // ranks that waits and sends leave out
-    uint64_t floor;               // abort words below this epoch are of before the last recovery
+    const uint64_t* mask;  // ranks that waits and sends leave out
+    uint64_t floor;        // abort words below this epoch are of before the last recovery
     uint64_t timeout_ns;
     int32_t rank, world, top_k, channel;
-    int32_t experts, experts_base, experts_more;  // contiguous: the first experts_more ranks hold experts_base + 1
+    int32_t experts, experts_base,
+        experts_more;  // contiguous: the first experts_more ranks hold experts_base + 1
     int32_t pad_id;
     bool local_ids;
 };
