@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,27 @@ TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig], Transport]]
     CpuTransport.name: CpuTransport,
     CollectiveTransport.name: CollectiveTransport,
 }
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _not_traced(method: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile out of a method: its graph breaks here.
+
+    What an exchange does is in no tensor that a trace could see: a traced one would be left out without a word.
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            # Not where the method is defined: that would import the compiler into every program.
+            disabled: Callable[P, R] = torch.compiler.disable(method)
+            return disabled(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return call
 
 
 @dataclass
@@ -82,7 +105,7 @@ class Communicator:
         self._alive = True
 
     def _start(self, device: torch.device | str | None) -> tuple[int, ...]:
-        """All that can go wrong on one rank alone, before anybody waits for it. Returns each expert's rank."""
+        """What can go wrong on one rank alone, before anybody waits for it. Returns each expert's rank."""
         if not isinstance(self.config, EpConfig):
             raise EpConfigError(f"config is {_named(self.config)}; an EpConfig was wanted")
         self.config.timeout()
@@ -101,6 +124,7 @@ class Communicator:
         """Bytes of this rank's windows, all channels together."""
         return self._transport.window_bytes
 
+    @_not_traced
     def dispatch(
         self,
         x: torch.Tensor,
@@ -127,6 +151,7 @@ class Communicator:
         )
         return self.dispatch_recv(handle), handle
 
+    @_not_traced
     def combine(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Send the experts' results back; return their sum for each of this rank's tokens, [M, hidden_size].
 
@@ -143,6 +168,7 @@ class Communicator:
         self.combine_send(y, handle)
         return self.combine_recv(handle, out=out)
 
+    @_not_traced
     def dispatch_send(
         self,
         x: torch.Tensor,
@@ -164,6 +190,7 @@ class Communicator:
         self._handles[channel] = handle
         return handle
 
+    @_not_traced
     def dispatch_recv(self, handle: Handle) -> Received:
         """Second half of ``dispatch``: wait for the rows of all ranks."""
         self._expect(handle, "sent")
@@ -171,12 +198,14 @@ class Communicator:
         handle.num_rows, handle.state = received.rows.shape[0], "received"
         return received
 
+    @_not_traced
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
         """First half of ``combine``. The received rows must not be read any more."""
         self._expect(handle, "received")
         self._transport.combine_send(handle.channel, self._check_results(y, handle))
         handle.state = "returned"
 
+    @_not_traced
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Second half of ``combine``: wait for the sums of all ranks and add them."""
         self._expect(handle, "returned")
@@ -186,6 +215,7 @@ class Communicator:
         self._transport.combine_recv(handle.channel, out)
         return out
 
+    @_not_traced
     def release(self, handle: Handle) -> None:
         """End an exchange whose results nobody wants, on all ranks; the next dispatch would do it
         otherwise."""
@@ -193,11 +223,13 @@ class Communicator:
         self._transport.close_exchange(handle.channel)
         handle.state, self._handles[handle.channel] = "closed", None
 
+    @_not_traced
     def check(self) -> None:
         """Raise the error that stopped the communicator, if one did."""
         self._usable()
         self._transport.check()
 
+    @_not_traced
     def recover(self) -> None:
         """Go on after a timeout, on all ranks together; open exchanges are lost.
 
@@ -211,6 +243,7 @@ class Communicator:
                 handle.state = "closed"
         self._handles = [None] * self.config.num_channels
 
+    @_not_traced
     def set_timeout(self, seconds: float) -> None:
         """Change how long this rank waits for its peers, from the next wait on."""
         if wrong := wrong_timeout(seconds):
@@ -218,6 +251,7 @@ class Communicator:
         self._usable()
         self._transport.set_timeout(seconds)
 
+    @_not_traced
     def destroy(self) -> None:
         """Give everything back. Received views stay readable. May be called twice."""
         if self._alive:
