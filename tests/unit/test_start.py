@@ -244,7 +244,7 @@ def absent_job(rank, group):
 
 
 def test_a_rank_dies_before_it_starts():
-    """The group itself notices; what it raises is torch's, but nobody waits longer than the group's timeout."""
+    """The group notices: what it raises is torch's, but nobody waits longer than its timeout."""
     with fresh_ranks(2) as group:
         group.start(absent_job)
         outcomes = group.outcomes(timeout=30)

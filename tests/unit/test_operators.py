@@ -1,0 +1,129 @@
+"""The compiled operators as PyTorch sees them: schemas, shape functions, torch.compile."""
+
+import pytest
+import torch
+from exchange import check_steps, make_call, make_result, own, step
+from harness import ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ep_backend as ep
+from ep_backend._native import OK, ops
+
+NAMES = [
+    "window_layout",
+    "dispatch_send",
+    "dispatch_wait",
+    "dispatch_counts",
+    "dispatch_read",
+    "combine_send",
+    "combine_recv",
+    "check_ids",
+    "pack_count",
+    "pack_dispatch",
+    "unpack_dispatch",
+    "pack_combine",
+    "pack_close",
+    "unpack_combine",
+    "gather_rows",
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8]
+
+
+def schema(name):
+    return getattr(ops, name).default._schema
+
+
+def rows(count, width, dtype):
+    g = torch.Generator().manual_seed(count)
+    raw = torch.randint(0, 256, (count, width * dtype.itemsize), generator=g, dtype=torch.uint8)
+    return raw.view(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("count", "picked"), [(1, 1), (5, 9), (7, 0), (64, 64)])
+def test_gather_rows(count, picked, dtype):
+    source = rows(count, 24, dtype)
+    index = torch.randint(0, count, (picked,), generator=torch.Generator().manual_seed(1))
+    out = rows(picked + 1, 24, dtype)[:picked]
+    ops.gather_rows(source, index, out)
+    assert torch.equal(out.view(torch.uint8), source.view(torch.uint8)[index])
+
+
+def test_gather_rows_passes_torchs_own_checks():
+    arguments = (rows(5, 8, torch.bfloat16), torch.tensor([4, 0, 0]), rows(3, 8, torch.bfloat16))
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.gather_rows.default, arguments, test_utils=checks)
+
+
+def test_gather_rows_in_a_compiled_function():
+    def permuted(x, index):
+        out = torch.empty_like(x)
+        ops.gather_rows(x * 2, index, out)
+        return out + 1
+
+    x, index = torch.randn(6, 8), torch.tensor([5, 4, 3, 2, 1, 0])
+    compiled = torch.compile(permuted, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, index), x.flip(0) * 2 + 1)
+    assert torch.equal(compiled(x[:4], index[2:]), x[:4].flip(0) * 2 + 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_operator_with_tensors_has_a_shape_function(name):
+    """Under fake tensors nothing may be executed: the handle 0 is no exchange."""
+    arguments = schema(name).arguments
+    if not any("Tensor" in str(a.type) for a in arguments):
+        pytest.skip("takes no tensor")
+    with FakeTensorMode():
+        values = [torch.empty(2, 2) if "Tensor" in str(a.type) else 0 for a in arguments]
+        given = getattr(ops, name)(*values)
+    assert given == (OK if schema(name).returns else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("dispatch_send", []),
+        ("dispatch_counts", ["tokens_per_source", "rows_per_expert"]),
+        ("dispatch_read", ["rows", "scales", "ids", "weights"]),
+        ("combine_send", []),
+        ("combine_recv", ["out"]),
+        ("pack_count", ["rows_per_rank"]),
+        ("pack_dispatch", ["records"]),
+        ("unpack_dispatch", []),
+        ("pack_combine", ["records"]),
+        ("pack_close", ["records"]),
+        ("unpack_combine", ["out"]),
+        ("gather_rows", ["out"]),
+    ],
+)
+def test_schemas_say_what_is_written(name, written):
+    found = [a.name for a in schema(name).arguments if a.alias_info and a.alias_info.is_write]
+    assert found == written
+
+
+CONFIG = ep.EpConfig(
+    num_experts=4, top_k=2, hidden_size=16, max_tokens_per_rank=4, payload=torch.float32, timeout_s=30.0
+)
+STEPS = [step([4], seed=1), step([3], seed=2)]
+
+
+def compiled_job(rank, group):
+    """The model around an exchange may be compiled; the exchange itself is a break in its graph."""
+    with ep.Communicator(group, CONFIG) as c:
+
+        def layer(x, ids, weights, number):
+            received, handle = c.dispatch(x * 1.0, ids, weights)
+            kept = own(received)
+            return kept, c.combine(make_result(CONFIG, rank, STEPS[number], kept) * 1.0, handle) + 0.0
+
+        compiled = torch.compile(layer, backend="eager")
+        received, combined = {}, {}
+        for number in range(2):
+            call = make_call(CONFIG, c.world_size, rank, STEPS[number])
+            x = call.x.nan_to_num()  # times 1 must change nothing
+            received[number], combined[number] = compiled(x, call.topk_ids, call.topk_weights, number)
+        return {"cpu": ({}, combined)}
+
+
+def test_exchange_in_a_compiled_function():
+    check_steps(CONFIG, STEPS, ranks(1).run(compiled_job, timeout=120))
