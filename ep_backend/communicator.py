@@ -33,7 +33,7 @@ R = TypeVar("R")
 def _not_traced(method: Callable[P, R]) -> Callable[P, R]:
     """Keep torch.compile out of a method: its graph breaks here.
 
-    What an exchange does is in no tensor that a trace could see: a traced one would be left out without a word.
+    What an exchange does is in no tensor that a trace sees: a traced one would be left out without a word.
     """
 
     @functools.wraps(method)

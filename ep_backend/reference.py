@@ -1,8 +1,8 @@
-"""What an exchange must give, in plain torch, for all ranks at once: tests and ``ep-backend bench`` compare with it.
+"""What an exchange must give, in plain torch, for all ranks at once; tests and the bench compare with it.
 
-Nothing here is fast. Everything is exact in the stated numerics, so that results may be compared bit by bit: sums
-in float32 in order of k and then of rank, products and sums fused into one rounding, one rounding to the wire's
-format and one to the result's, and the one formula for fp8.
+Nothing here is fast. Everything is exact in the stated numerics, so that results may be compared bit by bit:
+sums in float32 in order of k and then of rank, products and sums fused into one rounding, one rounding to the
+wire's format and one to the result's, and the one formula for fp8.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e4m3fn [..., n] and float32 scales [..., n / 128] of ``x``, float [..., n].
 
     scale = max(amax, 1e-10) / 448 in float32, q = x / scale rounded to nearest even. NaN stays NaN and does
-    not count for amax; a block with an infinity has an infinite scale, its infinities become NaN and the rest 0.
+    not count for amax. A block with an infinity has an infinite scale: its infinities become NaN, the rest 0.
     """
     blocks = x.float().unflatten(-1, (-1, SCALE_BLOCK))
     amax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1)
@@ -45,7 +45,7 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c of float32 tensors, rounded once.
 
-    The product is exact in float64. The sum there is rounded to odd, which keeps a later rounding to float32 right:
+    The product is exact in float64. The sum there is rounded to odd, so that rounding it to float32 is right:
     S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Trans. Computers 57 (2008).
     """
     p, q = torch.broadcast_tensors(a.double() * b.double(), c.double())
@@ -75,7 +75,7 @@ def combine(
     results: Sequence[torch.Tensor],
     tokens_per_rank: int | None = None,
 ) -> list[torch.Tensor]:
-    """What ``combine`` returns on each rank. ``results``: the y of every rank, as ``Communicator.combine`` says."""
+    """What ``combine`` returns on each rank. ``results``: every rank's y for ``Communicator.combine``."""
     slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
     totals = [torch.zeros(len(call.x), config.hidden_size) for call in calls]
     for rank, y in enumerate(results):

@@ -1,12 +1,13 @@
-"""Exchanges for tests: inputs made from a seed, the same in every process, a job that runs them, and what must come out.
+"""Exchanges for tests: inputs made from a seed, a job that runs them, and what must come out.
 
 A *step* is one exchange on one channel, a dict:
 
-    seed, tokens (per rank), slots (T or None), routing, ids (dtype), result (dtype of y), strided (bool), channel,
-    closers (ranks that release instead of combining)
+    seed, tokens (per rank), slots (T or None), routing, ids (dtype), result (dtype of y), strided (bool),
+    channel, closers (ranks that release instead of combining)
 
-A *schedule* is a list of (step number, action); actions are "dispatch", "send", "recv", "combine", "combine_send",
-"combine_recv". A step whose schedule ends early is dropped: the next dispatch on its channel closes it.
+A *schedule* is a list of (step number, action); actions are "dispatch", "send", "recv", "combine",
+"combine_send", "combine_recv". A step whose schedule ends early is dropped: the next dispatch on its channel
+closes it.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
     results = ranks(4).run(job, 7, timeout=60)  # one result per rank
 
 ``ranks(n)`` keeps one group of n processes for the test session. A job that raises on any rank fails the run
-with every rank's traceback, and the group is thrown away, because its ranks may be out of step. Tests that kill
-or stop ranks take a group of their own:
+with every rank's traceback, and the group is thrown away, because its ranks may be out of step. Tests that
+kill or stop ranks take a group of their own:
 
     with fresh_ranks(3) as group:
         group.start(job)
@@ -181,7 +181,7 @@ _pools: dict[int, Ranks] = {}
 
 
 def ranks(world: int) -> Ranks:
-    """The session's group of ``world`` processes; started when first asked for, and again after a failed job."""
+    """The session's group of ``world`` processes: started when first asked for, again after a failure."""
     pool = _pools.get(world)
     if pool is None or not pool.alive:
         if pool is not None:

@@ -1,4 +1,4 @@
-"""Wrong arguments: an error that says what came and what was wanted, nothing is sent, the communicator stays usable."""
+"""Wrong arguments: an error says what came and what was wanted; nothing is sent; all stays usable."""
 
 import re
 from dataclasses import replace

@@ -110,7 +110,7 @@ def test_fp8_scales(name):
 
 
 def test_fp8_of_nan_and_infinity():
-    """NaN stays NaN and does not count for the scale; an infinity makes the scale infinite and its block 0 and NaN."""
+    """NaN stays NaN and does not count for the scale; an infinity makes its block's scale infinite."""
     rows = torch.ones(4, 256)
     rows[0, 5], rows[1, 3], rows[2, 200] = torch.nan, torch.inf, -torch.inf
     rows[3, :128] = torch.nan
@@ -222,7 +222,7 @@ def test_hard_products_are_hard():
 
 
 def test_sums_are_fused_and_in_order_of_k():
-    """out = fma(w1, y1, fma(w0, y0, 0)): the first product is exact and small, the second one needs the fma."""
+    """out = fma(w1, y1, fma(w0, y0, 0)): the first product is small, the second one needs the fma."""
     a, b, c = hard_products(64 * 16, 7)
     a = a[:64]  # one weight per token
     b, c = b[:16], c[:16]
