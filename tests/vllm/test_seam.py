@@ -16,7 +16,8 @@ def run_cases(first_on_path: str | None) -> None:
     environ = dict(os.environ)
     if first_on_path is not None:
         environ["PYTHONPATH"] = os.pathsep.join([first_on_path, *filter(None, [environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "seam_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+    command.append(str(HERE / "seam_cases.py"))
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
