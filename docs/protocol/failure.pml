@@ -33,7 +33,11 @@
 
 #ifndef CUT
 #define CUT 0                  /* 1: a failure on another channel may cut a send short: rows have gone out,
-                                  with or without their flag. 2: and the device word does not count it */
+                                  with or without their flag */
+#endif
+#ifndef COUNT_LATE
+#define COUNT_LATE 0           /* 1: the device word moves when the kernel of a dispatch ends well: a dispatch
+                                  that was cut short or stopped in its wait is not counted */
 #endif
 #ifndef RECOVER_STEP
 #define RECOVER_STEP 1         /* the first epoch after a recovery: the highest of all ranks + this */
@@ -134,6 +138,10 @@ inline stop_and_tell() {
   od;
   p = 0
 }
+/* The dispatch that was under way is not counted. */
+inline forget_count() {
+  if :: COUNT_LATE && stage[me] == SENT -> epoch[me]--; stage[me] = IDLE :: else fi
+}
 #define MASK_OPTION(q) \
   :: d_step { (q) != me && (q) < RANKS && WAITS(me) && !MASKED(me, q) && (MASK == 2 || dead[q]) -> \
        masked[me] = masked[me] | (1 << (q)); p = 0; \
@@ -164,9 +172,10 @@ proctype Rank(byte me) {
   /* a deadline passes */
 #if ON_DEADLINE == STOP || ON_DEADLINE == RECOVER
   :: d_step { !error[me] && WAITS(me) && deadlines < DEADLINES ->
-       deadlines++; since_recovery++; stop_and_tell() }
+       deadlines++; since_recovery++; stop_and_tell(); forget_count() }
   :: d_step { !error[me] && TOLD(me) && !in_meeting[me] ->
-       stopped_by_old_word = (since_recovery == 0); assert(!stopped_by_old_word); error[me] = 1 }
+       stopped_by_old_word = (since_recovery == 0); assert(!stopped_by_old_word);
+       error[me] = 1; forget_count() }
 #endif
 #if CUT
   /* what a kernel had sent when it saw the error word: rows of one exchange, without or with its flag */
@@ -174,8 +183,7 @@ proctype Rank(byte me) {
        epoch[me]++; p = 1 - me;
        d_step { store_rows(DISPATCH, me, p, 0, epoch[me], (1 << T_of[epoch[me]]) - 1) };
        if :: store_flag(DISPATCH, me, p, 0, epoch[me], 1) :: skip fi;
-       p = 0; error[me] = 1;
-       if :: CUT == 2 -> epoch[me]-- :: else fi }
+       p = 0; error[me] = 1; stage[me] = SENT; forget_count() }
   :: atomic { !error[me] && TOLD(me) && stage[me] == ARRIVED ->
        p = 1 - me;
        d_step { store_rows(COMBINE, me, p, 0, epoch[me], (1 << T_of[epoch[me]]) - 1) };
