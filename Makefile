@@ -14,6 +14,9 @@ TORCH_VERSION := 2.13.0
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 DEVICE ?= $(if $(filter 0 1,$(GPUS)),cpu,cuda)
 
+# Machines that serve on CPUs need no CUDA kernels, and compiling them takes minutes; `make check` compiles them.
+export EP_BACKEND_CUDA ?= $(if $(filter cpu,$(DEVICE)),0,auto)
+
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
@@ -22,7 +25,7 @@ PYTEST := PYTHONSAFEPATH=1 $(BIN)/pytest
 
 BASE := $(VENV)/.base-$(DEVICE)
 ENGINE := $(VENV)/.engine-$(DEVICE)
-PACKAGE := $(VENV)/.package-$(DEVICE)
+PACKAGE := $(VENV)/.package-$(DEVICE)-cuda-$(EP_BACKEND_CUDA)
 SOURCES := CMakeLists.txt pyproject.toml README.md $(wildcard build_support/*.py configs/*.toml) \
     $(shell find csrc ep_backend integration -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
         -o -name '*.h' -o -name '*.typed' \))
@@ -34,7 +37,7 @@ CXX_CODE = $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) TORCH_INDEX=$(TORCH_INDEX)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) EP_BACKEND_CUDA=$(EP_BACKEND_CUDA) TORCH_INDEX=$(TORCH_INDEX)"
 
 demo: $(ENGINE) $(PACKAGE)  ## serve the tiny model on two ranks through ep_backend, print text and a benchmark
 	$(BIN)/ep-backend bench-engine --engine vllm --model examples/tiny_moe --backends ep_backend
@@ -94,5 +97,5 @@ endif
 
 $(PACKAGE): $(SOURCES) $(BASE)
 	@echo "[3/3] $(VENV): build and install ep-backend"
-	$(PIP) install -q --no-deps --no-build-isolation -Cbuild-dir=build/$(notdir $(VENV))-$(DEVICE) .
+	$(PIP) install -q --no-deps --no-build-isolation -Cbuild-dir=build/$(notdir $(PACKAGE)) .
 	@touch $@
