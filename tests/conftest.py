@@ -22,7 +22,7 @@ if settings is not None:
         "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
     }
     settings.register_profile("quick", max_examples=25, **common)
-    settings.register_profile("long", max_examples=400, **common)
+    settings.register_profile("long", max_examples=150, **common)
     settings.load_profile(os.environ.get("EP_TEST_PROFILE", "quick"))
 
 
