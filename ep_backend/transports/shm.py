@@ -93,12 +93,16 @@ class WindowShare:
 
     def close(self) -> None:
         """Close the socket and the descriptor; mappings stay."""
-        if self._fd >= 0:
+        if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
             self._fd = -1
         listener = getattr(self, "_listener", None)
         if listener is not None:
             listener.close()
+
+    def __del__(self) -> None:
+        # Another rank may fail before this one's window is used.
+        self.close()
 
 
 def _receive(connection: socket.socket) -> int:
