@@ -1,0 +1,96 @@
+"""Ranks that stop or die on purpose, for tests/failure: a checked exchange, and what a rank found out."""
+
+import os
+import signal
+import time
+
+import torch
+
+import ep_backend as ep
+
+POINTS = ("before dispatch", "before combine", "between the halves of combine")
+MARGIN_S = 15.0  # on top of a deadline, for a machine that is busy with other work
+
+
+def make(group, *, transport="cpu", layout="rank_major", channels=1, **more):
+    shape = {"num_experts": 6, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8, **more}
+    config = ep.EpConfig(
+        payload=torch.float32,
+        layout=layout,
+        transport=transport,
+        num_channels=channels,
+        timeout_s=30,
+        **shape,
+    )
+    return ep.Communicator(group, config)
+
+
+def exchange(comm, number, *, channel=0, tokens=None, at=lambda point: None):
+    """One exchange; raises AssertionError if its result is wrong. ``at(point)`` is called at each of POINTS.
+
+    Every expert returns its row, and all weights are 1: each token comes back ``top_k`` times. Rows carry their
+    number and rank, so a row of another exchange or rank is noticed.
+    """
+    config = comm.config
+    if tokens is None:
+        tokens = (number + comm.rank) % (config.max_tokens_per_rank + 1)
+    x = torch.full((tokens, config.hidden_size), float(number * 16 + comm.rank + 1))
+    first = torch.arange(tokens) + number
+    ids = torch.stack([(first + j) % config.num_experts for j in range(config.top_k)], dim=1)
+    at("before dispatch")
+    received, handle = comm.dispatch(x, ids, torch.ones(ids.shape), channel=channel)
+    if config.layout == "expert_major":
+        y = received.rows
+    else:
+        times = (received.topk_ids >= 0).sum(1, keepdim=True)
+        y = torch.where(times > 0, received.rows * times, 0.0)
+    at("before combine")
+    comm.combine_send(y, handle)
+    at("between the halves of combine")
+    out = comm.combine_recv(handle)
+    torch.testing.assert_close(out, x * config.top_k, rtol=0, atol=0)
+
+
+def stop(how):
+    """End or stop this process, from inside: at exactly this place."""
+    os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+
+
+def caught(comm, act):
+    """What ``act`` raised, as numbers, and that the error stays: every later call raises it at once."""
+    start = time.monotonic()
+    try:
+        act()
+    except ep.EpTimeoutError as error:
+        found = {
+            "rank": error.rank,
+            "peer": error.peer,
+            "phase": error.phase,
+            "reported_by": error.reported_by,
+            "missing": error.missing,
+            "text": str(error),
+            "elapsed": time.monotonic() - start,
+        }
+    else:
+        raise AssertionError("a rank that stopped went unnoticed")
+    start = time.monotonic()
+    for again in (comm.check, lambda: exchange(comm, 90), lambda: exchange(comm, 91)):
+        try:
+            again()
+        except ep.EpTimeoutError as error:
+            assert str(error) == found["text"], "another error than the first"
+        else:
+            raise AssertionError("the error did not stay")
+    found["sticky_s"] = time.monotonic() - start
+    return found
+
+
+def refused(act):
+    """Seconds until ``act`` raised EpError that is no timeout of an exchange; and the message."""
+    start = time.monotonic()
+    try:
+        act()
+    except ep.EpError as error:
+        assert not isinstance(error, ep.EpTimeoutError)
+        return time.monotonic() - start, str(error)
+    raise AssertionError("it was not refused")
