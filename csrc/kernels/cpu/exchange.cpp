@@ -1,7 +1,6 @@
 // State, waiting and failing; see exchange.h.
 #include "exchange.h"
 
-#include <sched.h>
 #include <time.h>
 
 #include <algorithm>
@@ -22,17 +21,16 @@ uint64_t meeting(uint64_t epoch, Meeting how_far) {
     return make_word(epoch, static_cast<uint32_t>(how_far));
 }
 
-// More ranks than cores is normal on a CPU: give the core away soon, and sleep when nothing comes for long.
+// More ranks than cores is normal on a CPU, so waiting must leave the core to the peer that is waited for. A nap does;
+// sched_yield does not when others want the core too (docs/benchmarking.md, "How a rank waits").
 void back_off(int64_t round) {
-    constexpr int64_t kSpins = 64, kYields = 512;
+    constexpr int64_t kSpins = 64, kLongestNapUs = 100;
     if (round < kSpins) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
-    } else if (round < kYields) {
-        sched_yield();
     } else {
-        const timespec nap{0, std::min<int64_t>(round - kYields + 20, 500) * 1000};
+        const timespec nap{0, std::min<int64_t>(round - kSpins + 1, kLongestNapUs) * 1000};
         nanosleep(&nap, nullptr);
     }
 }
