@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ep_backend_vllm.expert_rows import GlobalIds, LocalIds
+from ep_backend_vllm.expert_rows import ids_and_weights
 
 
 def weighted(ids, weights, num_experts):
@@ -28,7 +28,7 @@ def random_rows(rows, top_k, num_local, seed):
 @pytest.mark.parametrize(("rows", "top_k"), [(1, 1), (1, 4), (7, 2), (33, 6)])
 def test_local_ids_are_in_range_and_mean_the_same(rows, top_k, seed):
     ids, weights = random_rows(rows, top_k, 8, seed)
-    new_ids, new_weights = LocalIds().ids_and_weights(ids, weights)
+    new_ids, new_weights = ids_and_weights(ids, weights)
     assert int(new_ids.min()) >= 0
     assert int(new_ids.max()) < 8
     assert torch.equal(weighted(new_ids, new_weights, 8), weighted(ids, weights, 8))
@@ -41,26 +41,11 @@ def test_local_ids_are_in_range_and_mean_the_same(rows, top_k, seed):
 def test_filled_columns_repeat_an_expert_of_the_same_row():
     ids = torch.tensor([[-1, 3, -1], [2, 1, -1]], dtype=torch.int32)
     weights = torch.tensor([[0.0, 0.5, 0.0], [0.25, 0.75, 0.0]])
-    new_ids, new_weights = LocalIds().ids_and_weights(ids, weights)
+    new_ids, new_weights = ids_and_weights(ids, weights)
     assert new_ids.tolist() == [[3, 3], [2, 1]]
     assert new_weights.tolist() == [[0.5, 0.0], [0.25, 0.75]]
 
 
 def test_no_rows():
-    ids, weights = LocalIds().ids_and_weights(torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4))
+    ids, weights = ids_and_weights(torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4))
     assert ids.shape == weights.shape == (0, 1)
-
-
-@pytest.mark.parametrize(("num_experts", "world"), [(8, 2), (5, 2), (7, 4), (4, 4), (9, 8)])
-def test_the_foreign_id_belongs_to_another_rank(num_experts, world):
-    base, more = divmod(num_experts, world)
-    for rank in range(world):
-        first = rank * base + min(rank, more)
-        mine = range(first, first + base + (rank < more))
-        ids = torch.tensor([[-1, mine[0]]], dtype=torch.int32)
-        foreign, kept = (
-            GlobalIds(num_experts, rank, world).ids_and_weights(ids, torch.ones(1, 2))[0][0].tolist()
-        )
-        assert kept == mine[0]
-        assert 0 <= foreign < num_experts
-        assert foreign not in mine

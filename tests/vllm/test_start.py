@@ -20,7 +20,6 @@ GOOD = Launch(
     context_parallel=1,
     is_moe=True,
     device="cpu",
-    eager=False,
     max_tokens_per_rank=2048,
 )
 
@@ -42,12 +41,12 @@ def test_a_good_launch_is_neither_refused_nor_commented():
         ({"fault_tolerance": True}, "without --enable-fault-tolerance"),
         ({"context_parallel": 2}, "--prefill-context-parallel-size 1"),
         ({"lora": True}, "allgather_reducescatter"),
-        ({"device": "cuda", "eager": False}, "--enforce-eager"),
+        ({"device": "cuda"}, "allgather_reducescatter"),
         ({"max_tokens_per_rank": MAX_TOKENS_PER_RANK + 1}, f"--max-num-batched-tokens {MAX_TOKENS_PER_RANK}"),
     ],
 )
 def test_refusals_say_what_to_use_instead(changes, instead):
-    assert instead in refusal(but(**changes))
+    assert instead in (refusal(but(**changes)) or "")
     unused = but(**changes, expert_parallel=False)
     assert refusal(unused) is None, "an option cannot hurt where the all-to-all is never called"
 

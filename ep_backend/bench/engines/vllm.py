@@ -103,8 +103,7 @@ def serve_command(serving: Serving, port: int) -> list[str]:
         command += ["--max-model-len", str(serving.max_model_len)]
     if serving.max_num_seqs is not None:
         command += ["--max-num-seqs", str(serving.max_num_seqs)]
-    # ep_backend cannot be captured in CUDA graphs yet, and compiling on a CPU takes longer than the
-    # measurement.
+    # Compiling for the CPU takes longer than the measurement.
     return [*command, "--enforce-eager", *serving.extra]
 
 

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 
 from ep_backend import Communicator, EpConfigError, env
 
-from .expert_rows import ExpertRows, GlobalIds, LocalIds
+from .expert_rows import ids_and_weights
 from .manager import EpManager
 from .step import tokens_per_rank
 
@@ -26,11 +26,6 @@ def make_prepare_finalize(moe: Any, manager: EpManager, *, monolithic: bool) -> 
             "ep_backend needs expert kernels that take top-k ids, vLLM chose some that route by themselves: "
             "choose others with --moe-backend, or use --all2all-backend allgather_reducescatter."
         )
-    expert_rows: ExpertRows
-    if manager.device.type == "cpu":
-        expert_rows = LocalIds()
-    else:
-        expert_rows = GlobalIds(moe.num_experts, manager.rank, manager.world_size)
     communicator = manager.get_handle(
         {
             "num_experts": moe.num_experts,  # physical experts, the redundant ones of EPLB included
@@ -39,19 +34,18 @@ def make_prepare_finalize(moe: Any, manager: EpManager, *, monolithic: bool) -> 
             "max_tokens_per_rank": -(-manager.scheduler_limit // moe.moe_parallel_config.sp_size),
             "payload": moe.in_dtype,
             "layout": "compact",
-            "expert_ids": expert_rows.expert_ids,
+            "expert_ids": "local",
         }
     )
-    return EpPrepareAndFinalize(communicator, expert_rows)
+    return EpPrepareAndFinalize(communicator)
 
 
 class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     """One received row per (token, rank); the local experts' weighted sum of each row travels back."""
 
-    def __init__(self, communicator: Communicator, expert_rows: ExpertRows) -> None:
+    def __init__(self, communicator: Communicator) -> None:
         super().__init__()
         self._communicator = communicator
-        self._expert_rows = expert_rows
         self._handle: Any = None
         self._test_scale: float = env.get("EP_BACKEND_TEST_SCALE_COMBINE")
         if self._test_scale != 1:
@@ -113,7 +107,7 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         )
         assert received.topk_ids is not None  # only expert-major rows come without
         assert received.topk_weights is not None
-        ids, weights = self._expert_rows.ids_and_weights(received.topk_ids, received.topk_weights)
+        ids, weights = ids_and_weights(received.topk_ids, received.topk_weights)
         return received.rows, None, None, ids, weights
 
     def finalize(

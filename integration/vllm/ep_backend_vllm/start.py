@@ -27,7 +27,6 @@ class Launch:
     context_parallel: int
     is_moe: bool | None  # None: not known yet
     device: str  # "cpu", "cuda", ...
-    eager: bool
     max_tokens_per_rank: int | None  # None: not known yet
     overlap: bool = False
     elastic: bool = False
@@ -61,7 +60,6 @@ def read_launch(vllm_config: Any) -> Launch:
         context_parallel=parallel.prefill_context_parallel_size,
         is_moe=None if model is None else bool(model.is_moe),
         device=current_platform.device_type,
-        eager=model is None or bool(model.enforce_eager),
         max_tokens_per_rank=None if limit is None else max_tokens_per_rank(vllm_config),
         overlap=parallel.enable_dbo or parallel.ubatch_size > 1,
         elastic=parallel.enable_elastic_ep,
@@ -74,6 +72,11 @@ def refusal(launch: Launch) -> str | None:
     """Why this engine cannot run with ep_backend and what to use instead, or None."""
     if not launch.calls_all_to_all:
         return None
+    if launch.device != "cpu":
+        return (
+            f"this version of ep_backend moves CPU tensors only and this engine runs on {launch.device}: "
+            "use --all2all-backend allgather_reducescatter."
+        )
     if launch.overlap:
         return (
             "ep_backend does not support two-batch overlap yet: start without --enable-dbo and --ubatch-size."
@@ -91,8 +94,6 @@ def refusal(launch: Launch) -> str | None:
         return (
             "ep_backend does not support LoRA on MoE models: use --all2all-backend allgather_reducescatter."
         )
-    if launch.device != "cpu" and not launch.eager:
-        return "ep_backend cannot be captured in CUDA graphs yet: add --enforce-eager."
     tokens = launch.max_tokens_per_rank
     if tokens is not None and tokens > MAX_TOKENS_PER_RANK:
         return (
