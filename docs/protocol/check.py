@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the protocol models beside this file with spin and says whether each case came out as it must.
 
-    python3 docs/protocol/check.py --quick      about 50 s of one core, under 2 GB (also the default)
+    python3 docs/protocol/check.py --quick      under a minute of one core, under 2 GB (also the default)
     python3 docs/protocol/check.py --full       the quick cases and the long ones: minutes, under 4 GB
     python3 docs/protocol/check.py --only chunk      cases whose name contains "chunk", of both sets
     python3 docs/protocol/check.py --trace NAME      one case, and its counter-example step by step
