@@ -56,6 +56,8 @@ def _load() -> Any:
 
 
 ops = _load()
+HAS_CUDA = hasattr(ops, "cuda_dispatch")
+"""Whether this build has CUDA kernels."""
 
 # Operators that write into their arguments and return a status or nothing: all that tracing needs to know.
 _RETURNS_STATUS = (
@@ -70,7 +72,9 @@ _RETURNS_STATUS = (
     "pack_close",
     "unpack_combine",
 )
-_RETURNS_NOTHING = ("dispatch_read", "pack_dispatch", "gather_rows")
+_RETURNS_NOTHING: tuple[str, ...] = ("dispatch_read", "pack_dispatch", "gather_rows")
+if HAS_CUDA:
+    _RETURNS_NOTHING += ("cuda_dispatch", "cuda_combine")
 
 for _name in _RETURNS_STATUS:
     torch.library.register_fake(f"ep_backend::{_name}")(lambda *args, **kwargs: OK)

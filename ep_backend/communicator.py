@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-from ep_backend import rendezvous
+from ep_backend import _native, rendezvous
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.probe import probe
@@ -19,11 +19,20 @@ from ep_backend.select import Decision, decide
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
+from ep_backend.transports.peer import PeerTransport
 
-TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig], Transport]] = {
-    CpuTransport.name: CpuTransport,
-    CollectiveTransport.name: CollectiveTransport,
+TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig, torch.device], Transport]] = {
+    CpuTransport.name: lambda group, config, device: CpuTransport(group, config),
+    CollectiveTransport.name: lambda group, config, device: CollectiveTransport(group, config),
+    PeerTransport.name: PeerTransport,
 }
+
+
+def available(device: torch.device) -> frozenset[str]:
+    """Names of the transports that this build has for tensors on ``device``."""
+    if device.type == "cuda":
+        return frozenset({PeerTransport.name} if _native.HAS_CUDA else ())
+    return frozenset({CpuTransport.name, CollectiveTransport.name})
 
 
 P = ParamSpec("P")
@@ -79,7 +88,8 @@ class Communicator:
     once.
 
     ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu"
-    today. Raises EpConfigError on every rank if any rank cannot start or has another configuration.
+    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start or has another
+    configuration.
     """
 
     def __init__(
@@ -98,9 +108,10 @@ class Communicator:
                 raise EpConfigError(
                     f"rank 0 and rank {rank} have different configurations: {'; '.join(different)}"
                 )
-        self.decision: Decision = decide([r for _, r in told], config.transport)
+        records = [record for _, record in told]
+        self.decision: Decision = decide(records, config.transport, available=available(self.device))
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
-        self._transport = TRANSPORTS[self.decision.transport](group, config)
+        self._transport = TRANSPORTS[self.decision.transport](group, config, self.device)
         self._handles: list[Handle | None] = [None] * config.num_channels
         self._alive = True
 
@@ -110,8 +121,15 @@ class Communicator:
             raise EpConfigError(f"config is {_named(self.config)}; an EpConfig was wanted")
         self.config.timeout()
         self.device = torch.device(device or "cpu")
-        if self.device.type != "cpu":
-            raise EpConfigError(f"device is {self.device}; this version of ep_backend moves CPU tensors only")
+        if self.device.type == "cuda":
+            if not _native.HAS_CUDA:
+                raise EpConfigError(
+                    "this build of ep_backend has no CUDA kernels; build it where nvcc is found"
+                )
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            self.device = torch.device("cuda", index)
+        elif self.device.type != "cpu":
+            raise EpConfigError(f"device is {self.device}; cpu or cuda was wanted")
         return self.config.expert_ranks(self.world_size)
 
     @property
@@ -133,6 +151,7 @@ class Communicator:
         *,
         scales: torch.Tensor | None = None,
         tokens_per_rank: int | None = None,
+        num_tokens: torch.Tensor | None = None,
         channel: int = 0,
     ) -> tuple[Received, Handle]:
         """Send each token to every rank that holds one of its experts, once; receive what the others sent
@@ -142,14 +161,19 @@ class Communicator:
         top_k] int32 or int64, global expert ids, -1 for none, no expert twice in a token. ``topk_weights``:
         [M, top_k] float32. ``scales``: with a float8 payload [M, hidden_size / 128] float32, with an opaque
         one [M, scale_bytes] uint8. ``tokens_per_rank``: T, equal on all ranks, M <= T <=
-        ``config.max_tokens_per_rank`` (the default); M may differ and may be 0. A dispatch that is still open
-        on the channel is closed first, on all ranks. Raises EpArgumentError before anything is sent;
-        EpTimeoutError; EpProtocolError.
+        ``config.max_tokens_per_rank`` (the default); M may differ and may be 0. ``num_tokens``: [1] int32 on
+        the GPU, at most M: how many of the tokens count, read when a captured graph is replayed; later rows
+        of combine's result are left as they were. A dispatch that is still open on the channel is closed
+        first, on all ranks. Raises EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError.
+
+        On a GPU nothing can be raised about the ids without waiting for it: ids out of range count as none,
+        and experts that stand twice in a token are not looked for.
         """
-        handle = self.dispatch_send(
-            x, topk_ids, topk_weights, scales=scales, tokens_per_rank=tokens_per_rank, channel=channel
-        )
-        return self.dispatch_recv(handle), handle
+        call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel)
+        received = self._transport.dispatch(call)
+        handle = self._opened(call)
+        handle.num_rows, handle.state = received.rows.shape[0], "received"
+        return received, handle
 
     @_not_traced
     def combine(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -165,8 +189,11 @@ class Communicator:
         """
         self._expect(handle, "received")
         out = self._check_out(handle, out)
-        self.combine_send(y, handle)
-        return self.combine_recv(handle, out=out)
+        y = self._check_results(y, handle)
+        # A peer that closed the exchange ends it here too.
+        handle.state, self._handles[handle.channel] = "combined", None
+        self._transport.combine(handle.channel, y, out)
+        return out
 
     @_not_traced
     def dispatch_send(
@@ -177,18 +204,14 @@ class Communicator:
         *,
         scales: torch.Tensor | None = None,
         tokens_per_rank: int | None = None,
+        num_tokens: torch.Tensor | None = None,
         channel: int = 0,
     ) -> Handle:
         """First half of ``dispatch``: everything is on its way when it returns, nothing has been waited
         for."""
-        call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, channel)
+        call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel)
         self._transport.dispatch_send(call)
-        before = self._handles[channel]
-        if before is not None:
-            before.state = "closed"
-        handle = Handle(channel, call.slots, x.shape[0], is_view=self.config.layout == "rank_major")
-        self._handles[channel] = handle
-        return handle
+        return self._opened(call)
 
     @_not_traced
     def dispatch_recv(self, handle: Handle) -> Received:
@@ -291,6 +314,7 @@ class Communicator:
         weights: torch.Tensor,
         scales: torch.Tensor | None,
         tokens_per_rank: int | None,
+        num_tokens: torch.Tensor | None,
         channel: int,
     ) -> DispatchCall:
         self._usable()
@@ -322,7 +346,26 @@ class Communicator:
             raise EpArgumentError(
                 "scales were given, but this communicator's payload has none of the caller's"
             )
-        return DispatchCall(channel, x.contiguous(), scales, ids.contiguous(), weights.contiguous(), slots)
+        if num_tokens is not None:
+            if self.device.type == "cpu":
+                raise EpArgumentError(
+                    "num_tokens is for CUDA graphs; on a CPU pass as many rows as there are tokens"
+                )
+            self._check("num_tokens", num_tokens, (1,), (torch.int32,))
+        return DispatchCall(
+            channel, x.contiguous(), scales, ids.contiguous(), weights.contiguous(), slots, num_tokens
+        )
+
+    def _opened(self, call: DispatchCall) -> Handle:
+        """The handle of the exchange that ``call`` has opened; it takes the place of one that was left
+        open."""
+        before = self._handles[call.channel]
+        if before is not None:
+            before.state = "closed"
+        is_view = self.config.layout == "rank_major"
+        handle = Handle(call.channel, call.slots, call.x.shape[0], is_view=is_view)
+        self._handles[call.channel] = handle
+        return handle
 
     def _check_results(self, y: torch.Tensor, handle: Handle) -> torch.Tensor:
         config, capacity = self.config, self.world_size * handle.tokens_per_rank

@@ -59,6 +59,8 @@ class EpConfig:
     """Rank of each expert. None: contiguous, the first ``num_experts % world`` ranks hold one more."""
     num_channels: int = 1
     """Exchanges that may be open at once, each with windows of its own."""
+    num_sms: int | None = None
+    """SMs of a GPU that an exchange may use. None: all of them."""
     timeout_s: float | None = None
     """Seconds a rank waits for a peer. None: EP_BACKEND_TIMEOUT_S."""
     transport: str = "auto"
@@ -70,6 +72,8 @@ class EpConfig:
         _check_range("hidden_size", self.hidden_size, MAX_HIDDEN)
         _check_range("max_tokens_per_rank", self.max_tokens_per_rank, MAX_TOKENS)
         _check_range("num_channels", self.num_channels, 16)
+        if self.num_sms is not None:
+            _check_range("num_sms", self.num_sms, 1024)
         _check_choice("layout", self.layout, tuple(LAYOUTS))
         _check_choice("expert_ids", self.expert_ids, ("local", "global"))
         _check_choice("payload", self.payload, tuple(DTYPES))
@@ -147,6 +151,15 @@ class EpConfig:
         return self.hidden_size // SCALE_BLOCK * 4 if self.is_fp8 else self.scale_bytes
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.is_fp8 else torch.uint8
+
+    @property
+    def scale_width(self) -> int:
+        """Elements of the scales of a dispatched row."""
+        return self.row_scale_bytes // self.scale_dtype.itemsize
+
+    @property
     def result_dtype(self) -> torch.dtype:
         if self.out_dtype is not None:
             return self.out_dtype
@@ -177,9 +190,9 @@ class EpConfig:
         base, more = divmod(self.num_experts, world)
         return tuple(r for r in range(world) for _ in range(base + (r < more)))
 
-    def window_shape(self, world: int) -> list[int]:
+    def window_shape(self, world: int, flags_per_source: int = 1) -> list[int]:
         """The fields of ``ExchangeShape`` (csrc/common/layout.h) in order."""
-        flags_per_source, weights_back = 1, 0
+        weights_back = 0
         return [
             world,
             self.top_k,

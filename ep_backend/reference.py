@@ -105,6 +105,7 @@ def first_difference(config: EpConfig, got: Received, want: Received) -> str | N
 def defined_rows(config: EpConfig, received: Received) -> torch.Tensor:
     """Which rows hold something: bool, [R] or [local experts, world * T]."""
     if config.layout == "expert_major":
+        assert received.rows_per_expert is not None
         return torch.arange(received.rows.shape[1])[None, :] < received.rows_per_expert[:, None]
     if config.layout == "compact":
         return torch.ones(len(received.rows), dtype=torch.bool)

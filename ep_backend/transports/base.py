@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -16,7 +16,8 @@ from ep_backend.errors import EpArgumentError, EpError, EpProtocolError, EpTimeo
 
 @dataclass(frozen=True)
 class DispatchCall:
-    """Checked arguments of one dispatch. ``slots`` is T, the slots per source."""
+    """Checked arguments of one dispatch. ``slots`` is T, the slots per source; ``num_tokens``, if given, says
+    on the device how many of the tokens count."""
 
     channel: int
     x: torch.Tensor
@@ -24,6 +25,7 @@ class DispatchCall:
     ids: torch.Tensor
     weights: torch.Tensor
     slots: int
+    num_tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,68 @@ class Received:
     """[R, top_k] float32; 0 where the id is ``pad_id``. None if expert-major."""
     tokens_per_source: torch.Tensor
     """[world] int32: tokens that each rank dispatched, to whomever."""
-    rows_per_expert: torch.Tensor
-    """[local experts] int32."""
+    rows_per_expert: torch.Tensor | None
+    """[local experts] int32. None in the rank-major layout on a GPU, where nobody needs to count."""
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """How rows travel. Made together by all ranks; used by one thread at a time, in the same order on all
     ranks."""
 
     name: str
     window_bytes: int
 
+    @abstractmethod
     def dispatch_send(self, call: DispatchCall) -> None: ...
+    @abstractmethod
     def dispatch_recv(self, channel: int, slots: int) -> Received: ...
+    @abstractmethod
     def combine_send(self, channel: int, y: torch.Tensor) -> None: ...
+    @abstractmethod
     def combine_recv(self, channel: int, out: torch.Tensor) -> None: ...
+    @abstractmethod
     def close_exchange(self, channel: int) -> None: ...
+    @abstractmethod
     def check(self) -> None: ...
+    @abstractmethod
     def recover(self) -> None: ...
+    @abstractmethod
     def set_timeout(self, seconds: float) -> None: ...
+    @abstractmethod
     def destroy(self) -> None: ...
+
+    # Both halves at once; a transport that has a better way than one after the other says so.
+    def dispatch(self, call: DispatchCall) -> Received:
+        self.dispatch_send(call)
+        return self.dispatch_recv(call.channel, call.slots)
+
+    def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
+        self.combine_send(channel, y)
+        self.combine_recv(channel, out)
+
+
+class WindowViews:
+    """Received rows and scales of a channel as tensors that are this rank's window itself.
+
+    ``window``: all of it, as bytes. ``shape``: the fields of ``ExchangeShape`` (csrc/common/layout.h).
+    """
+
+    def __init__(self, config: EpConfig, world: int, window: torch.Tensor, shape: list[int]) -> None:
+        self._config, self._world, self._window = config, world, window
+        _, self._first, self._stride, self._scales_at, self._rows_at = ops.window_layout(shape)
+
+    def rows_and_scales(self, channel: int, slots: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[world * T, row] of the received dtype; [world * T, scales], or None if rows have none."""
+        config, count = self._config, self._world * slots
+        base = self._first + channel * self._stride
+        rows = self._view(base + self._rows_at, config.received_dtype, count, config.row_width)
+        if not config.row_scale_bytes:
+            return rows, None
+        return rows, self._view(base + self._scales_at, config.scale_dtype, count, config.scale_width)
+
+    def _view(self, offset: int, dtype: torch.dtype, rows: int, width: int) -> torch.Tensor:
+        size = rows * width * dtype.itemsize
+        return self._window[offset : offset + size].view(dtype).view(rows, width)
 
 
 class NativeExchange:
@@ -81,11 +125,13 @@ class NativeExchange:
     def __init__(
         self, config: EpConfig, rank: int, world: int, own: torch.Tensor, windows: list[int]
     ) -> None:
-        self.config, self.rank, self.world, self.own = config, rank, world, own
+        self.config, self.rank, self.world = config, rank, world
+        shape = config.window_shape(world)
+        self._views = WindowViews(config, world, own, shape)
         expert_ranks = config.expert_ranks(world)
         self.num_local = expert_ranks.count(rank)
         self.handle = ops.exchange_create(
-            config.window_shape(world),
+            shape,
             rank,
             config.hidden_size,
             _native.DTYPES[config.sum_dtype],
@@ -98,12 +144,10 @@ class NativeExchange:
             windows,
         )
         self._free = weakref.finalize(self, ops.exchange_destroy, self.handle)
-        _, self._first, self._stride, self._scales_at, self._rows_at = ops.window_layout(
-            config.window_shape(world)
-        )
 
     def destroy(self) -> None:
         self._free()
+        self.__dict__.pop("_views", None)  # tensors that were handed out keep the window, nothing else does
 
     def received(self, channel: int, slots: int) -> Received:
         """The received rows in the layout of the configuration, after all of them have come."""
@@ -112,30 +156,20 @@ class NativeExchange:
         per_expert = torch.empty(self.num_local, dtype=torch.int32)
         num_rows = ops.dispatch_counts(self.handle, channel, tokens, per_expert)
 
-        row_dtype, width = config.received_dtype, config.row_width
-        scale_dtype = torch.float32 if config.is_fp8 else torch.uint8
-        scale_width = config.row_scale_bytes // scale_dtype.itemsize
         ids = weights = scales = None
         if config.layout == "rank_major":
-            base = self._first + channel * self._stride
-            rows = self._view(base + self._rows_at, row_dtype, capacity, width)
-            if scale_width:
-                scales = self._view(base + self._scales_at, scale_dtype, capacity, scale_width)
+            rows, scales = self._views.rows_and_scales(channel, slots)
             lead = [capacity]
         else:
             lead = [num_rows] if config.layout == "compact" else [self.num_local, capacity]
-            rows = torch.empty([*lead, width], dtype=row_dtype)
-            if scale_width:
-                scales = torch.empty([*lead, scale_width], dtype=scale_dtype)
+            rows = torch.empty([*lead, config.row_width], dtype=config.received_dtype)
+            if config.row_scale_bytes:
+                scales = torch.empty([*lead, config.scale_width], dtype=config.scale_dtype)
         if config.layout != "expert_major":
             ids = torch.empty([*lead, top_k], dtype=torch.int32)
             weights = torch.empty([*lead, top_k], dtype=torch.float32)
         ops.dispatch_read(self.handle, channel, LAYOUTS[config.layout], rows, scales, ids, weights)
         return Received(rows, scales, ids, weights, tokens, per_expert)
-
-    def _view(self, offset: int, dtype: torch.dtype, rows: int, width: int) -> torch.Tensor:
-        size = rows * width * dtype.itemsize
-        return self.own[offset : offset + size].view(dtype).view(rows, width)
 
     def raise_for(self, status: int, ids: torch.Tensor | None = None) -> None:
         """Turn a status of the C++ code into the error it means; nothing for success."""
@@ -150,36 +184,10 @@ class NativeExchange:
             raise EpError(
                 "stopped: recover() was called here, but not all ranks came to it; call it again on all ranks"
             )
-        _, peer, reporter, phase, channel, expected, seen, waited_us, *masks, closed_by = ops.exchange_error(
-            self.handle
-        )
+        *word, closed_by = ops.exchange_error(self.handle)
         if status == _native.PEER_CLOSED:
-            raise EpProtocolError(
-                f"rank {closed_by} ended the exchange without a combine, so rank {self.rank} lacks its rows; "
-                "the communicator stays usable"
-            )
-        if status == _native.SLOTS_DIFFER:
-            raise EpProtocolError(
-                f"rank {peer} and rank {self.rank} gave different tokens_per_rank to the same dispatch; it "
-                "must be equal on all ranks"
-            )
-        if status == _native.AHEAD:
-            raise EpProtocolError(
-                f"rank {peer} is at exchange {seen} while rank {self.rank} is at {expected}: the ranks did "
-                "not make the same calls"
-            )
-        bits = sum((mask & (2**64 - 1)) << (64 * i) for i, mask in enumerate(masks))
-        raise EpTimeoutError(
-            rank=self.rank,
-            peer=peer,
-            phase=_native.PHASES[phase],
-            channel=channel,
-            epoch_expected=expected,
-            epoch_seen=seen,
-            waited_s=waited_us / 1e6,
-            reported_by=reporter,
-            missing=tuple(r for r in range(self.world) if bits >> r & 1),
-        )
+            word[:2] = status, closed_by
+        raise error_for(word, self.rank, self.world)
 
     def check(self) -> None:
         """Raise the sticky error, if there is one."""
@@ -199,3 +207,34 @@ def _describe_bad_ids(ids: torch.Tensor, num_experts: int) -> str:
     token, k = twice[0].tolist()
     expert = int(ordered[token, k])
     return f"token {token} has expert {expert} twice in its top-k; each expert at most once was wanted"
+
+
+def error_for(word: list[int], rank: int, world: int) -> EpError:
+    """What an error word (csrc/common/status.h, its fields in order) means on ``rank``."""
+    status, peer, reporter, phase, channel, expected, seen, waited_us, *masks = word
+    if status == _native.PEER_CLOSED:
+        return EpProtocolError(
+            f"rank {peer} ended the exchange without a combine, so rank {rank} lacks its rows"
+        )
+    if status == _native.SLOTS_DIFFER:
+        return EpProtocolError(
+            f"rank {peer} and rank {rank} gave different tokens_per_rank to the same dispatch; it must be "
+            "equal on all ranks"
+        )
+    if status == _native.AHEAD:
+        return EpProtocolError(
+            f"rank {peer} is at exchange {seen} while rank {rank} is at {expected}: the ranks did not make "
+            "the same calls"
+        )
+    bits = sum((mask & (2**64 - 1)) << (64 * i) for i, mask in enumerate(masks))
+    return EpTimeoutError(
+        rank=rank,
+        peer=peer,
+        phase=_native.PHASES[phase],
+        channel=channel,
+        epoch_expected=expected,
+        epoch_seen=seen,
+        waited_s=waited_us / 1e6,
+        reported_by=reporter,
+        missing=tuple(r for r in range(world) if bits >> r & 1),
+    )

@@ -17,7 +17,7 @@ from ep_backend import rendezvous
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpError, EpTimeoutError
-from ep_backend.transports.base import DispatchCall, NativeExchange, Received
+from ep_backend.transports.base import DispatchCall, NativeExchange, Received, Transport
 from ep_backend.transports.shm import anonymous
 
 PACKED_FLAG_BYTES = 16  # csrc/kernels/cpu/exchange.h
@@ -37,7 +37,7 @@ class _Open:
     returned: bool = False  # this rank's combine, or its closing, is under way
 
 
-class CollectiveTransport:
+class CollectiveTransport(Transport):
     """All-to-all of the group's own backend. A failed operation leaves the group unusable, so there is no
     recovery."""
 

@@ -10,11 +10,11 @@ from ep_backend import rendezvous
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpError
-from ep_backend.transports.base import DispatchCall, NativeExchange, Received
+from ep_backend.transports.base import DispatchCall, NativeExchange, Received, Transport
 from ep_backend.transports.shm import WindowShare
 
 
-class CpuTransport:
+class CpuTransport(Transport):
     """One window per rank, mapped by all. Raises EpConfigError on all ranks if any cannot map them."""
 
     name = "cpu"

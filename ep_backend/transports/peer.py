@@ -1,0 +1,200 @@
+"""Transport ``peer``: windows in GPU memory that every peer can write; the protocol of docs/protocol.md in
+CUDA kernels.
+
+PyTorch's symmetric memory maps the windows; its own barriers are not used. Dispatch and combine are one
+kernel each, or two where the halves are called; nothing is allocated but the tensors that are returned, and
+nothing waits for the GPU, so both can be captured in a CUDA graph. A failure on the GPU is raised by the next
+call on the host and by ``check``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import _native, rendezvous
+from ep_backend._native import ops
+from ep_backend.config import EpConfig
+from ep_backend.errors import EpConfigError
+from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
+from ep_backend.transports.cpu import CpuTransport
+
+FLAGS_PER_SOURCE = 512  # chunks that a call is divided into at most
+
+
+class PeerTransport(Transport):
+    """Raises EpConfigError on all ranks if any GPU cannot map its peers' windows, or its kernels would not
+    fit."""
+
+    name = "peer"
+
+    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
+        self._config, self._group, self._device = config, group, device
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        shape = config.window_shape(self._world, FLAGS_PER_SOURCE)
+        self.window_bytes = int(ops.window_layout(shape)[0])
+        _, sms = rendezvous.together(group, self._check_config, lambda sms: sms)
+        # Where ranks meet to recover: windows in host memory, which also work when a GPU's queue does not.
+        self._meeting = CpuTransport(group, _meeting_config(self._world, config.timeout()))
+        window, mapping = self._map(group)
+        self._mapping = mapping
+        self._views = WindowViews(config, self._world, window, shape)
+        blocks = min(sms) if config.num_sms is None else min(*sms, config.num_sms)
+        self._exchange, _ = rendezvous.together(
+            group, lambda: self._create(shape, blocks, mapping.buffer_ptrs)
+        )
+        self._free = weakref.finalize(self, ops.cuda_exchange_destroy, self._exchange)
+        self._slots = [config.max_tokens_per_rank] * config.num_channels
+        self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
+
+    def _check_config(self) -> int:
+        """The number of SMs of this rank's GPU."""
+        config = self._config
+        if config.layout != "rank_major":
+            raise EpConfigError(f"transport peer has no layout {config.layout} yet; rank_major was wanted")
+        if config.sum_dtype not in (config.result_dtype, torch.float32):
+            raise EpConfigError(
+                f"wire_dtype is {config.sum_dtype}; on a GPU {config.result_dtype} or float32 was wanted"
+            )
+        if config.hidden_size % 8:
+            raise EpConfigError(f"hidden_size is {config.hidden_size}; on a GPU a multiple of 8 was wanted")
+        return torch.cuda.get_device_properties(self._device).multi_processor_count
+
+    def _map(self, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, Any]:
+        """This rank's window, zeroed, and the mapping of all ranks'. Collective."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        window, _ = rendezvous.together(
+            group, lambda: symmetric.empty(self.window_bytes, dtype=torch.uint8, device=self._device)
+        )
+        window.zero_()
+        torch.cuda.synchronize(self._device)
+        mapping, _ = rendezvous.together(
+            group, lambda: symmetric.rendezvous(window, group or dist.distributed_c10d._get_default_group())
+        )
+        return window, mapping
+
+    def _create(self, shape: list[int], blocks: int, windows: list[int]) -> int:
+        config = self._config
+        return int(
+            ops.cuda_exchange_create(
+                shape,
+                self._rank,
+                config.hidden_size,
+                _native.DTYPES[config.sum_dtype],
+                _native.DTYPES[config.result_dtype],
+                config.expert_ids == "local",
+                config.pad_id,
+                0,
+                round(config.timeout() * 1e6),
+                blocks,
+                self._device.index,
+                list(config.expert_ranks(self._world)),
+                list(windows),
+            )
+        )
+
+    def dispatch(self, call: DispatchCall) -> Received:
+        return self._dispatch(call, send=True)
+
+    def dispatch_send(self, call: DispatchCall) -> None:
+        self._launch_dispatch(call, None)
+
+    def dispatch_recv(self, channel: int, slots: int) -> Received:
+        nothing = self._nothing
+        empty = nothing.new_empty(0, self._config.top_k, dtype=torch.float32)
+        call = DispatchCall(channel, nothing, None, empty.int(), empty, slots)
+        return self._dispatch(call, send=False)
+
+    def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
+        self._launch_combine(channel, y, out, send=True, receive=True)
+
+    def combine_send(self, channel: int, y: torch.Tensor) -> None:
+        self._launch_combine(channel, y, self._nothing, send=True, receive=False)
+
+    def combine_recv(self, channel: int, out: torch.Tensor) -> None:
+        self._launch_combine(channel, self._nothing, out, send=False, receive=True)
+
+    def close_exchange(self, channel: int) -> None:
+        """The closing flags leave with the next dispatch on the channel, which all ranks make."""
+        self.check()
+
+    def check(self) -> None:
+        word = ops.cuda_exchange_error(self._exchange)
+        if word[0] != _native.OK:
+            raise error_for(word, self._rank, self._world)
+
+    def recover(self) -> None:
+        """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared."""
+        torch.cuda.synchronize(self._device)
+        self._meeting.recover()
+        epochs = rendezvous.gather(self._group, ops.cuda_exchange_max_epoch(self._exchange))
+        ops.cuda_exchange_recover(self._exchange, max(epochs) + 1)
+        # Nobody sends before everybody has forgotten the old failure.
+        rendezvous.gather(self._group, None)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Graphs that were captured before keep the timeout of their capture."""
+        self._meeting.set_timeout(seconds)
+        ops.cuda_exchange_set_timeout(self._exchange, round(seconds * 1e6))
+
+    def destroy(self) -> None:
+        """Waits for the GPU: kernels that still run use what is given back."""
+        torch.cuda.synchronize(self._device)
+        self._free()
+        self._meeting.destroy()
+
+    def _dispatch(self, call: DispatchCall, send: bool) -> Received:
+        rows = self._world * call.slots
+        ids = torch.empty(rows, self._config.top_k, dtype=torch.int32, device=self._device)
+        weights = torch.empty(rows, self._config.top_k, dtype=torch.float32, device=self._device)
+        tokens = torch.empty(self._world, dtype=torch.int32, device=self._device)
+        self._launch_dispatch(call, (ids, weights, tokens), send)
+        return Received(*self._views.rows_and_scales(call.channel, call.slots), ids, weights, tokens, None)
+
+    def _launch_dispatch(
+        self,
+        call: DispatchCall,
+        out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        send: bool = True,
+    ) -> None:
+        self.check()
+        self._slots[call.channel] = call.slots
+        receive = out is not None
+        ids, weights, tokens = out or (self._nothing,) * 3
+        ops.cuda_dispatch(
+            self._exchange,
+            call.channel,
+            call.x,
+            call.scales,
+            call.ids,
+            call.weights,
+            call.num_tokens,
+            [call.slots],
+            send,
+            receive,
+            ids,
+            weights,
+            tokens,
+        )
+
+    def _launch_combine(
+        self, channel: int, y: torch.Tensor, out: torch.Tensor, send: bool, receive: bool
+    ) -> None:
+        self.check()
+        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel]], send, receive, out)
+
+
+def _meeting_config(world: int, timeout_s: float) -> EpConfig:
+    """The smallest configuration there is: only its meeting words are used."""
+    return EpConfig(
+        num_experts=world,
+        top_k=1,
+        hidden_size=8,
+        max_tokens_per_rank=1,
+        timeout_s=timeout_s,
+        transport=CpuTransport.name,
+    )
