@@ -45,7 +45,8 @@ def test_defaults_are_the_documented_case():
         8,
     )
     assert chosen.tokens == (1, 8, 64, 512)
-    assert chosen.contenders == ("cpu", "collective", "baseline_allgather")
+    assert {"cpu", "collective"} < set(chosen.contenders)
+    assert chosen.contenders[-1] == "baseline_allgather"
     assert (chosen.dtype, chosen.layout, chosen.routing) == ("bf16", "rank_major", "uniform")
 
 
@@ -58,7 +59,7 @@ def test_lists_and_the_number_of_ranks():
 @pytest.mark.parametrize(
     ("arguments", "world", "words"),
     [
-        (("--transports", "cpi"), None, "'cpi' is none of cpu, .* did you mean 'cpu'"),
+        (("--transports", "cpi"), None, "'cpi' is none of .* did you mean 'cpu'"),
         (("--ranks", "4"), 2, "--ranks 4, but 2 ranks"),
         (("--hidden", "100"), None, "200 bytes; a multiple of 16"),
         (("--topk", "8", "--experts", "16", "--routing", "one_rank"), None, "rank 0 holds 4 experts"),
