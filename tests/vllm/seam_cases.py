@@ -148,6 +148,8 @@ def test_manager_is_replaced_in_the_cpu_communicator(config, group):
     made = communicator(cpu_group=group, device=CPU, device_group=group, unique_name="ep:0", **_use_all2all())
     assert type(made.all2all_manager) is EpManager
     assert made.use_all2all
+    with pytest.raises(ValueError, match="route by themselves"):
+        made.all2all_manager.dispatch_router_logits(torch.zeros(1, 8), torch.zeros(1, 4))
     assert made.all2all_manager.scheduler_limit == config.scheduler_config.max_num_batched_tokens
     other = communicator(
         cpu_group=group, device=CPU, device_group=group, unique_name="dp:0", **_use_all2all()

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import vllm
 from vllm.config import get_current_vllm_config
 from vllm.distributed.device_communicators.all2all import AgRsAll2AllManager
 from vllm.logger import init_logger
 
-from ep_backend import Communicator, EpConfig, env
+from ep_backend import Communicator, EpConfig, EpConfigError, env
 
 logger = init_logger("vllm.ep_backend")
 
@@ -62,6 +63,15 @@ class EpManager(AgRsAll2AllManager):
             self._timeout_s,
         )
         return communicator
+
+    def dispatch_router_logits(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own gathering, for expert layers that route by themselves; it does not exist on CPUs."""
+        if self.device.type == "cpu":
+            raise EpConfigError(
+                f"the CPU experts of vLLM {vllm.__version__} route by themselves, and ep_backend needs "
+                "top-k ids: use a version whose CPU experts take them (0.32 does)."
+            )
+        return super().dispatch_router_logits(*args, **kwargs)
 
     def engine_is_ready(self) -> None:
         """Collective: once every rank is done with its start-up, nobody has a reason to wait long."""
