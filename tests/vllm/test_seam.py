@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ def run_cases(first_on_path: str | None) -> None:
         environ["PYTHONPATH"] = os.pathsep.join([first_on_path, *filter(None, [environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     command.append(str(HERE / "seam_cases.py"))
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory() as sockets:  # vLLM leaves those of its message queues behind
+        environ["TMPDIR"] = sockets
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
