@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 
 import ep_backend as ep
@@ -28,8 +29,8 @@ def make(group, *, transport="cpu", layout="rank_major", channels=1, **more):
 def exchange(comm, number, *, channel=0, tokens=None, at=lambda point: None):
     """One exchange; raises AssertionError if its result is wrong. ``at(point)`` is called at each of POINTS.
 
-    Every expert returns its row, and all weights are 1: each token comes back ``top_k`` times. Rows carry their
-    number and rank, so a row of another exchange or rank is noticed.
+    Every expert returns its row, and all weights are 1: each token comes back ``top_k`` times. Rows carry
+    their number and rank, so a row of another exchange or rank is noticed.
     """
     config = comm.config
     if tokens is None:
@@ -75,12 +76,9 @@ def caught(comm, act):
         raise AssertionError("a rank that stopped went unnoticed")
     start = time.monotonic()
     for again in (comm.check, lambda: exchange(comm, 90), lambda: exchange(comm, 91)):
-        try:
+        with pytest.raises(ep.EpTimeoutError) as stays:
             again()
-        except ep.EpTimeoutError as error:
-            assert str(error) == found["text"], "another error than the first"
-        else:
-            raise AssertionError("the error did not stay")
+        assert str(stays.value) == found["text"], "another error than the first"
     found["sticky_s"] = time.monotonic() - start
     return found
 
@@ -88,9 +86,7 @@ def caught(comm, act):
 def refused(act):
     """Seconds until ``act`` raised EpError that is no timeout of an exchange; and the message."""
     start = time.monotonic()
-    try:
+    with pytest.raises(ep.EpError) as refusal:
         act()
-    except ep.EpError as error:
-        assert not isinstance(error, ep.EpTimeoutError)
-        return time.monotonic() - start, str(error)
-    raise AssertionError("it was not refused")
+    assert not isinstance(refusal.value, ep.EpTimeoutError)
+    return time.monotonic() - start, str(refusal.value)

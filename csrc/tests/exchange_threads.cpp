@@ -275,6 +275,9 @@ void late_to_recover() {
     ranks.run([&](int64_t rank) {
         for (int64_t n = 0; n < 4; ++n) Part(ranks, rank, n).all();
         for (int64_t late = 0; late < s.world; ++late) {
+            // One that came first and gave up is not there, though its word is.
+            if (rank == late) check(!ranks[rank].recover(10'000).empty(), "recovered alone");
+            everybody.arrive_and_wait();
             if (rank != late)
                 for (int attempt = 0; attempt < 2; ++attempt) {
                     const std::vector<int64_t> absent = ranks[rank].recover(50'000);

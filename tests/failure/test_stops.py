@@ -1,4 +1,4 @@
-"""A rank that dies or stalls: the others raise EpTimeoutError in time and blame it; they recover or are refused."""
+"""A rank that dies or stalls: the others raise EpTimeoutError in time and blame it; then recovery."""
 
 import os
 import signal

@@ -1,7 +1,8 @@
-"""10^5 exchanges of 4 rank processes through the Python API, with random delays on every rank; every result is compared.
+"""10^5 exchanges of 4 rank processes through the Python API, with random delays on every rank.
 
-Tokens, T, routing, layout and channel change from exchange to exchange; some are dropped without combine, some overlap on
-two channels. All values are small whole numbers, so the reference is exact whatever the order of sums.
+Every result is compared. Tokens, T, routing, layout and channel change from exchange to exchange; some are
+dropped without combine, some overlap on two channels. All values are small whole numbers, so the reference is
+exact whatever the order of sums.
 """
 
 import random
