@@ -96,6 +96,7 @@ class Ours:
             )
         factors = workload.expert_factors(settings.experts, settings.hidden, settings.seed)
         y = torch.zeros(*received.rows.shape[:2], settings.hidden, dtype=settings.result_dtype)
+        assert received.rows_per_expert is not None
         for e, count in enumerate(received.rows_per_expert.tolist()):
             scales = None if received.scales is None else received.scales[e, :count]
             rows = workload.dequantize(received.rows[e, :count], scales)

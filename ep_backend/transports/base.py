@@ -186,7 +186,10 @@ class NativeExchange:
             )
         *word, closed_by = ops.exchange_error(self.handle)
         if status == _native.PEER_CLOSED:
+            # Not sticky: the exchange is over for everybody.
             word[:2] = status, closed_by
+            error = error_for(word, self.rank, self.world)
+            raise EpProtocolError(f"{error}; the communicator stays usable")
         raise error_for(word, self.rank, self.world)
 
     def check(self) -> None:

@@ -1,0 +1,275 @@
+"""The peer transport on real GPUs: bit for bit what the CPU transport gives, in graphs, and with a dead rank."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from harness import fresh_ranks, ranks
+
+import ep_backend as ep
+
+pytestmark = pytest.mark.gpu
+GPUS = torch.cuda.device_count()
+CONFIGS = {
+    "bf16": {"payload": torch.bfloat16},
+    "fp16 fp32-wire": {"payload": torch.float16, "wire_dtype": torch.float32},
+    "fp32": {"payload": torch.float32},
+    "fp8": {"payload": torch.bfloat16, "quantization": "fp8_block128"},
+    "fp8 of fp32": {"payload": torch.float32, "quantization": "fp8_block128", "out_dtype": torch.float16},
+    "fp8 by the caller": {"payload": torch.float8_e4m3fn},
+    "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
+}
+
+
+def needs(world):
+    if world > GPUS:
+        pytest.skip(f"needs {world} GPUs, {GPUS} found")
+
+
+def config(more, world, transport, **common):
+    usual = {"num_experts": 4 * world + 1, "top_k": 3, "hidden_size": 256, "max_tokens_per_rank": 300}
+    return ep.EpConfig(**{**usual, **more, **common, "transport": transport, "timeout_s": 10.0})
+
+
+def inputs(cfg, rank, count, seed):
+    g = torch.Generator().manual_seed(seed * 100 + rank)
+    ids = torch.rand(count, cfg.num_experts, generator=g).topk(cfg.top_k, dim=1).indices
+    ids[torch.rand(ids.shape, generator=g) < 0.1] = -1
+    weights = torch.rand(count, cfg.top_k, generator=g)
+    if cfg.payload == torch.uint8:
+        x = torch.randint(0, 256, (count, cfg.row_width), generator=g, dtype=torch.uint8)
+        return (
+            x,
+            ids,
+            weights,
+            torch.randint(0, 256, (count, cfg.scale_bytes), generator=g, dtype=torch.uint8),
+        )
+    x = (torch.randn(count, cfg.hidden_size, generator=g) * 3).to(cfg.payload)
+    scales = torch.rand(count, cfg.hidden_size // 128, generator=g) if cfg.payload.itemsize == 1 else None
+    return x, ids, weights, scales
+
+
+def live(cfg, received):
+    return (received.topk_ids != cfg.pad_id).any(1)
+
+
+def partial_sums(cfg, rank, rows, seed, dtype):
+    """What the experts of a rank return; rows that nobody reads are NaN."""
+    g = torch.Generator().manual_seed(seed * 7 + rank)
+    y = torch.randn(rows.shape[0], cfg.hidden_size, generator=g).to(dtype)
+    return torch.where(rows[:, None], y, torch.nan)
+
+
+def same_bits_job(rank, group, more):
+    """Each exchange on the GPU and on the CPU; returns what differs."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    wrong = []
+    with (
+        ep.Communicator(group, config(more, world, "cpu", num_channels=2)) as cpu,
+        ep.Communicator(group, config(more, world, "peer", num_channels=2), device=f"cuda:{rank}") as gpu,
+    ):
+        cfg = cpu.config
+        for number, slots in enumerate((1, 3, 300, 40, 40, 7, 128)):
+            count = (number * 5 + rank * 3) % (slots + 1)
+            x, ids, weights, scales = inputs(cfg, rank, count, number)
+            call = {"tokens_per_rank": slots, "channel": number % 2}
+            got = {}
+            for name, comm in (("cpu", cpu), ("gpu", gpu)):
+                x_, ids_, w_ = (t.to(comm.device) for t in (x, ids, weights))
+                s_ = None if scales is None else scales.to(comm.device)
+                if number % 3 == 1:
+                    handle = comm.dispatch_send(x_, ids_, w_, scales=s_, **call)
+                    received = comm.dispatch_recv(handle)
+                else:
+                    received, handle = comm.dispatch(x_, ids_, w_, scales=s_, **call)
+                mine = live(cfg, received)
+                got[name] = [received.topk_ids, received.topk_weights, received.tokens_per_source]
+                got[name].append(received.rows.view(torch.uint8)[mine])
+                if received.scales is not None:
+                    got[name].append(received.scales[mine])
+                if number == 3:  # left open: the next dispatch on the channel closes it
+                    continue
+                dtype = torch.float32 if number % 2 else cfg.result_dtype
+                y = partial_sums(cfg, rank, mine.cpu(), number, dtype).to(comm.device)
+                if number % 3 == 1:
+                    comm.combine_send(y, handle)
+                    got[name].append(comm.combine_recv(handle))
+                else:
+                    got[name].append(comm.combine(y, handle))
+            for part, (a, b) in enumerate(zip(got["cpu"], got["gpu"], strict=True)):
+                if not torch.equal(a, b.cpu()):
+                    wrong.append((number, slots, part, a.shape))
+        gpu.check()
+    return wrong
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_same_bits_as_the_cpu_transport(world, name):
+    needs(world)
+    assert ranks(world).run(same_bits_job, CONFIGS[name], timeout=120) == [[]] * world
+
+
+def graph_job(rank, group):
+    """One captured exchange, replayed with other tokens and another count, between eager ones."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    cfg = config({"payload": torch.bfloat16}, world, "peer")
+    wrong = []
+    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+        slots = 24
+        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, slots, 0)[:3])
+        count = torch.tensor([slots], dtype=torch.int32, device=comm.device)
+        out = torch.empty(slots, cfg.hidden_size, dtype=cfg.result_dtype, device=comm.device)
+
+        def exchange():
+            received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=slots, num_tokens=count)
+            factor = received.topk_weights.sum(1, keepdim=True)
+            y = torch.where(live(cfg, received)[:, None], received.rows.float() * factor, torch.nan)
+            comm.combine(y, handle, out=out)
+
+        exchange()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            exchange()
+        owners = torch.tensor(cfg.expert_ranks(world), device=comm.device)
+        for replay in range(20):
+            now = (replay * 7 + rank * 5) % (slots + 1)
+            for old, new in zip((x, ids, weights), inputs(cfg, rank, slots, 100 + replay)[:3], strict=True):
+                old.copy_(new)
+            count.fill_(now)
+            out.fill_(-1)
+            exchange() if replay % 5 == 4 else graph.replay()
+            want = torch.zeros(slots, cfg.hidden_size, device=comm.device)
+            for r in range(world):
+                here = (owners[ids.clamp(min=0)] == r) & (ids >= 0)
+                part = (x.float() * (weights * here).sum(1, keepdim=True)).to(cfg.sum_dtype).float()
+                want += torch.where(here.any(1, keepdim=True), part, 0.0)
+            want = want.to(cfg.result_dtype)
+            want[now:] = -1
+            if not torch.equal(out, want):
+                wrong.append((replay, now))
+        comm.check()
+    return wrong
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_graph_replays_with_other_counts(world):
+    needs(world)
+    assert ranks(world).run(graph_job, timeout=120) == [[]] * world
+
+
+def loop_job(rank, group, stall_s):
+    """Replays until a peer fails; then says what was raised, how long it took, and whether recovery works."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    cfg = ep.EpConfig(
+        num_experts=4 * world,
+        top_k=2,
+        hidden_size=256,
+        max_tokens_per_rank=8,
+        transport="peer",
+        timeout_s=2.0,
+    )
+    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 8, 1)[:3])
+        out = torch.empty(8, cfg.hidden_size, dtype=cfg.result_dtype, device=comm.device)
+
+        def exchange():
+            received, handle = comm.dispatch(x, ids, weights)
+            comm.combine(torch.zeros_like(received.rows), handle, out=out)
+
+        exchange()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                exchange()
+        start, error = time.monotonic(), None
+        while error is None and time.monotonic() - start < 20:
+            if rank == 1 and time.monotonic() - start > 1.0:
+                if stall_s is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(stall_s)
+            graph.replay()
+            torch.cuda.synchronize()
+            try:
+                comm.check()
+            except ep.EpTimeoutError as caught:
+                error = (caught.peer, caught.phase, time.monotonic() - start)
+        if stall_s is None:
+            try:
+                comm.recover()
+                return error, "recovered"
+            except ep.EpError as refused:
+                return error, str(refused)
+        comm.set_timeout(10.0)  # the ranks come to the meeting at very different times
+        comm.recover()
+        out.fill_(-1)
+        graph.replay()
+        torch.cuda.synchronize()
+        comm.check()
+        return error, bool((out == 0).all())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_dies_between_replays(world):
+    needs(world)
+    with fresh_ranks(world) as group:
+        group.start(loop_job, None)
+        outcomes = group.outcomes(timeout=60)
+    assert outcomes[1].exitcode == -signal.SIGKILL
+    for rank in set(range(world)) - {1}:
+        assert outcomes[rank].ok, str(outcomes[rank])
+        (peer, _, waited), recovery = outcomes[rank].value
+        assert peer == 1
+        assert waited < 8
+        assert "1" in recovery
+        assert recovery != "recovered"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_recovery_after_a_stall(world):
+    needs(world)
+    with fresh_ranks(world) as group:
+        results = group.run(loop_job, 4.0, timeout=60)
+    for rank, ((peer, _, _), right_again) in enumerate(results):
+        assert peer == 1 or rank == 1
+        assert right_again
+
+
+def two_streams_job(rank, group):
+    """Two communicators at the same time on two streams."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    cfg = config({"payload": torch.bfloat16}, world, "peer")
+    wrong = 0
+    with (
+        ep.Communicator(group, cfg, device=f"cuda:{rank}") as one,
+        ep.Communicator(group, cfg, device=f"cuda:{rank}") as two,
+    ):
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        for number in range(200):
+            outs = []
+            # The two are launched in another order on every second rank.
+            pairs = list(zip((one, two), streams, strict=True))
+            for comm, stream in pairs if rank % 2 else pairs[::-1]:
+                with torch.cuda.stream(stream):
+                    x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 40, number)[:3])
+                    received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=40)
+                    y = torch.where(live(cfg, received)[:, None], received.rows, 0.0)
+                    outs.append(comm.combine(y, handle))
+            torch.cuda.synchronize()
+            wrong += not torch.equal(*outs)
+        one.check()
+        two.check()
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_two_communicators_on_two_streams(world):
+    needs(world)
+    assert ranks(world).run(two_streams_job, timeout=120) == [0] * world
