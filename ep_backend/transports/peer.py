@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ep_backend import _native, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
-from ep_backend.errors import EpConfigError
+from ep_backend.errors import EpConfigError, EpProtocolError
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
@@ -124,8 +124,12 @@ class PeerTransport(Transport):
 
     def check(self) -> None:
         word = ops.cuda_exchange_error(self._exchange)
-        if word[0] != _native.OK:
-            raise error_for(word, self._rank, self._world)
+        if word[0] == _native.OK:
+            return
+        error = error_for(word, self._rank, self._world)
+        if word[0] == _native.PEER_CLOSED:
+            raise EpProtocolError(f"{error} in an exchange before; the communicator stays usable")
+        raise error
 
     def recover(self) -> None:
         """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared."""

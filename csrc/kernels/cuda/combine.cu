@@ -91,19 +91,15 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     }
 }
 
-// A peer that closed the exchange has not sent the rows that this rank waits for.
-__device__ void check_closed(const View& v, uint64_t epoch, const int* counts) {
-    for (int source = threadIdx.x; source < v.world; source += kThreads) {
+// A peer that closed the exchange has not sent the rows that this rank waits for. The exchange is over for
+// everybody, so nothing stops; the host is told that this result is lost.
+__device__ bool closed_by_peer(const View& v, const int* counts) {
+    for (int source = 0; source < v.world; ++source) {
         if (counts[source] != static_cast<int>(kClosed)) continue;
-        ErrorWord error;
-        error.status = Status::kPeerClosed;
-        error.peer = source;
-        error.reporter = v.rank;
-        error.phase = Phase::kCombine;
-        error.channel = v.channel;
-        error.epoch_expected = error.epoch_seen = epoch;
-        fail(v, error);
+        if (threadIdx.x == 0) *const_cast<volatile int32_t*>(&v.host_error->closed_by) = source + 1;
+        return true;
     }
+    return false;
 }
 
 template <class Y, class Wire, class Out>
@@ -118,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     auto receive = [&](int chunk) {
         alive = alive && wait_chunk(v, Phase::kCombine, word.epoch, chunk, counts);
         if (!alive) return;
-        check_closed(v, word.epoch, counts);
-        reduce_chunk<Wire, Out>(v, a, chunk, word.tokens);
+        if (!closed_by_peer(v, counts)) reduce_chunk<Wire, Out>(v, a, chunk, word.tokens);
         if (chunk + step < chunks) __syncthreads();  // counts are used again
     };
     for (int chunk = blockIdx.x; chunk < chunks && alive; chunk += step) {
@@ -133,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (chunk >= step) receive(chunk - step);
         if (chunk + step >= chunks) receive(chunk);
     }
-    if (a.receive) leave(v, [&](DeviceWord& w) { w.open = 0; });
+    leave(v, [&](DeviceWord& w) { w.stage = a.receive ? Stage::kIdle : Stage::kReturned; });
 }
 
 template <class Out>

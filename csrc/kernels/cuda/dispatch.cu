@@ -190,10 +190,14 @@ __device__ void receive_headers(const View& v, const DispatchArgs& a, uint64_t e
 
 // An exchange that nobody combined ends without data, before this one writes where that one was read.
 __device__ bool close_open_exchange(const View& v, const DeviceWord& word, int* counts) {
-    for (uint32_t chunk = blockIdx.x; chunk < word.chunks; chunk += gridDim.x)
-        flag_chunk(v, Phase::kCombine, word.epoch, static_cast<int>(chunk), kClosed);
-    for (uint32_t chunk = 0; chunk < word.chunks; ++chunk)
-        if (!wait_chunk(v, Phase::kCombine, word.epoch, static_cast<int>(chunk), counts)) return false;
+    const int chunks = static_cast<int>(word.chunks);
+    // Only a rank that has seen all rows of an exchange may say that it is done with them.
+    for (int chunk = 0; chunk < chunks && word.stage == Stage::kSent; ++chunk)
+        if (!wait_chunk(v, Phase::kDispatch, word.epoch, chunk, counts)) return false;
+    for (int chunk = blockIdx.x; chunk < chunks && word.stage != Stage::kReturned; chunk += gridDim.x)
+        flag_chunk(v, Phase::kCombine, word.epoch, chunk, kClosed);
+    for (int chunk = 0; chunk < chunks; ++chunk)
+        if (!wait_chunk(v, Phase::kCombine, word.epoch, chunk, counts)) return false;
     return true;
 }
 
@@ -209,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const uint64_t epoch = a.send ? next_epoch(word.epoch) : word.epoch;
     const int chunks = a.plan.chunks();
     if (a.send && alive) {
-        if (word.open) alive = close_open_exchange(v, word, counts);
+        if (word.stage != Stage::kIdle) alive = close_open_exchange(v, word, counts);
         for (int chunk = blockIdx.x; chunk < chunks && alive; chunk += gridDim.x)
             send_chunk<Id, F>(v, a, chunk, tokens, epoch);
     }
@@ -221,13 +225,13 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (chunk + gridDim.x < chunks) __syncthreads();  // counts are used again
         }
     }
-    if (a.send)
-        leave(v, [&](DeviceWord& w) {
-            w.epoch = epoch;
-            w.open = 1;
-            w.tokens = tokens;
-            w.chunks = static_cast<uint32_t>(chunks);
-        });
+    leave(v, [&](DeviceWord& w) {
+        w.stage = a.receive ? Stage::kReceived : Stage::kSent;
+        if (!a.send) return;
+        w.epoch = epoch;
+        w.tokens = tokens;
+        w.chunks = static_cast<uint32_t>(chunks);
+    });
 }
 
 template <class Id>

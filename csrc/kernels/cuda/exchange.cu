@@ -185,11 +185,21 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     return launch_combine(view(channel), a, {blocks, stream, dependent_});
 }
 
-ErrorWord Exchange::error() const {
-    const volatile uint32_t* stopped = &pinned_->stopped;
-    if (*stopped == 0) return ErrorWord{};
-    std::atomic_thread_fence(std::memory_order_acquire);
-    return pinned_->word;
+ErrorWord Exchange::error() {
+    const volatile ErrorCell* cell = pinned_;
+    if (cell->stopped) {
+        std::atomic_thread_fence(std::memory_order_acquire);
+        return pinned_->word;
+    }
+    ErrorWord word{};
+    if (const int32_t closed_by = cell->closed_by; closed_by != 0) {
+        pinned_->closed_by = 0;
+        word.status = Status::kPeerClosed;
+        word.peer = closed_by - 1;
+        word.reporter = static_cast<int32_t>(settings_.rank);
+        word.phase = Phase::kCombine;
+    }
+    return word;
 }
 
 uint64_t Exchange::max_epoch() const {
@@ -204,7 +214,7 @@ uint64_t Exchange::max_epoch() const {
 
 void Exchange::recover(uint64_t epoch) {
     for (View& v : views_) {
-        const DeviceWord word{epoch & kEpochMask, 0, 0, 0, 0};
+        const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0};
         check(cudaMemcpy(v.word, &word, sizeof word, cudaMemcpyHostToDevice), "cudaMemcpy");
         v.floor = next_epoch(epoch);
     }

@@ -45,8 +45,9 @@ class Exchange {
     cudaError_t dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream);
     cudaError_t combine(int64_t channel, CombineArgs a, cudaStream_t stream);
 
-    // What stopped the exchange, as the kernels have told the host so far. Does not wait for the GPU.
-    ErrorWord error() const;
+    // What stopped the exchange, as the kernels have told the host so far; once, that a peer closed one. Does
+    // not wait for the GPU.
+    ErrorWord error();
     uint64_t max_epoch() const;
     // After all ranks have stopped and their streams are idle: every channel goes on behind `epoch`.
     void recover(uint64_t epoch);

@@ -16,11 +16,14 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSegments = 4;  // more pieces of one row than this do not make it faster
 constexpr int kRouteWords = (kMaxWorld + 31) / 32;
 
+// Where a channel's exchange is.
+enum class Stage : uint32_t { kIdle = 0, kSent = 1, kReceived = 2, kReturned = 3 };
+
 // The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block to
 // leave writes it.
 struct DeviceWord {
-    uint64_t epoch;   // of the newest exchange
-    uint32_t open;    // 1 between a dispatch and the end of its combine
+    uint64_t epoch;  // of the newest exchange
+    Stage stage;
     int32_t tokens;   // of the open exchange
     uint32_t chunks;  // of the open exchange
     uint32_t ticket;  // blocks that have left
@@ -28,7 +31,8 @@ struct DeviceWord {
 
 // Where a failure is written, on the GPU for the kernels that follow and in pinned memory for the host.
 struct ErrorCell {
-    uint32_t stopped;  // any failure: later kernels return at once
+    uint32_t stopped;   // any failure: later kernels return at once
+    int32_t closed_by;  // rank + 1 of a peer that ended an exchange without its combine; does not stop
     ErrorWord word;
 };
 
