@@ -163,6 +163,52 @@ def test_graph_replays_with_other_counts(world):
     assert ranks(world).run(graph_job, timeout=120) == [[]] * world
 
 
+def closing_job(rank, group):
+    """Exchanges that are left at every point, then one that must be right; then ranks that disagree."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    cfg = config({"payload": torch.bfloat16}, world, "peer")
+    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
+
+        def dispatch():
+            return comm.dispatch(x, ids, weights, tokens_per_rank=33)
+
+        def combine(received, handle):
+            return comm.combine(torch.where(live(cfg, received)[:, None], received.rows, 0.0), handle)
+
+        want = combine(*dispatch())
+        same = []
+        comm.dispatch_send(x, ids, weights, tokens_per_rank=33)
+        same.append(torch.equal(combine(*dispatch()), want))
+        dispatch()
+        same.append(torch.equal(combine(*dispatch()), want))
+        received, handle = dispatch()
+        comm.combine_send(torch.zeros_like(received.rows), handle)
+        same.append(torch.equal(combine(*dispatch()), want))
+
+        opened = dispatch()
+        said = ""
+        if rank == 0:
+            combine(*opened)
+            torch.cuda.synchronize()
+            try:
+                comm.check()
+            except ep.EpProtocolError as error:
+                said = str(error)
+        same.append(torch.equal(combine(*dispatch()), want))
+        comm.check()
+    return same, said
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_closing(world):
+    needs(world)
+    results = ranks(world).run(closing_job, timeout=60)
+    assert [same for same, _ in results] == [[True] * 4] * world
+    assert "ended the exchange without a combine" in results[0][1]
+
+
 def loop_job(rank, group, stall_s):
     """Replays until a peer fails; then says what was raised, how long it took, and whether recovery works."""
     torch.cuda.set_device(rank)
