@@ -1,4 +1,4 @@
-"""The peer transport on real GPUs: bit for bit what the CPU transport gives, in graphs, and with a dead rank."""
+"""The peer transport on real GPUs: the CPU transport's bits, captured graphs, ranks that stop or die."""
 
 import os
 import signal

@@ -216,9 +216,11 @@ void Exchange::recover(uint64_t epoch) {
     for (View& v : views_) {
         const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0};
         check(cudaMemcpy(v.word, &word, sizeof word, cudaMemcpyHostToDevice), "cudaMemcpy");
-        v.floor = next_epoch(epoch);
     }
-    check(cudaMemset(views_[0].error, 0, sizeof(ErrorCell)), "cudaMemset");
+    // Not a kernel parameter: graphs that were captured before must see it too.
+    ErrorCell cell{};
+    cell.floor = next_epoch(epoch);
+    check(cudaMemcpy(views_[0].error, &cell, sizeof cell, cudaMemcpyHostToDevice), "cudaMemcpy");
     *pinned_ = ErrorCell{};
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }

@@ -91,7 +91,7 @@ __device__ inline int wait_flag(const View& v, Phase phase, uint64_t epoch, int 
         for (int r = 0; r < v.world; ++r) {
             if (r == v.rank) continue;
             const uint64_t abort = ptx::load_relaxed(own(v) + v.layout.abort_word(r));
-            if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.floor) < 0) continue;
+            if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.error->floor) < 0) continue;
             error.status = Status::kAborted;
             error.peer = static_cast<int32_t>(word_low(abort)) - 1;
             error.reporter = r;
