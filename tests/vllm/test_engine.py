@@ -24,9 +24,9 @@ MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
 NEW_TOKENS = 64
 EQUAL_IN_BF16 = 6
 """Of 8 prompts, those that must be equal to the last token in bfloat16."""
-BF16_GAP = 0.125
-"""Largest gap between the two best logits at which bfloat16 may choose differently: two units in the last
-place of a bfloat16 between 8 and 16. The best logits of this model are 3 to 13."""
+BF16_GAP = 0.25
+"""Largest gap between the two best logits at which bfloat16 may choose differently. vLLM on one rank, without
+ep_backend, and transformers were seen to differ at gaps up to this with this model."""
 
 
 def serving(**changes):
