@@ -123,7 +123,8 @@ class Communicator:
         self.device = torch.device(device or "cpu")
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
-                raise EpConfigError(f"device is {self.device}, but PyTorch {torch.__version__} finds no GPU here")
+                found = f"PyTorch {torch.__version__} finds no GPU here"
+                raise EpConfigError(f"device is {self.device}, but {found}")
             if not _native.HAS_CUDA:
                 raise EpConfigError(
                     "this build of ep_backend has no CUDA kernels; build it where nvcc is found"

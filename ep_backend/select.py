@@ -17,8 +17,9 @@ from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record
 from ep_backend.profiles import Condition, Profile, Setting
 
-# Transports of this build. The others that profiles name are passed over, and the reason says so.
-AVAILABLE = frozenset({"cpu", "collective"})
+# Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
+# narrows this to what its build has for its device.
+AVAILABLE = frozenset({"cpu", "collective", "peer"})
 
 
 class EnvValue(msgspec.Struct, frozen=True):

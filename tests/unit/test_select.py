@@ -71,15 +71,20 @@ def test_containers_of_one_machine_that_share_memory_are_one_machine():
     assert decide([cpu_rank(), cpu_rank(host="pod-2")]).transport == "cpu"
 
 
-def test_nvswitch_prefers_peer_and_says_why_it_is_not_used():
+def test_nvswitch_uses_peer():
     decision = decide(gpu_machine(8))
-    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
-    assert "passed over: peer, because it is not in this build" in decision.reason
+    assert (decision.profile, decision.transport) == ("nvswitch", "peer")
     assert {item.name: item.value for item in decision.env} == {
         "NCCL_CUMEM_ENABLE": "1",
         "NCCL_NVLS_ENABLE": "0",
     }
     assert all(item.source and item.why for item in decision.env)
+
+
+def test_nvswitch_without_peer_says_why_it_is_not_used():
+    decision = decide(gpu_machine(8), available=frozenset({"cpu", "collective"}))
+    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
+    assert "passed over: peer, because it is not in this build" in decision.reason
 
 
 def test_nvswitch_with_a_build_that_has_everything():
