@@ -38,6 +38,7 @@ assert ep_backend.__file__.startswith('$1/')" || exit 1
 compile() {
     local torch
     torch=$("$root/env/bin/python" build_support/find_torch.py) || return 1
+    rm -rf "$root/headers-$1" || return 1
     cmake -S . -B "$root/headers-$1" -DEP_BACKEND_CUDA=0 -DEP_TORCH_DIR="$torch" >/dev/null || return 1
     cmake --build "$root/headers-$1" --parallel 2 --target ep_backend >/dev/null
 }
