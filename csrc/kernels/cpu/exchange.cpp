@@ -21,8 +21,8 @@ uint64_t meeting(uint64_t epoch, Meeting how_far) {
     return make_word(epoch, static_cast<uint32_t>(how_far));
 }
 
-// More ranks than cores is normal on a CPU, so waiting must leave the core to the peer that is waited for. A nap does;
-// sched_yield does not when others want the core too (docs/benchmarking.md, "How a rank waits").
+// More ranks than cores is normal on a CPU, so waiting must leave the core to the peer that is waited for. A
+// nap does; sched_yield does not when others want the core too (docs/benchmarking.md, "How a rank waits").
 void back_off(int64_t round) {
     constexpr int64_t kSpins = 64, kLongestNapUs = 100;
     if (round < kSpins) {
