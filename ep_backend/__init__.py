@@ -39,5 +39,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        import_module("ep_backend._native")  # says what to do where PyTorch or the library is missing
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'ep_backend' has no attribute {name!r}")
