@@ -27,6 +27,21 @@ __device__ __forceinline__ uint64_t load_relaxed(const void* p) {
     return v;
 }
 
+// What an earlier kernel of this GPU wrote; never from the first-level cache.
+__device__ __forceinline__ uint4 load_fresh(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ uint32_t load_fresh_word(const void* p) {
+    uint32_t v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
 // Rows are used once: they should not push anything out of the first-level cache.
 __device__ __forceinline__ uint4 load_row(const void* p) {
     uint4 v;

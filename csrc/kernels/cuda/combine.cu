@@ -1,6 +1,8 @@
 // Combine in one launch: this rank's sums back to where the tokens came from, and the sum of what all ranks
 // return. A block sends a chunk, flags it, and reduces an earlier chunk while its stores are under way. See
 // exchange.cuh.
+#include <type_traits>
+
 #include "exchange.cuh"
 #include "formats.cuh"
 #include "launch.h"
@@ -16,47 +18,106 @@ __device__ Piece piece_of(int eighths, int segment, int segments) {
     return {eighths * segment / segments, eighths * (segment + 1) / segments};
 }
 
+constexpr int kLoads = 4;       // 16-byte loads that a thread issues before it stores
+constexpr int kEarlyWorld = 8;  // up to so many ranks most rows are live: load them before that is known
+
+template <class Y>
+constexpr int kUnits = kLoads / Y::kWords;  // of eight elements
+
+template <class Y>
+__device__ void load_units(const char* y, int first, int step, int end, uint4* words) {
+#pragma unroll
+    for (int i = 0; i < kUnits<Y>; ++i)
+        if (first + i * step < end)
+#pragma unroll
+            for (int j = 0; j < Y::kWords; ++j)
+                words[i * Y::kWords + j] =
+                    ptx::load_row(y + (static_cast<int64_t>(first + i * step) * Y::kWords + j) * 16);
+}
+
+// One row of the sending half: a token of a source, and what is loaded before it is known to be live.
+struct Ahead {
+    bool inside;  // the last chunk may be narrower
+    int token, source;
+    int64_t slot;
+    uint64_t flag;
+    int id;
+    uint4 words[kLoads];
+};
+
+template <class Y>
+__device__ void load_ahead(const View& v, const CombineArgs& a, int chunk, int first, int width, int unit,
+                           int place, int step, Piece piece, Ahead& h) {
+    const int lane = threadIdx.x % 32, turn = a.plan.per_chunk.divide(unit);
+    const int t = unit - turn * a.plan.tokens_per_chunk, d = v.rank + turn + 1;
+    h.token = first + t;
+    h.source = d < v.world ? d : d - v.world;
+    h.slot = static_cast<int64_t>(h.source) * a.plan.slots + h.token;
+    h.inside = t < width;
+    if (!h.inside) return;
+    // The flag of the dispatch still says how many tokens of the chunk are live.
+    h.flag = ptx::load_relaxed(own(v) + v.layout.dispatch_flag(v.channel, h.source, chunk));
+    const auto* ids = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, h.slot));
+    h.id = lane < v.top_k ? ids[lane] : -1;
+    if (v.world <= kEarlyWorld)
+        load_units<Y>(a.y + h.slot * a.hidden * (Y::kWords * 2), piece.begin + place, step, piece.end,
+                      h.words);
+}
+
 template <class Y, class Wire>
-__device__ void send_sums(const View& v, const CombineArgs& a, int chunk, uint64_t epoch) {
-    constexpr int kInFlight = 4 / Y::kWords;  // units of eight elements loaded before the first is stored
+__device__ void send_sums(const View& v, const State& state, const CombineArgs& a, int chunk, bool loaded,
+                          Ahead& h) {
     const Plan& plan = a.plan;
-    const int segment = chunk % plan.segments, first = chunk / plan.segments * plan.tokens_per_chunk;
+    const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
+    const int segment = chunk - token_chunk * plan.segments;
     const int width = min(plan.tokens_per_chunk, plan.slots - first);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
     const int place = warp % a.warps_per_row * 32 + lane, step = a.warps_per_row * 32;
     const Piece piece = piece_of(a.hidden / 8, segment, plan.segments);
-    for (int unit = group; unit < v.world * width; unit += groups) {
-        const int token = first + unit % width, d = v.rank + unit / width + 1;
-        const int source = d < v.world ? d : d - v.world;
-        const int64_t slot = static_cast<int64_t>(source) * plan.slots + token;
-        // The flag of the dispatch still says how many tokens of the chunk are live.
-        const uint64_t flag = ptx::load_relaxed(own(v) + v.layout.dispatch_flag(v.channel, source, chunk));
-        const auto* ids = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot));
-        const int id = lane < v.top_k ? ids[lane] : -1;
-        const bool live = token - first < static_cast<int>(word_low(flag)) && !masked(v, source);
-        if (!__any_sync(kAll, live && is_local(v, id))) continue;
-        const char* y = a.y + slot * a.hidden * (Y::kWords * 2);
-        char* to = v.windows[source] + v.layout.combine_row(v.channel, v.rank, token);
-        for (int e = piece.begin + place; e < piece.end; e += step * kInFlight) {
-            Eight part[kInFlight];
+    for (int unit = group; unit < v.world * plan.tokens_per_chunk; unit += groups) {
+        if (!loaded || unit != group) load_ahead<Y>(v, a, chunk, first, width, unit, place, step, piece, h);
+        if (!h.inside) continue;
+        const bool live = h.token - first < static_cast<int>(word_low(h.flag)) && !state.masked(h.source);
+        if (!__any_sync(kAll, live && is_local(v, h.id))) continue;
+        const char* y = a.y + h.slot * a.hidden * (Y::kWords * 2);
+        char* to = v.windows[h.source] + v.layout.combine_row(v.channel, v.rank, h.token);
+        for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
+            if (v.world > kEarlyWorld || e != piece.begin + place)
+                load_units<Y>(y, e, step, piece.end, h.words);
 #pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (e + i * step < piece.end) part[i] = load_eight<Y>(y, e + i * step);
+            for (int i = 0; i < kUnits<Y>; ++i) {
+                if (e + i * step >= piece.end) continue;
+                if constexpr (std::is_same_v<Y, Wire>) {
 #pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (e + i * step < piece.end) store_eight<Wire>(to, e + i * step, part[i]);
+                    for (int j = 0; j < Y::kWords; ++j)
+                        ptx::store_row(to + (static_cast<int64_t>(e + i * step) * Y::kWords + j) * 16,
+                                       h.words[i * Y::kWords + j]);
+                } else {
+                    Eight part;
+                    Y::unpack(h.words + i * Y::kWords, part);
+                    store_eight<Wire>(to, e + i * step, part);
+                }
+            }
         }
     }
-    flag_chunk(v, Phase::kCombine, epoch, chunk, 0);
 }
 
-// fp32, in order of rank, rounded once.
+__device__ RankSet load_route(const View& v, int64_t token) {
+    const uint32_t* words = v.routes + token * kRouteWords;
+    RankSet route{ptx::load_fresh_word(words), 0, 0};
+    if (v.world > 32) route.b = ptx::load_fresh_word(words + 1), route.c = ptx::load_fresh_word(words + 2);
+    return route;
+}
+
+// fp32, in order of rank, rounded once. `route` is of the first token, if this thread has one.
 template <class Wire, class Out>
-__device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int tokens) {
-    constexpr int kAhead = 4;  // rows whose loads are issued before the first is added
+__device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int tokens, RankSet route) {
+    constexpr int kAhead = 4;                // rows whose loads are issued before the first is added
+    constexpr int kWide = 2 / Wire::kWords;  // units of eight elements at a time
     const Plan& plan = a.plan;
-    const int segment = chunk % plan.segments, first = chunk / plan.segments * plan.tokens_per_chunk;
+    const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
+    const int segment = chunk - token_chunk * plan.segments;
     const int count = min(plan.tokens_per_chunk, tokens - first);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / plan.warps_per_token, groups = kWarps / plan.warps_per_token;
@@ -65,28 +126,38 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
     for (int t = group; t < count; t += groups) {
         const int64_t token = first + t;
-        Route route{};
-        for (int w = 0; w < kRouteWords && w * 32 < v.world; ++w)
-            route.words[w] = v.routes[token * kRouteWords + w];
+        if (t != group) route = load_route(v, token);
         const char* rows = own(v) + v.layout.combine_row(v.channel, 0, token);
         char* out = a.out + token * a.hidden * (Out::kWords * 2);
-        for (int e = piece.begin + place; e < piece.end; e += step) {
-            Eight sum{};
+        for (int e = piece.begin + place; e < piece.end; e += step * kWide) {
+            Eight sum[kWide]{};
             for (int r = 0; r < v.world; r += kAhead) {
-                Eight part[kAhead];
-                bool has[kAhead];
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    has[i] = r + i < v.world && route.test(r + i);
-                    if (has[i]) part[i] = load_eight<Wire>(rows + (r + i) * rank_stride, e);
-                }
+                uint4 part[kAhead][kWide * Wire::kWords];
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i)
-                    if (has[i])
+                    if (r + i < v.world && route.test(r + i))
 #pragma unroll
-                        for (int j = 0; j < 8; ++j) sum.v[j] += part[i].v[j];
+                        for (int k = 0; k < kWide; ++k)
+                            if (e + k * step < piece.end)
+#pragma unroll
+                                for (int j = 0; j < Wire::kWords; ++j)
+                                    part[i][k * Wire::kWords + j] = ptx::load_row(
+                                        rows + (r + i) * rank_stride +
+                                        (static_cast<int64_t>(e + k * step) * Wire::kWords + j) * 16);
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i)
+                    if (r + i < v.world && route.test(r + i))
+#pragma unroll
+                        for (int k = 0; k < kWide; ++k) {
+                            Eight add;
+                            Wire::unpack(part[i] + k * Wire::kWords, add);
+#pragma unroll
+                            for (int j = 0; j < 8; ++j) sum[k].v[j] += add.v[j];
+                        }
             }
-            store_eight<Out>(out, e, sum);
+#pragma unroll
+            for (int k = 0; k < kWide; ++k)
+                if (e + k * step < piece.end) store_eight<Out>(out, e + k * step, sum[k]);
         }
     }
 }
@@ -107,28 +178,54 @@ __global__ void __launch_bounds__(kThreads, 2)
     combine_kernel(const __grid_constant__ View v, const __grid_constant__ CombineArgs a) {
     __shared__ int counts[kMaxWorld];
     ptx::let_next_kernel_start();
+    const Plan& plan = a.plan;
+    const int chunks = plan.chunks(), step = static_cast<int>(gridDim.x);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int unit = warp / a.warps_per_row;
+    const int first = static_cast<int>(blockIdx.x) / plan.segments * plan.tokens_per_chunk;
+    const int width = min(plan.tokens_per_chunk, plan.slots - first);
+    touch(v, a);
+    const int first_token = first + warp / plan.warps_per_token;
     ptx::wait_for_previous_kernel();
-    const DeviceWord word = *v.word;
-    bool alive = *reinterpret_cast<volatile uint32_t*>(&v.error->stopped) == 0;
-    const int chunks = a.plan.chunks(), step = static_cast<int>(gridDim.x);
-    auto receive = [&](int chunk) {
-        alive = alive && wait_chunk(v, Phase::kCombine, word.epoch, chunk, counts);
-        if (!alive) return;
-        if (!closed_by_peer(v, counts)) reduce_chunk<Wire, Out>(v, a, chunk, word.tokens);
-        if (chunk + step < chunks) __syncthreads();  // counts are used again
-    };
-    for (int chunk = blockIdx.x; chunk < chunks && alive; chunk += step) {
-        if (a.send) send_sums<Y, Wire>(v, a, chunk, word.epoch);
-        if (!a.receive) continue;
-        if (!a.send) {
-            receive(chunk);
-            continue;
+    // Everything that the first chunk needs is asked for at once.
+    const State state = load_state(v);
+    Ahead ahead;
+    if (a.send && unit < v.world * plan.tokens_per_chunk)
+        load_ahead<Y>(
+            v, a, blockIdx.x, first, width, unit, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32,
+            piece_of(a.hidden / 8, static_cast<int>(blockIdx.x) % plan.segments, plan.segments), ahead);
+    bool alive = !state.stopped, left = false;
+    RankSet first_route{};
+    if (a.receive && first_token < plan.slots) first_route = load_route(v, first_token);
+    auto end = [&](DeviceWord& w) { w.stage = a.receive ? Stage::kIdle : Stage::kReturned; };
+    const int mine = (chunks - static_cast<int>(blockIdx.x) + step - 1) / step;
+    // With several chunks, receive one chunk behind: by then the peers have most likely sent theirs.
+    const int behind = a.send && mine > 1 ? 1 : 0;
+    for (int i = 0; i < mine + behind && alive; ++i) {
+        if (a.send && i < mine) {
+            const int chunk = blockIdx.x + i * step;
+            send_sums<Y, Wire>(v, state, a, chunk, i == 0, ahead);
+            flag_chunk(v, state, Phase::kCombine, state.epoch, chunk, 0);
         }
-        // One chunk behind: by now the peers have most likely sent theirs.
-        if (chunk >= step) receive(chunk - step);
-        if (chunk + step >= chunks) receive(chunk);
+        if (!left) {
+            leave(v, a.send, end);
+            left = true;
+        }
+        if (!a.receive) continue;
+        if (i < behind) continue;
+        const int chunk = blockIdx.x + (i - behind) * step;
+        RankSet route = first_route;
+        if (i != behind) {
+            const int token =
+                plan.per_segments.divide(chunk) * plan.tokens_per_chunk + warp / plan.warps_per_token;
+            if (token < state.tokens) route = load_route(v, token);
+        }
+        alive = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts);
+        if (!alive) break;
+        if (!closed_by_peer(v, counts)) reduce_chunk<Wire, Out>(v, a, chunk, state.tokens, route);
+        if (i + 1 < mine + behind) __syncthreads();  // counts are used again
     }
-    leave(v, [&](DeviceWord& w) { w.stage = a.receive ? Stage::kIdle : Stage::kReturned; });
+    if (!left) leave(v, false, end);
 }
 
 template <class Out>

@@ -8,7 +8,15 @@
 namespace ep::cuda {
 namespace {
 
-constexpr int kInFlight = 4;  // 16-byte loads that a thread issues before it stores
+constexpr int kLoads = 4;  // 16-byte loads that a thread issues before it stores
+
+// A row is copied in units of one 16-byte word, or quantised in units of 16 values, which become one.
+template <class F>
+constexpr int kUnitLoads = 2 * F::kWords;
+template <>
+constexpr int kUnitLoads<void> = 1;
+template <class F>
+constexpr int kUnits = kLoads / kUnitLoads<F>;
 
 struct Piece {
     int begin, end;
@@ -20,164 +28,189 @@ __device__ Piece piece_of(int words, int segment, int segments) {
     return {cut(segment), cut(segment + 1)};
 }
 
+// What this thread does in a chunk. A group of warps takes one token at a time.
+struct Share {
+    int segment, first, count;  // tokens of the chunk
+    int group, groups, place, step;
+    Piece piece;
+};
+__device__ Share share_of(const View& v, const Plan& plan, int chunk, int tokens) {
+    Share s;
+    const int token_chunk = plan.per_segments.divide(chunk);
+    s.segment = chunk - token_chunk * plan.segments;
+    s.first = token_chunk * plan.tokens_per_chunk;
+    s.count = max(0, min(plan.tokens_per_chunk, tokens - s.first));
+    const int warp = threadIdx.x / 32;
+    s.group = warp / plan.warps_per_token;
+    s.groups = kWarps / plan.warps_per_token;
+    s.place = warp % plan.warps_per_token * 32 + threadIdx.x % 32;
+    s.step = plan.warps_per_token * 32;
+    s.piece = piece_of(static_cast<int>(v.layout.shape.row_bytes / 16), s.segment, plan.segments);
+    return s;
+}
+
+// What a thread loads before it knows where anything goes.
+template <class F>
+struct Ahead {
+    int id;
+    uint4 words[kLoads];
+};
+
+template <class F>
+__device__ void load_units(const char* x, int first, int step, int end, uint4* words) {
+#pragma unroll
+    for (int i = 0; i < kUnits<F>; ++i)
+        if (first + i * step < end)
+#pragma unroll
+            for (int j = 0; j < kUnitLoads<F>; ++j)
+                words[i * kUnitLoads<F> + j] =
+                    ptx::load_row(x + (static_cast<int64_t>(first + i * step) * kUnitLoads<F> + j) * 16);
+}
+
+template <class F>
+__device__ const char* row_of(const View& v, const DispatchArgs& a, int64_t token) {
+    return a.x + token * v.layout.shape.row_bytes * kUnitLoads<F>;
+}
+
+template <class Id, class F>
+__device__ void load_ahead(const View& v, const DispatchArgs& a, const Share& s, int64_t token,
+                           Ahead<F>& ahead) {
+    const int lane = threadIdx.x % 32;
+    ahead.id = lane < v.top_k ? static_cast<int>(static_cast<const Id*>(a.ids)[token * v.top_k + lane]) : -1;
+    load_units<F>(row_of<F>(v, a, token), s.piece.begin + s.place, s.step, s.piece.end, ahead.words);
+}
+
 // The n-th rank to write to: each rank starts with its neighbour, so that not all write to the same one.
 __device__ int hop(const View& v, int n) {
     const int d = v.rank + n;
     return d < v.world ? d : d - v.world;
 }
 
-// A group of warps copies a piece of a token's row to all its ranks, one load for all of them.
-__device__ void send_row(const View& v, const char* x, int64_t slot, const Route& route, Piece piece,
-                         int first, int step) {
-    for (int w = piece.begin + first; w < piece.end; w += step * kInFlight) {
-        uint4 word[kInFlight];
+// 16 values to one word; 8 lanes, which all come here, share a scale.
+template <class F>
+__device__ uint4 quantize(const uint4* words, bool mine, float& scale) {
+    Eight a{}, b{};
+    if (mine) {
+        F::unpack(words, a);
+        F::unpack(words + F::kWords, b);
+    }
+    float amax = 0;
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i)
-            if (w + i * step < piece.end)
-                word[i] = ptx::load_row(x + static_cast<int64_t>(w + i * step) * 16);
+    for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fmaxf(fabsf(a.v[i]), fabsf(b.v[i])));
+#pragma unroll
+    for (int lane = 4; lane > 0; lane /= 2) amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, lane));
+    scale = fp8_scale(amax);
+    const Quotient by(scale);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        a.v[i] = by.divide(a.v[i]);
+        b.v[i] = by.divide(b.v[i]);
+    }
+    return {pack_e4m3(a.v[0], a.v[1], a.v[2], a.v[3]), pack_e4m3(a.v[4], a.v[5], a.v[6], a.v[7]),
+            pack_e4m3(b.v[0], b.v[1], b.v[2], b.v[3]), pack_e4m3(b.v[4], b.v[5], b.v[6], b.v[7])};
+}
+
+// A group of warps sends a piece of a token's row to all its ranks; one load serves all of them. `words` are
+// the first units.
+template <class F>
+__device__ void send_row(const View& v, const char* x, int64_t slot, const RankSet& route, const Share& s,
+                         uint4* words) {
+    for (int base = s.piece.begin; base < s.piece.end; base += s.step * kUnits<F>) {
+        const int w = base + s.place;
+        if (base != s.piece.begin) load_units<F>(x, w, s.step, s.piece.end, words);
+        float scales[kUnits<F>];
+        if constexpr (!std::is_void_v<F>)
+#pragma unroll
+            for (int i = 0; i < kUnits<F>; ++i)
+                words[i] = quantize<F>(words + i * kUnitLoads<F>, w + i * s.step < s.piece.end, scales[i]);
+#pragma unroll 1
         for (int n = 1; n <= v.world; ++n) {
             const int d = hop(v, n);
             if (!route.test(d)) continue;
             char* to = v.windows[d] + v.layout.row(v.channel, slot);
 #pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (w + i * step < piece.end)
-                    ptx::store_row(to + static_cast<int64_t>(w + i * step) * 16, word[i]);
-        }
-    }
-}
-
-// The same with quantisation: a lane makes 16 values, 8 lanes share a scale.
-template <class F>
-__device__ void send_quantized(const View& v, const char* x, int64_t slot, const Route& route, Piece piece,
-                               int first, int step) {
-    for (int base = piece.begin; base < piece.end; base += step) {
-        const int w = base + first;
-        const bool mine = w < piece.end;
-        Eight a{}, b{};
-        if (mine) {
-            a = load_eight<F>(x, 2 * w);
-            b = load_eight<F>(x, 2 * w + 1);
-        }
-        float amax = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fmaxf(fabsf(a.v[i]), fabsf(b.v[i])));
-#pragma unroll
-        for (int lane = 4; lane > 0; lane /= 2) amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, lane));
-        if (!mine) continue;
-        const float scale = fp8_scale(amax);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            a.v[i] = a.v[i] / scale;
-            b.v[i] = b.v[i] / scale;
-        }
-        const uint4 q{pack_e4m3(a.v[0], a.v[1], a.v[2], a.v[3]), pack_e4m3(a.v[4], a.v[5], a.v[6], a.v[7]),
-                      pack_e4m3(b.v[0], b.v[1], b.v[2], b.v[3]), pack_e4m3(b.v[4], b.v[5], b.v[6], b.v[7])};
-        for (int n = 1; n <= v.world; ++n) {
-            const int d = hop(v, n);
-            if (!route.test(d)) continue;
-            ptx::store_row(v.windows[d] + v.layout.row(v.channel, slot) + static_cast<int64_t>(w) * 16, q);
-            if (w % 8 == 0)
-                reinterpret_cast<float*>(v.windows[d] + v.layout.scale_row(v.channel, slot))[w / 8] = scale;
+            for (int i = 0; i < kUnits<F>; ++i) {
+                const int at = w + i * s.step;
+                if (at >= s.piece.end) continue;
+                ptx::store_row(to + static_cast<int64_t>(at) * 16, words[i]);
+                if constexpr (!std::is_void_v<F>)
+                    if (at % 8 == 0)
+                        reinterpret_cast<float*>(v.windows[d] + v.layout.scale_row(v.channel, slot))[at / 8] =
+                            scales[i];
+            }
         }
     }
 }
 
 // Scales that the caller brought: few bytes, any multiple of 4.
-__device__ void send_scales(const View& v, const char* scales, int64_t slot, const Route& route, int first,
-                            int step) {
+__device__ void send_scales(const View& v, const char* scales, int64_t slot, const RankSet& route,
+                            const Share& s) {
     const auto* from = reinterpret_cast<const uint32_t*>(scales);
-    for (int i = first; i < v.layout.shape.scale_bytes / 4; i += step)
+    for (int i = s.place; i < v.layout.shape.scale_bytes / 4; i += s.step)
         for (int d = 0; d < v.world; ++d)
             if (route.test(d))
                 reinterpret_cast<uint32_t*>(v.windows[d] + v.layout.scale_row(v.channel, slot))[i] = from[i];
 }
 
+// Ids and weights of a chunk's tokens; the first of them may have been loaded already.
+struct Meta {
+    int id;
+    float weight;
+};
 template <class Id>
-__device__ void send_metadata(const View& v, const DispatchArgs& a, int64_t first_slot, int first,
-                              int count) {
-    const auto* ids = static_cast<const Id*>(a.ids) + static_cast<int64_t>(first) * v.top_k;
-    const float* weights = a.weights + static_cast<int64_t>(first) * v.top_k;
+__device__ Meta load_meta(const View& v, const DispatchArgs& a, int64_t first, int i) {
+    return {static_cast<int>(static_cast<const Id*>(a.ids)[first * v.top_k + i]),
+            a.weights[first * v.top_k + i]};
+}
+template <class Id>
+__device__ void send_meta(const View& v, const State& state, const DispatchArgs& a, int64_t slot, int first,
+                          int count, Meta meta) {
     for (int i = threadIdx.x; i < count * v.top_k; i += kThreads) {
-        const int id = static_cast<int>(ids[i]);
-        const float weight = weights[i];
-        for (int d = 0; d < v.world; ++d) {
-            if (masked(v, d)) continue;
-            reinterpret_cast<int32_t*>(v.windows[d] + v.layout.id_row(v.channel, first_slot))[i] =
-                id >= 0 && id < v.experts ? id : -1;
-            reinterpret_cast<float*>(v.windows[d] + v.layout.weight_row(v.channel, first_slot))[i] = weight;
+        if (i >= kThreads) meta = load_meta<Id>(v, a, first, i);
+        const int id = meta.id >= 0 && meta.id < v.experts ? meta.id : -1;
+#pragma unroll 1
+        for (int n = 1; n <= v.world; ++n) {
+            const int d = hop(v, n);
+            if (state.masked(d)) continue;
+            reinterpret_cast<int32_t*>(v.windows[d] + v.layout.id_row(v.channel, slot))[i] = id;
+            reinterpret_cast<float*>(v.windows[d] + v.layout.weight_row(v.channel, slot))[i] = meta.weight;
         }
     }
 }
 
-template <class Id, class F>
-__device__ void send_chunk(const View& v, const DispatchArgs& a, int chunk, int tokens, uint64_t epoch) {
-    const Plan& plan = a.plan;
-    const int segment = chunk % plan.segments, first = chunk / plan.segments * plan.tokens_per_chunk;
-    const int count = max(0, min(plan.tokens_per_chunk, tokens - first));
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = warp / plan.warps_per_token, groups = kWarps / plan.warps_per_token;
-    const int place = warp % plan.warps_per_token * 32 + lane, step = plan.warps_per_token * 32;
-    const int64_t first_slot = static_cast<int64_t>(v.rank) * plan.slots + first;
-    const Piece piece = piece_of(static_cast<int>(v.layout.shape.row_bytes / 16), segment, plan.segments);
-
-    if (segment == 0) send_metadata<Id>(v, a, first_slot, first, count);
-    for (int t = group; t < count; t += groups) {
-        const int64_t token = first + t;
-        Route route = route_of(v, static_cast<const Id*>(a.ids) + token * v.top_k, lane);
-        for (int w = 0; w < kRouteWords; ++w)
-            route.words[w] &= ~static_cast<uint32_t>(v.mask[w / 2] >> (w % 2 * 32));
-        if (segment == 0 && place < kRouteWords)
-            v.routes[token * kRouteWords + place] = place == 0   ? route.words[0]
-                                                    : place == 1 ? route.words[1]
-                                                                 : route.words[2];
-        if (!route.any()) continue;
-        if constexpr (std::is_void_v<F>) {
-            send_row(v, a.x + token * v.layout.shape.row_bytes, first_slot + t, route, piece, place, step);
-            if (segment == 0 && v.layout.shape.scale_bytes)
-                send_scales(v, a.scales + token * v.layout.shape.scale_bytes, first_slot + t, route, place,
-                            step);
-        } else {
-            const int64_t x_bytes = v.layout.shape.row_bytes * 2 * F::kWords;
-            send_quantized<F>(v, a.x + token * x_bytes, first_slot + t, route, piece, place, step);
-        }
-    }
-    if (chunk == 0)
-        for (int d = threadIdx.x; d < v.world; d += kThreads)
-            if (!masked(v, d))
-                *reinterpret_cast<SourceHeader*>(v.windows[d] + v.layout.header(v.channel, v.rank)) = {
-                    static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
-    flag_chunk(v, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(count));
-}
-
-// Ids and weights leave the window; what is not for this rank, or was never sent, gets the padding id.
+// Ids and weights leave the window; what is not for this rank, or was never sent, gets the padding id. 16
+// threads take a row.
 __device__ void receive_metadata(const View& v, const DispatchArgs& a, int chunk, const int* counts,
                                  bool arrived) {
     const Plan& plan = a.plan;
-    const int first = chunk / plan.segments * plan.tokens_per_chunk;
-    const int width = min(plan.tokens_per_chunk, plan.slots - first) * v.top_k;
-    for (int i = threadIdx.x; i < v.world * width; i += kThreads) {
-        const int source = i / width, j = i % width;
-        const int64_t slot = static_cast<int64_t>(source) * plan.slots + first;
-        const bool live = arrived && j / v.top_k < counts[source];
-        const int id =
-            live ? reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[j] : -1;
-        const float weight =
-            live ? reinterpret_cast<const float*>(own(v) + v.layout.weight_row(v.channel, slot))[j] : 0.0f;
+    const int first = plan.per_segments.divide(chunk) * plan.tokens_per_chunk;
+    const int width = min(plan.tokens_per_chunk, plan.slots - first), k = threadIdx.x % 16;
+    if (k >= v.top_k) return;
+#pragma unroll 1
+    for (int i = threadIdx.x / 16; i < v.world * plan.tokens_per_chunk; i += kThreads / 16) {
+        const int source = plan.per_chunk.divide(i), t = i - source * plan.tokens_per_chunk;
+        if (t >= width) continue;
+        const int64_t slot = static_cast<int64_t>(source) * plan.slots + first + t;
+        int id = -1;
+        float weight = 0.0f;
+        if (arrived && t < counts[source]) {
+            id = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[k];
+            weight = reinterpret_cast<const float*>(own(v) + v.layout.weight_row(v.channel, slot))[k];
+        }
         const bool local = is_local(v, id);
-        const int64_t to = slot * v.top_k + j;
-        a.out_ids[to] = !local ? v.pad_id : v.local_ids ? local_index(v, id) : id;
-        a.out_weights[to] = local ? weight : 0.0f;
+        a.out_ids[slot * v.top_k + k] = !local ? v.pad_id : v.local_ids ? local_index(v, id) : id;
+        a.out_weights[slot * v.top_k + k] = local ? weight : 0.0f;
     }
 }
 
 // Chunk 0 of every source covers its header: how many tokens it has in all, and whether it agrees on T.
-__device__ void receive_headers(const View& v, const DispatchArgs& a, uint64_t epoch) {
-    for (int source = threadIdx.x; source < v.world; source += kThreads) {
+// By the last threads of the block: the first ones have metadata to copy.
+__device__ void receive_headers(const View& v, const State& s, const DispatchArgs& a, uint64_t epoch) {
+    for (int source = kThreads - 1 - static_cast<int>(threadIdx.x); source < v.world; source += kThreads) {
         const auto header =
             *reinterpret_cast<const SourceHeader*>(own(v) + v.layout.header(v.channel, source));
-        a.tokens_per_source[source] = masked(v, source) ? 0 : static_cast<int32_t>(header.tokens);
-        if (masked(v, source) || header.slots == static_cast<uint32_t>(a.plan.slots)) continue;
+        a.tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
+        if (s.masked(source) || header.slots == static_cast<uint32_t>(a.plan.slots)) continue;
         ErrorWord error;
         error.status = Status::kSlotsDiffer;
         error.peer = source;
@@ -189,15 +222,15 @@ __device__ void receive_headers(const View& v, const DispatchArgs& a, uint64_t e
 }
 
 // An exchange that nobody combined ends without data, before this one writes where that one was read.
-__device__ bool close_open_exchange(const View& v, const DeviceWord& word, int* counts) {
-    const int chunks = static_cast<int>(word.chunks);
+__device__ __noinline__ bool close_open_exchange(const View& v, const State& s, int* counts) {
+    const int chunks = static_cast<int>(s.chunks);
     // Only a rank that has seen all rows of an exchange may say that it is done with them.
-    for (int chunk = 0; chunk < chunks && word.stage == Stage::kSent; ++chunk)
-        if (!wait_chunk(v, Phase::kDispatch, word.epoch, chunk, counts)) return false;
-    for (int chunk = blockIdx.x; chunk < chunks && word.stage != Stage::kReturned; chunk += gridDim.x)
-        flag_chunk(v, Phase::kCombine, word.epoch, chunk, kClosed);
+    for (int chunk = 0; chunk < chunks && s.stage == Stage::kSent; ++chunk)
+        if (!wait_chunk(v, s, Phase::kDispatch, s.epoch, chunk, counts)) return false;
+    for (int chunk = blockIdx.x; chunk < chunks && s.stage != Stage::kReturned; chunk += gridDim.x)
+        flag_chunk(v, s, Phase::kCombine, s.epoch, chunk, kClosed);
     for (int chunk = 0; chunk < chunks; ++chunk)
-        if (!wait_chunk(v, Phase::kCombine, word.epoch, chunk, counts)) return false;
+        if (!wait_chunk(v, s, Phase::kCombine, s.epoch, chunk, counts)) return false;
     return true;
 }
 
@@ -206,32 +239,71 @@ __global__ void __launch_bounds__(kThreads, 2)
     dispatch_kernel(const __grid_constant__ View v, const __grid_constant__ DispatchArgs a) {
     __shared__ int counts[kMaxWorld];
     ptx::let_next_kernel_start();
+    const Plan& plan = a.plan;
+    const int chunks = plan.chunks();
+    Share share = share_of(v, plan, blockIdx.x, a.tokens);
+    touch(v, a);
     ptx::wait_for_previous_kernel();
-    const DeviceWord word = *v.word;
-    bool alive = *reinterpret_cast<volatile uint32_t*>(&v.error->stopped) == 0;
-    const int tokens = a.device_tokens ? min(*a.device_tokens, a.plan.slots) : a.tokens;
-    const uint64_t epoch = a.send ? next_epoch(word.epoch) : word.epoch;
-    const int chunks = a.plan.chunks();
+    // Everything that the first chunk needs is asked for at once.
+    const State state = load_state(v);
+    const int tokens = a.device_tokens ? min(*a.device_tokens, a.tokens) : a.tokens;
+    Ahead<F> ahead;
+    Meta meta{};
+    if (a.send && share.group < share.count) load_ahead<Id, F>(v, a, share, share.first + share.group, ahead);
+    if (a.send && share.segment == 0 && threadIdx.x < share.count * v.top_k)
+        meta = load_meta<Id>(v, a, share.first, threadIdx.x);
+    const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
+    bool alive = !state.stopped, sent = false;
     if (a.send && alive) {
-        if (word.stage != Stage::kIdle) alive = close_open_exchange(v, word, counts);
-        for (int chunk = blockIdx.x; chunk < chunks && alive; chunk += gridDim.x)
-            send_chunk<Id, F>(v, a, chunk, tokens, epoch);
-    }
-    if (a.receive) {
-        for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-            alive = alive && wait_chunk(v, Phase::kDispatch, epoch, chunk, counts);
-            if (chunk == 0 && alive) receive_headers(v, a, epoch);
-            if (chunk % a.plan.segments == 0) receive_metadata(v, a, chunk, counts, alive);
-            if (chunk + gridDim.x < chunks) __syncthreads();  // counts are used again
+        if (state.stage != Stage::kIdle) alive = close_open_exchange(v, state, counts);
+        for (int chunk = blockIdx.x; chunk < chunks && alive; chunk += gridDim.x) {
+            const bool loaded = chunk == blockIdx.x;
+            share = share_of(v, plan, chunk, tokens);
+            const int64_t slot = static_cast<int64_t>(v.rank) * plan.slots + share.first;
+            if (share.segment == 0) {
+                if (!loaded && threadIdx.x < share.count * v.top_k)
+                    meta = load_meta<Id>(v, a, share.first, threadIdx.x);
+                send_meta<Id>(v, state, a, slot, share.first, share.count, meta);
+            }
+            for (int t = share.group; t < share.count; t += share.groups) {
+                const int64_t token = share.first + t;
+                if (!loaded || t != share.group) load_ahead<Id, F>(v, a, share, token, ahead);
+                const RankSet route = route_of(v, state, ahead.id);
+                if (share.segment == 0 && share.place < kRouteWords)
+                    v.routes[token * kRouteWords + share.place] = share.place == 0   ? route.a
+                                                                  : share.place == 1 ? route.b
+                                                                                     : route.c;
+                if (!route.any()) continue;
+                send_row<F>(v, row_of<F>(v, a, token), slot + t, route, share, ahead.words);
+                if (std::is_void_v<F> && share.segment == 0 && v.layout.shape.scale_bytes)
+                    send_scales(v, a.scales + token * v.layout.shape.scale_bytes, slot + t, route, share);
+            }
+            if (chunk == 0)
+                for (int d = threadIdx.x; d < v.world; d += kThreads)
+                    if (!state.masked(d))
+                        *reinterpret_cast<SourceHeader*>(v.windows[d] +
+                                                         v.layout.header(v.channel, v.rank)) = {
+                            static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
+            flag_chunk(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(share.count));
+            sent = true;
         }
     }
-    leave(v, [&](DeviceWord& w) {
+    leave(v, sent, [&](DeviceWord& w) {
         w.stage = a.receive ? Stage::kReceived : Stage::kSent;
         if (!a.send) return;
         w.epoch = epoch;
         w.tokens = tokens;
         w.chunks = static_cast<uint32_t>(chunks);
     });
+    if (a.receive) {
+        for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+            alive = alive && wait_chunk(v, state, Phase::kDispatch, epoch, chunk, counts);
+            if (plan.segments == 1 || chunk % plan.segments == 0)
+                receive_metadata(v, a, chunk, counts, alive);
+            if (chunk == 0 && alive) receive_headers(v, state, a, epoch);
+            if (chunk + gridDim.x < chunks) __syncthreads();  // counts are used again
+        }
+    }
 }
 
 template <class Id>

@@ -142,6 +142,8 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.experts = static_cast<int32_t>(experts);
         v.experts_base = static_cast<int32_t>(experts / shape.world);
         v.experts_more = static_cast<int32_t>(experts % shape.world);
+        v.per_base = Divisor::of(v.experts_base);
+        v.per_base_and_one = Divisor::of(v.experts_base + 1);
         v.pad_id = settings.pad_id;
         v.local_ids = settings.local_ids;
         views_.push_back(v);
@@ -165,6 +167,8 @@ Plan Exchange::complete(Plan plan) const {
     if (chosen.chunks() > settings_.shape.num_chunks)
         throw std::runtime_error("ep_backend: the plan has " + std::to_string(chosen.chunks()) + " chunks; " +
                                  std::to_string(settings_.shape.num_chunks) + " at most were wanted");
+    chosen.per_chunk = Divisor::of(chosen.tokens_per_chunk);
+    chosen.per_segments = Divisor::of(chosen.segments);
     return chosen;
 }
 
@@ -214,7 +218,7 @@ uint64_t Exchange::max_epoch() const {
 
 void Exchange::recover(uint64_t epoch) {
     for (View& v : views_) {
-        const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0};
+        const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0, 0};
         check(cudaMemcpy(v.word, &word, sizeof word, cudaMemcpyHostToDevice), "cudaMemcpy");
     }
     // Not a kernel parameter: graphs that were captured before must see it too.

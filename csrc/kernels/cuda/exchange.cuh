@@ -9,17 +9,60 @@ namespace ep::cuda {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
+// A set of ranks. No array: it would be indexed at run time, and so live in memory.
+struct RankSet {
+    uint32_t a, b, c;
+    __device__ bool test(int r) const { return (r < 32 ? a : r < 64 ? b : c) >> (r % 32) & 1; }
+    __device__ bool any() const { return (a | b | c) != 0; }
+};
+static_assert(kRouteWords == 3);
+
+// What a kernel reads first, in loads that do not wait for each other.
+struct State {
+    uint64_t epoch;
+    Stage stage;
+    bool stopped;
+    int32_t tokens;
+    uint32_t chunks;
+    RankSet mask;
+    __device__ bool masked(int r) const { return mask.test(r); }
+};
+__device__ inline State load_state(const View& v) {
+    const uint4 a = ptx::load_fresh(v.word), m = ptx::load_fresh(v.mask);
+    const uint32_t chunks = ptx::load_fresh_word(&v.word->chunks);
+    const uint32_t stopped = ptx::load_fresh_word(&v.error->stopped);
+    State s;
+    s.epoch = a.x | static_cast<uint64_t>(a.y) << 32;
+    s.stage = static_cast<Stage>(a.z);
+    s.tokens = static_cast<int32_t>(a.w);
+    s.chunks = chunks;
+    s.stopped = stopped != 0;
+    s.mask = {m.x, m.y, m.z};
+    return s;
+}
+
+// Parameters are new to the constant cache in every launch: have them there before the wait for the kernel
+// ahead, not one miss after another behind it.
+template <class Args>
+__device__ __forceinline__ void touch(const View& v, const Args& a) {
+    auto use = [](auto x) { asm volatile("" ::"l"(static_cast<uint64_t>(x))); };
+    use(v.layout.shape.world), use(v.layout.ids), use(v.layout.channels), use(v.layout.rows);
+#pragma unroll
+    for (int r = 0; r < 16; r += 4) use(reinterpret_cast<uint64_t>(v.windows[r]));
+    use(reinterpret_cast<uint64_t>(v.word)), use(v.timeout_ns), use(v.world), use(v.pad_id);
+    const auto* words = reinterpret_cast<const uint64_t*>(&a);
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(Args) / 8; i += 4) use(words[i]);
+}
+
 __device__ inline char* own(const View& v) {
     return v.windows[v.rank];
-}
-__device__ inline bool masked(const View& v, int r) {
-    return v.mask[r / 64] >> (r % 64) & 1;
 }
 __device__ inline int rank_of(const View& v, int expert) {
     if (v.expert_rank) return v.expert_rank[expert];
     const int with_more = v.experts_more * (v.experts_base + 1);
-    return expert < with_more ? expert / (v.experts_base + 1)
-                              : v.experts_more + (expert - with_more) / v.experts_base;
+    return expert < with_more ? v.per_base_and_one.divide(expert)
+                              : v.experts_more + v.per_base.divide(expert - with_more);
 }
 __device__ inline int local_index(const View& v, int expert) {
     if (v.expert_local) return v.expert_local[expert];
@@ -29,28 +72,21 @@ __device__ inline bool is_local(const View& v, int expert) {
     return expert >= 0 && rank_of(v, expert) == v.rank;
 }
 
-struct Route {
-    uint32_t words[kRouteWords];
-    __device__ bool test(int r) const { return words[r / 32] >> (r % 32) & 1; }
-    __device__ bool any() const {
-        uint32_t all = 0;
-        for (uint32_t w : words) all |= w;
-        return all != 0;
-    }
-};
-
-// The ranks of one token, by the lanes of a warp together; ids[k] in any memory, -1 for none.
-template <class Id>
-__device__ Route route_of(const View& v, const Id* ids, int lane) {
-    Route route{};
-    const int id = lane < v.top_k ? static_cast<int>(ids[lane]) : -1;
+// The ranks of one token, masked ones left out, by the lanes of a warp together; lane k brings the k-th id,
+// others -1.
+__device__ inline RankSet route_of(const View& v, const State& s, int id) {
     const int r = id >= 0 && id < v.experts ? rank_of(v, id) : -1;
-    for (int w = 0; w < kRouteWords && w * 32 < v.world; ++w)
-        route.words[w] = __reduce_or_sync(kAll, r >= 0 && r / 32 == w ? 1u << (r % 32) : 0u);
+    const uint32_t bit = 1u << (r & 31);
+    RankSet route{};
+    route.a = __reduce_or_sync(kAll, r >= 0 && r < 32 ? bit : 0) & ~s.mask.a;
+    if (v.world > 32) {
+        route.b = __reduce_or_sync(kAll, r >= 32 && r < 64 ? bit : 0) & ~s.mask.b;
+        route.c = __reduce_or_sync(kAll, r >= 64 ? bit : 0) & ~s.mask.c;
+    }
     return route;
 }
 
-__device__ inline void fail(const View& v, ErrorWord word) {
+static __device__ __noinline__ void fail(const View& v, ErrorWord word) {
     if (atomicExch(&v.error->stopped, 1u) == 0) {
         v.error->word = word;
         v.host_error->word = word;
@@ -64,68 +100,75 @@ __device__ inline void fail(const View& v, ErrorWord word) {
     }
 }
 
+// A flag that was awaited since `start` (0: not known yet) is `word`. Returns false after a failure.
+static __device__ __noinline__ bool may_wait_on(const View& v, Phase phase, uint64_t epoch, int source,
+                                                uint64_t word, uint64_t* start) {
+    ErrorWord error;
+    error.peer = source;
+    error.reporter = v.rank;
+    error.phase = phase;
+    error.channel = v.channel;
+    error.epoch_expected = epoch;
+    error.epoch_seen = word_epoch(word);
+    if (epoch_distance(word_epoch(word), epoch) > 0) {
+        error.status = Status::kAhead;
+        fail(v, error);
+        return false;
+    }
+    const uint64_t now = ptx::nanoseconds();
+    if (*start == 0) *start = now;
+    error.waited_us = static_cast<int64_t>((now - *start) / 1000);
+    for (int r = 0; r < v.world; ++r) {
+        if (r == v.rank) continue;
+        const uint64_t abort = ptx::load_relaxed(own(v) + v.layout.abort_word(r));
+        if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.error->floor) < 0) continue;
+        error.status = Status::kAborted;
+        error.peer = static_cast<int32_t>(word_low(abort)) - 1;
+        error.reporter = r;
+        error.epoch_seen = word_epoch(abort);
+        fail(v, error);
+        return false;
+    }
+    if (now - *start > v.timeout_ns) {
+        error.status = Status::kTimeout;
+        error.missing[source / 64] = uint64_t{1} << (source % 64);
+        fail(v, error);
+        return false;
+    }
+    return *reinterpret_cast<volatile uint32_t*>(&v.error->stopped) == 0;  // else another block has failed
+}
+
 // One lane waits for one flag. Returns its count, or -1 after a failure.
 __device__ inline int wait_flag(const View& v, Phase phase, uint64_t epoch, int source, int chunk) {
     const char* flag = own(v) + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, source, chunk)
                                                            : v.layout.combine_flag(v.channel, source, chunk));
     uint64_t start = 0;
-    for (int spins = 0;; ++spins) {
+    for (int spins = 1;; ++spins) {
         const uint64_t word = ptx::load_flag(flag);
         if (word_epoch(word) == epoch) return static_cast<int>(word_low(word));
-        ErrorWord error;
-        error.peer = source;
-        error.reporter = v.rank;
-        error.phase = phase;
-        error.channel = v.channel;
-        error.epoch_expected = epoch;
-        error.epoch_seen = word_epoch(word);
-        if (epoch_distance(word_epoch(word), epoch) > 0) {
-            error.status = Status::kAhead;
-            fail(v, error);
-            return -1;
-        }
-        if ((spins & 63) != 63) continue;
-        const uint64_t now = ptx::nanoseconds();
-        if (start == 0) start = now;
-        error.waited_us = static_cast<int64_t>((now - start) / 1000);
-        for (int r = 0; r < v.world; ++r) {
-            if (r == v.rank) continue;
-            const uint64_t abort = ptx::load_relaxed(own(v) + v.layout.abort_word(r));
-            if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.error->floor) < 0) continue;
-            error.status = Status::kAborted;
-            error.peer = static_cast<int32_t>(word_low(abort)) - 1;
-            error.reporter = r;
-            error.epoch_seen = word_epoch(abort);
-            fail(v, error);
-            return -1;
-        }
-        if (now - start > v.timeout_ns) {
-            error.status = Status::kTimeout;
-            error.missing[source / 64] = uint64_t{1} << (source % 64);
-            fail(v, error);
-            return -1;
-        }
-        if (*reinterpret_cast<volatile uint32_t*>(&v.error->stopped)) return -1;  // another block has failed
+        if (spins % 64 == 0 && !may_wait_on(v, phase, epoch, source, word, &start)) return -1;
     }
 }
 
 // The block waits for a chunk of all sources. counts[source] is in shared memory: -1 after a failure.
-__device__ inline bool wait_chunk(const View& v, Phase phase, uint64_t epoch, int chunk, int* counts) {
+__device__ inline bool wait_chunk(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
+                                  int* counts) {
     int bad = 0;
     for (int source = threadIdx.x; source < v.world; source += kThreads) {
-        counts[source] = masked(v, source) ? 0 : wait_flag(v, phase, epoch, source, chunk);
+        counts[source] = s.masked(source) ? 0 : wait_flag(v, phase, epoch, source, chunk);
         bad |= counts[source] < 0;
     }
     return __syncthreads_or(bad) == 0;
 }
 
 // The block's rows of a chunk are on their way: say so to every rank. Called by all threads; warp 0 does it.
-__device__ inline void flag_chunk(const View& v, Phase phase, uint64_t epoch, int chunk, uint32_t count) {
+__device__ inline void flag_chunk(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
+                                  uint32_t count) {
     __syncthreads();
     if (threadIdx.x >= 32) return;
     ptx::fence_system();
     for (int d = threadIdx.x; d < v.world; d += 32) {
-        if (masked(v, d)) continue;
+        if (s.masked(d)) continue;
         char* flag =
             v.windows[d] + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, v.rank, chunk)
                                                       : v.layout.combine_flag(v.channel, v.rank, chunk));
@@ -133,15 +176,18 @@ __device__ inline void flag_chunk(const View& v, Phase phase, uint64_t epoch, in
     }
 }
 
-// The last block to leave moves the device word; `stopped` kernels leave it where it was.
+// The last block that has read the device word moves it; a kernel that was stopped leaves it where it was.
+// `fenced`: flag_chunk has come after this block's reads.
 template <class F>
-__device__ void leave(const View& v, F&& write) {
-    __syncthreads();
+__device__ void leave(const View& v, bool fenced, F&& write) {
+    if (!fenced) __syncthreads();
     if (threadIdx.x != 0) return;
-    __threadfence();
+    if (!fenced) __threadfence();
     if (atomicAdd(&v.word->ticket, 1u) != gridDim.x - 1) return;
     v.word->ticket = 0;
     if (*reinterpret_cast<volatile uint32_t*>(&v.error->stopped) == 0) write(*v.word);
 }
+
+#define STAMP(i)
 
 }  // namespace ep::cuda

@@ -82,6 +82,25 @@ __device__ __forceinline__ void store_eight(void* row, int64_t eighth, const Eig
         ptx::store_row(static_cast<char*>(row) + (eighth * F::kWords + i) * 16, w[i]);
 }
 
+// x / scale as IEEE division rounds it, for many x: with r = 1 / scale rounded correctly, q = x * r and the
+// remainder x - q * scale (exact, by fma), q + remainder * r is the rounded quotient, unless the mantissa of
+// the scale is all ones or something over- or underflows (Markstein). Remainders underflow only where the
+// quotient is far below half of the smallest e4m3 number.
+struct Quotient {
+    float scale, reciprocal;
+    bool plain;
+    __device__ explicit Quotient(float s) : scale(s), reciprocal(1.0f / s) {
+        const uint32_t bits = float_bits(s);
+        plain = (bits & 0x7FFFFF) != 0x7FFFFF && bits < 0x7E000000;
+    }
+    __device__ float divide(float x) const {
+        const float q = x * reciprocal;
+        // The sum would make -0 positive.
+        return plain ? copysignf(__fmaf_rn(__fmaf_rn(-q, scale, x), reciprocal, q), x) : slow(x);
+    }
+    __device__ __noinline__ float slow(float x) const { return x / scale; }
+};
+
 // Four e4m3 values in a 32-bit word. The instruction (compute capability 8.9 and later) rounds as the formula
 // does.
 __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {

@@ -11,7 +11,7 @@
 
 namespace ep::cuda {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;  // two blocks of an SM then have 128 registers a thread
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSegments = 4;  // more pieces of one row than this do not make it faster
 constexpr int kRouteWords = (kMaxWorld + 31) / 32;
@@ -19,14 +19,24 @@ constexpr int kRouteWords = (kMaxWorld + 31) / 32;
 // Where a channel's exchange is.
 enum class Stage : uint32_t { kIdle = 0, kSent = 1, kReceived = 2, kReturned = 3 };
 
-// The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block to
-// leave writes it.
-struct DeviceWord {
+// n / d without a division: exact for n < 2^20, d < 2^14, as n * (m * d - 2^40) < 2^40.
+struct Divisor {
+    uint64_t m = 0;
+    static Divisor of(int64_t d) { return {d ? ((uint64_t{1} << 40) + d - 1) / d : 0}; }
+#if defined(__CUDACC__)
+    __device__ int divide(int n) const { return static_cast<int>(static_cast<uint32_t>(n) * m >> 40); }
+#endif
+};
+
+// The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block that
+// has read it writes it.
+struct alignas(16) DeviceWord {
     uint64_t epoch;  // of the newest exchange
     Stage stage;
     int32_t tokens;   // of the open exchange
     uint32_t chunks;  // of the open exchange
-    uint32_t ticket;  // blocks that have left
+    uint32_t ticket;  // blocks that have read it
+    uint64_t unused;
 };
 
 // Where a failure is written, on the GPU for the kernels that follow and in pinned memory for the host.
@@ -41,9 +51,10 @@ struct ErrorCell {
 struct Plan {
     int32_t slots;  // T
     int32_t tokens_per_chunk;
-    int32_t segments;         // a row is cut into so many pieces, each with a chunk of its own
-    int32_t token_chunks;     // chunks = token_chunks * segments
-    int32_t warps_per_token;  // power of two, at most kWarps
+    int32_t segments;                 // a row is cut into so many pieces, each with a chunk of its own
+    int32_t token_chunks;             // chunks = token_chunks * segments
+    int32_t warps_per_token;          // power of two, at most kWarps
+    Divisor per_chunk, per_segments;  // by tokens_per_chunk, by segments
     EP_HD int32_t chunks() const { return token_chunks * segments; }
 };
 
@@ -61,7 +72,8 @@ struct View {
     uint64_t timeout_ns;
     int32_t rank, world, top_k, channel;
     int32_t experts, experts_base,
-        experts_more;  // contiguous: the first experts_more ranks hold experts_base + 1
+        experts_more;                    // contiguous: the first experts_more ranks hold experts_base + 1
+    Divisor per_base, per_base_and_one;  // by experts_base, by experts_base + 1
     int32_t pad_id;
     bool local_ids;
 };
