@@ -26,11 +26,12 @@ void check(cudaError_t error, const char* what) {
 cuda::Plan plan_of(const std::vector<int64_t>& p) {
     cuda::Plan plan{};
     plan.slots = static_cast<int32_t>(p[0]);
-    if (p.size() == 4) {
+    if (p.size() >= 4) {
         plan.tokens_per_chunk = static_cast<int32_t>(p[1]);
         plan.segments = static_cast<int32_t>(p[2]);
         plan.warps_per_token = static_cast<int32_t>(p[3]);
     }
+    if (p.size() == 5) plan.bulk = p[4] != 0;
     return plan;
 }
 

@@ -22,7 +22,7 @@ int64_t cuda_exchange_max_epoch(int64_t exchange);
 void cuda_exchange_recover(int64_t exchange, int64_t epoch);
 void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us);
 
-// plan: {T} or {T, tokens per chunk, segments, warps per token}.
+// plan: {T} or {T, tokens per chunk, segments, warps per token[, 1: by bulk copies, needs segments = 1]}.
 void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,
                    Tensor weights, std::optional<Tensor> num_tokens, std::vector<int64_t> plan, bool send,
                    bool receive, Tensor out_ids, Tensor out_weights, Tensor tokens_per_source);

@@ -1,10 +1,7 @@
 // Combine in one launch: this rank's sums back to where the tokens came from, and the sum of what all ranks
 // return. A block sends a chunk, flags it, and reduces an earlier chunk while its stores are under way. See
 // exchange.cuh.
-#include <type_traits>
-
-#include "exchange.cuh"
-#include "formats.cuh"
+#include "combine.cuh"
 #include "launch.h"
 
 namespace ep::cuda {
@@ -103,18 +100,9 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     }
 }
 
-__device__ RankSet load_route(const View& v, int64_t token) {
-    const uint32_t* words = v.routes + token * kRouteWords;
-    RankSet route{ptx::load_fresh_word(words), 0, 0};
-    if (v.world > 32) route.b = ptx::load_fresh_word(words + 1), route.c = ptx::load_fresh_word(words + 2);
-    return route;
-}
-
-// fp32, in order of rank, rounded once. `route` is of the first token, if this thread has one.
+// `route` is of the first token, if this thread has one.
 template <class Wire, class Out>
 __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int tokens, RankSet route) {
-    constexpr int kAhead = 4;                // rows whose loads are issued before the first is added
-    constexpr int kWide = 2 / Wire::kWords;  // units of eight elements at a time
     const Plan& plan = a.plan;
     const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
     const int segment = chunk - token_chunk * plan.segments;
@@ -123,54 +111,11 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     const int group = warp / plan.warps_per_token, groups = kWarps / plan.warps_per_token;
     const int place = warp % plan.warps_per_token * 32 + lane, step = plan.warps_per_token * 32;
     const Piece piece = piece_of(a.hidden / 8, segment, plan.segments);
-    const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
     for (int t = group; t < count; t += groups) {
         const int64_t token = first + t;
         if (t != group) route = load_route(v, token);
-        const char* rows = own(v) + v.layout.combine_row(v.channel, 0, token);
-        char* out = a.out + token * a.hidden * (Out::kWords * 2);
-        for (int e = piece.begin + place; e < piece.end; e += step * kWide) {
-            Eight sum[kWide]{};
-            for (int r = 0; r < v.world; r += kAhead) {
-                uint4 part[kAhead][kWide * Wire::kWords];
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i)
-                    if (r + i < v.world && route.test(r + i))
-#pragma unroll
-                        for (int k = 0; k < kWide; ++k)
-                            if (e + k * step < piece.end)
-#pragma unroll
-                                for (int j = 0; j < Wire::kWords; ++j)
-                                    part[i][k * Wire::kWords + j] = ptx::load_row(
-                                        rows + (r + i) * rank_stride +
-                                        (static_cast<int64_t>(e + k * step) * Wire::kWords + j) * 16);
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i)
-                    if (r + i < v.world && route.test(r + i))
-#pragma unroll
-                        for (int k = 0; k < kWide; ++k) {
-                            Eight add;
-                            Wire::unpack(part[i] + k * Wire::kWords, add);
-#pragma unroll
-                            for (int j = 0; j < 8; ++j) sum[k].v[j] += add.v[j];
-                        }
-            }
-#pragma unroll
-            for (int k = 0; k < kWide; ++k)
-                if (e + k * step < piece.end) store_eight<Out>(out, e + k * step, sum[k]);
-        }
+        reduce_row<Wire, Out>(v, a, token, route, piece.begin + place, step, piece.end);
     }
-}
-
-// A peer that closed the exchange has not sent the rows that this rank waits for. The exchange is over for
-// everybody, so nothing stops; the host is told that this result is lost.
-__device__ bool closed_by_peer(const View& v, const int* counts) {
-    for (int source = 0; source < v.world; ++source) {
-        if (counts[source] != static_cast<int>(kClosed)) continue;
-        if (threadIdx.x == 0) *const_cast<volatile int32_t*>(&v.host_error->closed_by) = source + 1;
-        return true;
-    }
-    return false;
 }
 
 template <class Y, class Wire, class Out>
@@ -222,7 +167,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         alive = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts);
         if (!alive) break;
-        if (!closed_by_peer(v, counts)) reduce_chunk<Wire, Out>(v, a, chunk, state.tokens, route);
+        if (!closed_by_peer(v, counts, threadIdx.x == 0))
+            reduce_chunk<Wire, Out>(v, a, chunk, state.tokens, route);
         if (i + 1 < mine + behind) __syncthreads();  // counts are used again
     }
     if (!left) leave(v, false, end);

@@ -1,22 +1,9 @@
 // Dispatch in one launch: rows, metadata and flags out; then wait for what the others sent. See exchange.cuh.
-#include <type_traits>
-
-#include "exchange.cuh"
-#include "formats.cuh"
+#include "dispatch.cuh"
 #include "launch.h"
 
 namespace ep::cuda {
 namespace {
-
-constexpr int kLoads = 4;  // 16-byte loads that a thread issues before it stores
-
-// A row is copied in units of one 16-byte word, or quantised in units of 16 values, which become one.
-template <class F>
-constexpr int kUnitLoads = 2 * F::kWords;
-template <>
-constexpr int kUnitLoads<void> = 1;
-template <class F>
-constexpr int kUnits = kLoads / kUnitLoads<F>;
 
 struct Piece {
     int begin, end;
@@ -56,58 +43,12 @@ struct Ahead {
     uint4 words[kLoads];
 };
 
-template <class F>
-__device__ void load_units(const char* x, int first, int step, int end, uint4* words) {
-#pragma unroll
-    for (int i = 0; i < kUnits<F>; ++i)
-        if (first + i * step < end)
-#pragma unroll
-            for (int j = 0; j < kUnitLoads<F>; ++j)
-                words[i * kUnitLoads<F> + j] =
-                    ptx::load_row(x + (static_cast<int64_t>(first + i * step) * kUnitLoads<F> + j) * 16);
-}
-
-template <class F>
-__device__ const char* row_of(const View& v, const DispatchArgs& a, int64_t token) {
-    return a.x + token * v.layout.shape.row_bytes * kUnitLoads<F>;
-}
-
 template <class Id, class F>
 __device__ void load_ahead(const View& v, const DispatchArgs& a, const Share& s, int64_t token,
                            Ahead<F>& ahead) {
     const int lane = threadIdx.x % 32;
     ahead.id = lane < v.top_k ? static_cast<int>(static_cast<const Id*>(a.ids)[token * v.top_k + lane]) : -1;
     load_units<F>(row_of<F>(v, a, token), s.piece.begin + s.place, s.step, s.piece.end, ahead.words);
-}
-
-// The n-th rank to write to: each rank starts with its neighbour, so that not all write to the same one.
-__device__ int hop(const View& v, int n) {
-    const int d = v.rank + n;
-    return d < v.world ? d : d - v.world;
-}
-
-// 16 values to one word; 8 lanes, which all come here, share a scale.
-template <class F>
-__device__ uint4 quantize(const uint4* words, bool mine, float& scale) {
-    Eight a{}, b{};
-    if (mine) {
-        F::unpack(words, a);
-        F::unpack(words + F::kWords, b);
-    }
-    float amax = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fmaxf(fabsf(a.v[i]), fabsf(b.v[i])));
-#pragma unroll
-    for (int lane = 4; lane > 0; lane /= 2) amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, lane));
-    scale = fp8_scale(amax);
-    const Quotient by(scale);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        a.v[i] = by.divide(a.v[i]);
-        b.v[i] = by.divide(b.v[i]);
-    }
-    return {pack_e4m3(a.v[0], a.v[1], a.v[2], a.v[3]), pack_e4m3(a.v[4], a.v[5], a.v[6], a.v[7]),
-            pack_e4m3(b.v[0], b.v[1], b.v[2], b.v[3]), pack_e4m3(b.v[4], b.v[5], b.v[6], b.v[7])};
 }
 
 // A group of warps sends a piece of a token's row to all its ranks; one load serves all of them. `words` are
@@ -152,88 +93,6 @@ __device__ void send_scales(const View& v, const char* scales, int64_t slot, con
                 reinterpret_cast<uint32_t*>(v.windows[d] + v.layout.scale_row(v.channel, slot))[i] = from[i];
 }
 
-// Ids and weights of a chunk's tokens; the first of them may have been loaded already.
-struct Meta {
-    int id;
-    float weight;
-};
-template <class Id>
-__device__ Meta load_meta(const View& v, const DispatchArgs& a, int64_t first, int i) {
-    return {static_cast<int>(static_cast<const Id*>(a.ids)[first * v.top_k + i]),
-            a.weights[first * v.top_k + i]};
-}
-template <class Id>
-__device__ void send_meta(const View& v, const State& state, const DispatchArgs& a, int64_t slot, int first,
-                          int count, Meta meta) {
-    for (int i = threadIdx.x; i < count * v.top_k; i += kThreads) {
-        if (i >= kThreads) meta = load_meta<Id>(v, a, first, i);
-        const int id = meta.id >= 0 && meta.id < v.experts ? meta.id : -1;
-#pragma unroll 1
-        for (int n = 1; n <= v.world; ++n) {
-            const int d = hop(v, n);
-            if (state.masked(d)) continue;
-            reinterpret_cast<int32_t*>(v.windows[d] + v.layout.id_row(v.channel, slot))[i] = id;
-            reinterpret_cast<float*>(v.windows[d] + v.layout.weight_row(v.channel, slot))[i] = meta.weight;
-        }
-    }
-}
-
-// Ids and weights leave the window; what is not for this rank, or was never sent, gets the padding id. 16
-// threads take a row.
-__device__ void receive_metadata(const View& v, const DispatchArgs& a, int chunk, const int* counts,
-                                 bool arrived) {
-    const Plan& plan = a.plan;
-    const int first = plan.per_segments.divide(chunk) * plan.tokens_per_chunk;
-    const int width = min(plan.tokens_per_chunk, plan.slots - first), k = threadIdx.x % 16;
-    if (k >= v.top_k) return;
-#pragma unroll 1
-    for (int i = threadIdx.x / 16; i < v.world * plan.tokens_per_chunk; i += kThreads / 16) {
-        const int source = plan.per_chunk.divide(i), t = i - source * plan.tokens_per_chunk;
-        if (t >= width) continue;
-        const int64_t slot = static_cast<int64_t>(source) * plan.slots + first + t;
-        int id = -1;
-        float weight = 0.0f;
-        if (arrived && t < counts[source]) {
-            id = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[k];
-            weight = reinterpret_cast<const float*>(own(v) + v.layout.weight_row(v.channel, slot))[k];
-        }
-        const bool local = is_local(v, id);
-        a.out_ids[slot * v.top_k + k] = !local ? v.pad_id : v.local_ids ? local_index(v, id) : id;
-        a.out_weights[slot * v.top_k + k] = local ? weight : 0.0f;
-    }
-}
-
-// Chunk 0 of every source covers its header: how many tokens it has in all, and whether it agrees on T.
-// By the last threads of the block: the first ones have metadata to copy.
-__device__ void receive_headers(const View& v, const State& s, const DispatchArgs& a, uint64_t epoch) {
-    for (int source = kThreads - 1 - static_cast<int>(threadIdx.x); source < v.world; source += kThreads) {
-        const auto header =
-            *reinterpret_cast<const SourceHeader*>(own(v) + v.layout.header(v.channel, source));
-        a.tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
-        if (s.masked(source) || header.slots == static_cast<uint32_t>(a.plan.slots)) continue;
-        ErrorWord error;
-        error.status = Status::kSlotsDiffer;
-        error.peer = source;
-        error.reporter = v.rank;
-        error.channel = v.channel;
-        error.epoch_expected = error.epoch_seen = epoch;
-        fail(v, error);
-    }
-}
-
-// An exchange that nobody combined ends without data, before this one writes where that one was read.
-__device__ __noinline__ bool close_open_exchange(const View& v, const State& s, int* counts) {
-    const int chunks = static_cast<int>(s.chunks);
-    // Only a rank that has seen all rows of an exchange may say that it is done with them.
-    for (int chunk = 0; chunk < chunks && s.stage == Stage::kSent; ++chunk)
-        if (!wait_chunk(v, s, Phase::kDispatch, s.epoch, chunk, counts)) return false;
-    for (int chunk = blockIdx.x; chunk < chunks && s.stage != Stage::kReturned; chunk += gridDim.x)
-        flag_chunk(v, s, Phase::kCombine, s.epoch, chunk, kClosed);
-    for (int chunk = 0; chunk < chunks; ++chunk)
-        if (!wait_chunk(v, s, Phase::kCombine, s.epoch, chunk, counts)) return false;
-    return true;
-}
-
 template <class Id, class F>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_kernel(const __grid_constant__ View v, const __grid_constant__ DispatchArgs a) {
@@ -263,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (share.segment == 0) {
                 if (!loaded && threadIdx.x < share.count * v.top_k)
                     meta = load_meta<Id>(v, a, share.first, threadIdx.x);
-                send_meta<Id>(v, state, a, slot, share.first, share.count, meta);
+                send_meta<Id>(v, state, a, slot, share.first, share.count, meta, threadIdx.x, kThreads);
             }
             for (int t = share.group; t < share.count; t += share.groups) {
                 const int64_t token = share.first + t;
@@ -299,8 +158,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
             alive = alive && wait_chunk(v, state, Phase::kDispatch, epoch, chunk, counts);
             if (plan.segments == 1 || chunk % plan.segments == 0)
-                receive_metadata(v, a, chunk, counts, alive);
-            if (chunk == 0 && alive) receive_headers(v, state, a, epoch);
+                receive_metadata(v, a, chunk, counts, alive, threadIdx.x, kThreads);
+            // By the last threads of the block: the first ones have metadata to copy.
+            if (chunk == 0 && alive)
+                receive_headers(v, state, a, epoch, kThreads - 1 - static_cast<int>(threadIdx.x), kThreads);
             if (chunk + gridDim.x < chunks) __syncthreads();  // counts are used again
         }
     }

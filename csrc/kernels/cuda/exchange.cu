@@ -88,7 +88,10 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_),
           "cudaDeviceGetAttribute");
     dependent_ = major >= 9;
-    const int capacity = sms * std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
+    const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
+    bulk_ =
+        major >= 9 && std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
+    const int capacity = sms * blocks_per_sm;
     const int blocks = static_cast<int>(settings.max_blocks * shape.num_channels);
     residency().reserve(device_index_, blocks, capacity);
     reserved_blocks_ = blocks;
@@ -162,6 +165,7 @@ Plan Exchange::complete(Plan plan) const {
     Plan chosen = make_plan(plan.slots, settings_.max_blocks, settings_.shape.num_chunks);
     if (plan.tokens_per_chunk) {
         chosen = plan;
+        chosen.warps_per_token = std::min(plan.warps_per_token, kWarps);
         chosen.token_chunks = (plan.slots + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk;
     }
     if (chosen.chunks() > settings_.shape.num_chunks)
@@ -175,6 +179,7 @@ Plan Exchange::complete(Plan plan) const {
 cudaError_t Exchange::dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream) {
     a.plan = complete(a.plan);
     const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
+    if (bulk_ && a.plan.bulk) return launch_dispatch_bulk(view(channel), a, {blocks, stream, dependent_});
     return launch_dispatch(view(channel), a, {blocks, stream, dependent_});
 }
 
@@ -186,6 +191,8 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     const int64_t rows = settings_.shape.world * a.plan.tokens_per_chunk;
     a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
     const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
+    if (bulk_ && a.plan.bulk && a.y_type == a.wire)
+        return launch_combine_bulk(view(channel), a, {blocks, stream, dependent_});
     return launch_combine(view(channel), a, {blocks, stream, dependent_});
 }
 

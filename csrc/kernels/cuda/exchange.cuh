@@ -161,19 +161,34 @@ __device__ inline bool wait_chunk(const View& v, const State& s, Phase phase, ui
     return __syncthreads_or(bad) == 0;
 }
 
-// The block's rows of a chunk are on their way: say so to every rank. Called by all threads; warp 0 does it.
-__device__ inline void flag_chunk(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
-                                  uint32_t count) {
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
+// The same by one warp alone.
+__device__ inline bool wait_chunk_warp(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
+                                       int* counts) {
+    bool bad = false;
+    for (int source = threadIdx.x % 32; source < v.world; source += 32) {
+        counts[source] = s.masked(source) ? 0 : wait_flag(v, phase, epoch, source, chunk);
+        bad |= counts[source] < 0;
+    }
+    return __any_sync(kAll, bad) == 0;
+}
+
+// By one warp, after a barrier with all that have stored: the rows of a chunk are on their way.
+__device__ inline void flag_chunk_warp(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
+                                       uint32_t count) {
     ptx::fence_system();
-    for (int d = threadIdx.x; d < v.world; d += 32) {
+    for (int d = threadIdx.x % 32; d < v.world; d += 32) {
         if (s.masked(d)) continue;
         char* flag =
             v.windows[d] + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, v.rank, chunk)
                                                       : v.layout.combine_flag(v.channel, v.rank, chunk));
         ptx::store_flag(flag, make_word(epoch, count));
     }
+}
+// The same by a whole block.
+__device__ inline void flag_chunk(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
+                                  uint32_t count) {
+    __syncthreads();
+    if (threadIdx.x < 32) flag_chunk_warp(v, s, phase, epoch, chunk, count);
 }
 
 // The last block that has read the device word moves it; a kernel that was stopped leaves it where it was.

@@ -65,6 +65,7 @@ class Exchange {
     int device_index_ = 0;
     int reserved_blocks_ = 0;
     bool dependent_ = false;
+    bool bulk_ = false;  // the GPU has bulk copies and room for two blocks of the kernels that use them
 };
 
 }  // namespace ep::cuda

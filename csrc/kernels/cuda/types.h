@@ -55,6 +55,7 @@ struct Plan {
     int32_t token_chunks;             // chunks = token_chunks * segments
     int32_t warps_per_token;          // power of two, at most kWarps
     Divisor per_chunk, per_segments;  // by tokens_per_chunk, by segments
+    bool bulk;                        // by bulk copies: for many tokens
     EP_HD int32_t chunks() const { return token_chunks * segments; }
 };
 

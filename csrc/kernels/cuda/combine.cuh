@@ -1,0 +1,70 @@
+// What the two combine kernels share. See exchange.cuh.
+#pragma once
+
+#include <type_traits>
+
+#include "exchange.cuh"
+#include "formats.cuh"
+
+namespace ep::cuda {
+
+__device__ inline RankSet load_route(const View& v, int64_t token) {
+    const uint32_t* words = v.routes + token * kRouteWords;
+    RankSet route{ptx::load_fresh_word(words), 0, 0};
+    if (v.world > 32) route.b = ptx::load_fresh_word(words + 1), route.c = ptx::load_fresh_word(words + 2);
+    return route;
+}
+
+// One row: fp32, in order of rank, rounded once. From `begin` to `end`, in steps, in units of eight elements.
+template <class Wire, class Out>
+__device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, const RankSet& route,
+                           int begin, int step, int end) {
+    constexpr int kAhead = 4;                // rows whose loads are issued before the first is added
+    constexpr int kWide = 2 / Wire::kWords;  // units of eight elements at a time
+    const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
+    const char* rows = own(v) + v.layout.combine_row(v.channel, 0, token);
+    char* out = a.out + token * a.hidden * (Out::kWords * 2);
+    for (int e = begin; e < end; e += step * kWide) {
+        Eight sum[kWide]{};
+        for (int r = 0; r < v.world; r += kAhead) {
+            uint4 part[kAhead][kWide * Wire::kWords];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                if (r + i < v.world && route.test(r + i))
+#pragma unroll
+                    for (int k = 0; k < kWide; ++k)
+                        if (e + k * step < end)
+#pragma unroll
+                            for (int j = 0; j < Wire::kWords; ++j)
+                                part[i][k * Wire::kWords + j] = ptx::load_row(
+                                    rows + (r + i) * rank_stride +
+                                    (static_cast<int64_t>(e + k * step) * Wire::kWords + j) * 16);
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                if (r + i < v.world && route.test(r + i))
+#pragma unroll
+                    for (int k = 0; k < kWide; ++k) {
+                        Eight add;
+                        Wire::unpack(part[i] + k * Wire::kWords, add);
+#pragma unroll
+                        for (int j = 0; j < 8; ++j) sum[k].v[j] += add.v[j];
+                    }
+        }
+#pragma unroll
+        for (int k = 0; k < kWide; ++k)
+            if (e + k * step < end) store_eight<Out>(out, e + k * step, sum[k]);
+    }
+}
+
+// A peer that closed the exchange has not sent the rows that this rank waits for. The exchange is over for
+// everybody, so nothing stops; the host is told that this result is lost.
+__device__ inline bool closed_by_peer(const View& v, const int* counts, bool speaker) {
+    for (int source = 0; source < v.world; ++source) {
+        if (counts[source] != static_cast<int>(kClosed)) continue;
+        if (speaker) *const_cast<volatile int32_t*>(&v.host_error->closed_by) = source + 1;
+        return true;
+    }
+    return false;
+}
+
+}  // namespace ep::cuda
