@@ -212,9 +212,9 @@ def wait_for_nobody(rank, group):
     if rank == 1:
         time.sleep(8)
         return None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may have it ignored
     start = time.monotonic()
     try:
-        os.kill(os.getppid(), 0)
         exchange(comm, 0)
     except (KeyboardInterrupt, ep.EpTimeoutError) as error:
         return type(error).__name__, time.monotonic() - start

@@ -1,13 +1,9 @@
 """prepare / experts / finalize in two processes, with real communicators, against a dense sum. No engine."""
 
-import os
-import socket
-import traceback
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from harness import fresh_ranks
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -75,16 +71,9 @@ def vllm_cpu_experts(rows, ids, weights, w13, w2, on_input):
     return output
 
 
-def run_rank(rank, port, names, queue):
-    try:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-        for name in names:
-            queue.put((name, rank, one_layer(rank, name)))
-        dist.destroy_process_group()
-    except Exception:
-        queue.put(("error", rank, traceback.format_exc()))
+def all_layers(rank, group):
+    """What every case gives on this rank."""
+    return {name: one_layer(rank, name) for name in CASES}
 
 
 def one_layer(rank, name):
@@ -137,28 +126,8 @@ def one_layer(rank, name):
 @pytest.fixture(scope="module")
 def outputs():
     """All cases in one pair of processes: starting vLLM's kernels takes longer than the cases."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=run_rank, args=(r, port, list(CASES), queue), daemon=True)
-        for r in range(WORLD)
-    ]
-    for process in ranks:
-        process.start()
-    found = {}
-    try:
-        for _ in range(WORLD * len(CASES)):
-            name, rank, result = queue.get(timeout=200)
-            assert name != "error", f"rank {rank}:\n{result}"
-            found[name, rank] = result
-    finally:
-        for process in ranks:
-            process.join(5)
-            process.kill()
-    return found
+    with fresh_ranks(WORLD) as group:
+        return group.run(all_layers, timeout=200)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -169,6 +138,6 @@ def test_layer_equals_the_dense_sum(outputs, name):
     w13, w2, ranks = make_inputs(CASES[name])
     for rank, (x, ids, weights) in enumerate(ranks):
         want = dense(x, ids, weights, w13, w2, CASES[name][5])
-        got = torch.tensor(outputs[name, rank], dtype=torch.float64).view(want.shape)
+        got = torch.tensor(outputs[rank][name], dtype=torch.float64).view(want.shape)
         assert torch.isfinite(got).all()
         torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
