@@ -75,6 +75,7 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     for (int unit = group; unit < v.world * plan.tokens_per_chunk; unit += groups) {
         if (!loaded || unit != group) load_ahead<Y>(v, a, chunk, first, width, unit, place, step, piece, h);
         if (!h.inside) continue;
+        if (keeps_own<Y, Wire>(a) && h.source == v.rank) continue;
         const bool live = h.token - first < static_cast<int>(word_low(h.flag)) && !state.masked(h.source);
         if (!__any_sync(kAll, live && is_local(v, h.id))) continue;
         const char* y = a.y + h.slot * a.hidden * (Y::kWords * 2);
@@ -101,7 +102,7 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
 }
 
 // `route` is of the first token, if this thread has one.
-template <class Wire, class Out>
+template <class Y, class Wire, class Out>
 __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int tokens, RankSet route) {
     const Plan& plan = a.plan;
     const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
@@ -114,7 +115,10 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     for (int t = group; t < count; t += groups) {
         const int64_t token = first + t;
         if (t != group) route = load_route(v, token);
-        reduce_row<Wire, Out>(v, a, token, route, piece.begin + place, step, piece.end);
+        const char* mine = nullptr;
+        if (keeps_own<Y, Wire>(a))
+            mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * a.hidden * (Y::kWords * 2);
+        reduce_row<Wire, Out>(v, a, token, route, mine, piece.begin + place, step, piece.end);
     }
 }
 
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         alive = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts);
         if (!alive) break;
         if (!closed_by_peer(v, counts, threadIdx.x == 0))
-            reduce_chunk<Wire, Out>(v, a, chunk, state.tokens, route);
+            reduce_chunk<Y, Wire, Out>(v, a, chunk, state.tokens, route);
         if (i + 1 < mine + behind) __syncthreads();  // counts are used again
     }
     if (!left) leave(v, false, end);

@@ -16,9 +16,10 @@ __device__ inline RankSet load_route(const View& v, int64_t token) {
 }
 
 // One row: fp32, in order of rank, rounded once. From `begin` to `end`, in steps, in units of eight elements.
+// `mine`, if not null, is this rank's own part, which then was not sent.
 template <class Wire, class Out>
 __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, const RankSet& route,
-                           int begin, int step, int end) {
+                           const char* mine, int begin, int step, int end) {
     constexpr int kAhead = 4;                // rows whose loads are issued before the first is added
     constexpr int kWide = 2 / Wire::kWords;  // units of eight elements at a time
     const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
@@ -37,7 +38,7 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
 #pragma unroll
                             for (int j = 0; j < Wire::kWords; ++j)
                                 part[i][k * Wire::kWords + j] = ptx::load_row(
-                                    rows + (r + i) * rank_stride +
+                                    (mine && r + i == v.rank ? mine : rows + (r + i) * rank_stride) +
                                     (static_cast<int64_t>(e + k * step) * Wire::kWords + j) * 16);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
@@ -54,6 +55,12 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
         for (int k = 0; k < kWide; ++k)
             if (e + k * step < end) store_eight<Out>(out, e + k * step, sum[k]);
     }
+}
+
+// The rows that this rank returns to itself stay where they are, if they are still there when it adds.
+template <class Y, class Wire>
+__device__ bool keeps_own(const CombineArgs& a) {
+    return std::is_same_v<Y, Wire> && a.send && a.receive;
 }
 
 // A peer that closed the exchange has not sent the rows that this rank waits for. The exchange is over for

@@ -16,8 +16,9 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
 #ifdef EP_BULK
     extern __shared__ __align__(128) char memory[];
     __shared__ uint64_t barriers[kCopyWarps][kSlots];
-    __shared__ uint32_t live[kMaxWorld];  // per source, tokens of the chunk that have a row here
+    __shared__ uint32_t lives[kCopyWarps][kMaxWorld];
     __shared__ int counts[kReduceWarps][kMaxWorld];
+    __shared__ int turns[kCopyWarps];
     ptx::let_next_kernel_start();
     touch(v, a);
     const Plan& plan = a.plan;
@@ -32,10 +33,17 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
         ptx::fence_async_global();
         const int row_bytes = static_cast<int>(v.layout.shape.wire_bytes);
         const Pieces pieces(row_bytes);
-        for (int chunk = blockIdx.x; a.send && alive && chunk < chunks; chunk += gridDim.x) {
+        // A group of warps sends a chunk; the groups of a block take turns.
+        const int size = plan.warps_per_token, group = warp / size, place = warp % size;
+        uint32_t* const live = lives[group];  // per source, tokens of the chunk that have a row here
+        while (a.send && alive) {
+            if (place == 0 && lane == 0) turns[group] = static_cast<int>(atomicAdd(&v.word->sends, 1u));
+            ptx::some_warps_sync(1 + group, size * 32);
+            const int chunk = turns[group];
+            if (chunk >= chunks) break;
             const int first = chunk * plan.tokens_per_chunk;
             const int width = min(plan.tokens_per_chunk, plan.slots - first);
-            for (int source = warp; source < v.world; source += kCopyWarps) {
+            for (int source = place; source < v.world; source += size) {
                 // The flag of the dispatch still says how many tokens of the chunk are live.
                 const uint64_t flag =
                     ptx::load_relaxed(own(v) + v.layout.dispatch_flag(v.channel, source, chunk));
@@ -43,12 +51,19 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                 const auto* ids = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot));
                 bool any = false;
                 if (lane < width)
-                    for (int k = 0; k < v.top_k; ++k) any |= is_local(v, ids[k]);
+                    for (int k = 0; k < v.top_k; k += kIdsAhead) {
+                        int id[kIdsAhead];
+#pragma unroll
+                        for (int i = 0; i < kIdsAhead; ++i) id[i] = k + i < v.top_k ? ids[k + i] : -1;
+#pragma unroll
+                        for (int i = 0; i < kIdsAhead; ++i) any |= is_local(v, id[i]);
+                    }
                 const uint32_t bits = __ballot_sync(kAll, any && lane < static_cast<int>(word_low(flag)));
-                if (lane == 0) live[source] = state.masked(source) ? 0 : bits;
+                if (lane == 0)
+                    live[source] = state.masked(source) || (a.receive && source == v.rank) ? 0 : bits;
             }
             __syncwarp();
-            ptx::some_warps_sync(1, kCopyWarps * 32);
+            ptx::some_warps_sync(1 + group, size * 32);
             // Token by token, each to all its sources, so that the links to all ranks are busy.
             struct Where {
                 int source, t, piece;
@@ -59,7 +74,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             };
             if (lane == 0)
                 pump(
-                    ring, width * v.world * pieces.count, warp, kCopyWarps,
+                    ring, width * v.world * pieces.count, place, size,
                     [&](int u, int& bytes) -> const char* {
                         const Where w = where(u);
                         bytes = pieces.size(w.piece);
@@ -75,27 +90,39 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                                         from, bytes);
                     });
             __syncwarp();
-            ptx::some_warps_sync(1, kCopyWarps * 32);
-            if (warp == 0) flag_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, 0);
+            ptx::some_warps_sync(1 + group, size * 32);
+            if (place == 0) flag_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, 0);
         }
     } else if (a.receive) {
-        const int turn = warp - kCopyWarps;
-        const int eighths = a.hidden / 8;
-        for (int chunk = blockIdx.x; alive && chunk < chunks; chunk += gridDim.x) {
-            const int first = chunk * plan.tokens_per_chunk;
-            alive = wait_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, counts[turn]);
-            __syncwarp();
-            if (!alive || closed_by_peer(v, counts[turn], lane == 0)) continue;
-            const int count = max(0, min(plan.tokens_per_chunk, state.tokens - first));
-            for (int u = turn; u < count * kParts; u += kReduceWarps) {
-                const int t = u / kParts, part = u % kParts;
-                reduce_row<Wire, Out>(v, a, first + t, load_route(v, first + t),
-                                      eighths * part / kParts + lane, 32, eighths * (part + 1) / kParts);
+        // A piece of a token at a time, in the order in which chunks are sent.
+        int* const count = counts[warp - kCopyWarps];
+        const int eighths = a.hidden / 8, units = plan.tokens_per_chunk * kParts;
+        auto take = [&] { return lane == 0 ? static_cast<int>(atomicAdd(&v.word->sums, 1u)) : 0; };
+        int seen = -1, next = take();
+        bool lost = false;
+        while (alive) {
+            const int item = __shfl_sync(kAll, next, 0), chunk = item / units;
+            if (chunk >= chunks) break;
+            next = take();
+            const int unit = item - chunk * units, part = unit % kParts;
+            const int token = chunk * plan.tokens_per_chunk + unit / kParts;
+            const RankSet route = token < state.tokens ? load_route(v, token) : RankSet{};
+            if (chunk != seen) {
+                alive = wait_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, count);
+                __syncwarp();
+                lost = alive && closed_by_peer(v, count, lane == 0);
+                seen = chunk;
             }
+            if (!alive || lost || token >= state.tokens) continue;
+            const char* mine = nullptr;
+            if (a.send)
+                mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * v.layout.shape.wire_bytes;
+            reduce_row<Wire, Out>(v, a, token, route, mine, eighths * part / kParts + lane, 32,
+                                  eighths * (part + 1) / kParts);
             __syncwarp();
         }
     }
-    __syncwarp();
+    __syncthreads();
     leave(v, false, [&](DeviceWord& w) { w.stage = a.receive ? Stage::kIdle : Stage::kReturned; });
 #endif
 }

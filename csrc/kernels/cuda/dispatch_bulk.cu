@@ -19,17 +19,25 @@ constexpr int kSenders = std::is_void_v<F> ? kCopyWarps : kQuantizingWarps;
 template <class Id>
 __device__ RankSet token_route(const View& v, const State& s, const DispatchArgs& a, int64_t token) {
     RankSet route{};
-    for (int k = 0; k < v.top_k; ++k) {
-        const int id = static_cast<int>(static_cast<const Id*>(a.ids)[token * v.top_k + k]);
-        if (id < 0 || id >= v.experts) continue;
-        const int r = rank_of(v, id);
-        const uint32_t bit = 1u << (r & 31);
-        if (r < 32)
-            route.a |= bit;
-        else if (r < 64)
-            route.b |= bit;
-        else
-            route.c |= bit;
+    for (int first = 0; first < v.top_k; first += kIdsAhead) {
+        int ids[kIdsAhead];
+#pragma unroll
+        for (int k = 0; k < kIdsAhead; ++k)
+            ids[k] = first + k < v.top_k
+                         ? static_cast<int>(static_cast<const Id*>(a.ids)[token * v.top_k + first + k])
+                         : -1;
+#pragma unroll
+        for (int k = 0; k < kIdsAhead; ++k) {
+            if (ids[k] < 0 || ids[k] >= v.experts) continue;
+            const int r = rank_of(v, ids[k]);
+            const uint32_t bit = 1u << (r & 31);
+            if (r < 32)
+                route.a |= bit;
+            else if (r < 64)
+                route.b |= bit;
+            else
+                route.c |= bit;
+        }
     }
     route.a &= ~s.mask.a, route.b &= ~s.mask.b, route.c &= ~s.mask.c;
     return route;
@@ -38,10 +46,13 @@ __device__ RankSet token_route(const View& v, const State& s, const DispatchArgs
 // A warp quantises a piece into shared memory; the lanes agree on when it may be overwritten.
 template <class F>
 __device__ void quantize_piece(const char* x, int begin, int end, char* codes, float* scales) {
+    uint4 words[kLoads], next[kLoads];
+    load_units<F>(x, begin + static_cast<int>(threadIdx.x) % 32, 32, end, next);
     for (int base = begin; base < end; base += 32 * kUnits<F>) {
         const int w = base + static_cast<int>(threadIdx.x) % 32;
-        uint4 words[kLoads];
-        load_units<F>(x, w, 32, end, words);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) words[i] = next[i];
+        load_units<F>(x, w + 32 * kUnits<F>, 32, end, next);
 #pragma unroll
         for (int i = 0; i < kUnits<F>; ++i) {
             const int at = w + i * 32;
@@ -64,6 +75,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     __shared__ uint64_t barriers[kCopyWarps][kSlots];
     __shared__ RankSet routes[kSend][kMaxBulkTokens];
     __shared__ int counts[kReceive][kMaxWorld];
+    __shared__ int turns[kCopyWarps];
     ptx::let_next_kernel_start();
     touch(v, a);
     const Plan& plan = a.plan;
@@ -85,7 +97,15 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
         const int scale_bytes = static_cast<int>(v.layout.shape.scale_bytes);
         const Pieces pieces(row_bytes);
         RankSet* const route = routes[warp];
-        for (int chunk = blockIdx.x; a.send && alive && chunk < chunks; chunk += gridDim.x) {
+        // A group of warps sends a chunk; the groups of a block take turns.
+        const int width = plan.warps_per_token * (kSend / kCopyWarps), group = warp / width,
+                  place = warp % width;
+        const int thread = place * 32 + lane;
+        while (a.send && alive) {
+            if (thread == 0) turns[group] = static_cast<int>(atomicAdd(&v.word->sends, 1u));
+            ptx::some_warps_sync(1 + group, width * 32);
+            const int chunk = turns[group];
+            if (chunk >= chunks) break;
             const int first = chunk * plan.tokens_per_chunk;
             const int count = max(0, min(plan.tokens_per_chunk, tokens - first));
             const int64_t slot = static_cast<int64_t>(v.rank) * plan.slots + first;
@@ -93,15 +113,14 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                 const RankSet r = token_route<Id>(v, state, a, first + lane);
                 route[lane] = r;
                 uint32_t* const kept = v.routes + static_cast<int64_t>(first + lane) * kRouteWords;
-                if (warp == 0) kept[0] = r.a, kept[1] = r.b, kept[2] = r.c;
+                if (place == 0) kept[0] = r.a, kept[1] = r.b, kept[2] = r.c;
             }
             __syncwarp();
-            const int thread = threadIdx.x;
             if (thread < count * v.top_k)
                 send_meta<Id>(v, state, a, slot, first, count, load_meta<Id>(v, a, first, thread), thread,
-                              kSend * 32);
+                              width * 32);
             if (chunk == 0)
-                for (int d = thread; d < v.world; d += kSend * 32)
+                for (int d = thread; d < v.world; d += width * 32)
                     if (!state.masked(d))
                         *reinterpret_cast<SourceHeader*>(v.windows[d] +
                                                          v.layout.header(v.channel, v.rank)) = {
@@ -110,7 +129,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             if constexpr (std::is_void_v<F>) {
                 if (lane == 0)
                     pump(
-                        ring, units, warp, kSend,
+                        ring, units, place, width,
                         [&](int u, int& bytes) -> const char* {
                             const int t = u / pieces.count, piece = u - t * pieces.count;
                             bytes = pieces.size(piece);
@@ -128,7 +147,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                                                     from, bytes);
                             }
                         });
-                for (int t = warp; t < count && scale_bytes; t += kSend) {
+                for (int t = place; t < count && scale_bytes; t += width) {
                     const auto* from = reinterpret_cast<const uint32_t*>(
                         a.scales + static_cast<int64_t>(first + t) * scale_bytes);
                     for (int i = lane; i < scale_bytes / 4; i += 32)
@@ -141,7 +160,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                 char* const codes = memory + warp * (kPieceBytes + kScaleRoom);
                 auto* const scales = reinterpret_cast<float*>(codes + kPieceBytes);
                 const bool bulk_scales = scale_bytes % 16 == 0 && pieces.bytes % 512 == 0;
-                for (int u = warp; u < units; u += kSend) {
+                for (int u = place; u < units; u += width) {
                     const int t = u / pieces.count, piece = u - t * pieces.count;
                     const RankSet to = route[t];
                     if (!to.any()) continue;
@@ -170,8 +189,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                 if (lane == 0) ptx::bulk_wait();
             }
             __syncwarp();
-            ptx::some_warps_sync(1, kSend * 32);
-            if (warp == 0)
+            ptx::some_warps_sync(1 + group, width * 32);
+            if (place == 0)
                 flag_chunk_warp(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(count));
         }
     } else if (a.receive) {
@@ -186,7 +205,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             __syncwarp();
         }
     }
-    __syncwarp();
+    __syncthreads();
     leave(v, false, [&](DeviceWord& w) {
         w.stage = a.receive ? Stage::kReceived : Stage::kSent;
         if (!a.send) return;

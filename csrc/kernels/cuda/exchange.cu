@@ -165,7 +165,7 @@ Plan Exchange::complete(Plan plan) const {
     Plan chosen = make_plan(plan.slots, settings_.max_blocks, settings_.shape.num_chunks);
     if (plan.tokens_per_chunk) {
         chosen = plan;
-        chosen.warps_per_token = std::min(plan.warps_per_token, kWarps);
+        chosen.warps_per_token = std::min(plan.warps_per_token, plan.bulk ? kCopyWarps : kWarps);
         chosen.token_chunks = (plan.slots + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk;
     }
     if (chosen.chunks() > settings_.shape.num_chunks)
@@ -225,7 +225,7 @@ uint64_t Exchange::max_epoch() const {
 
 void Exchange::recover(uint64_t epoch) {
     for (View& v : views_) {
-        const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0, 0};
+        const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0, 0, 0};
         check(cudaMemcpy(v.word, &word, sizeof word, cudaMemcpyHostToDevice), "cudaMemcpy");
     }
     // Not a kernel parameter: graphs that were captured before must see it too.

@@ -199,7 +199,7 @@ __device__ void leave(const View& v, bool fenced, F&& write) {
     if (threadIdx.x != 0) return;
     if (!fenced) __threadfence();
     if (atomicAdd(&v.word->ticket, 1u) != gridDim.x - 1) return;
-    v.word->ticket = 0;
+    v.word->ticket = v.word->sends = v.word->sums = 0;
     if (*reinterpret_cast<volatile uint32_t*>(&v.error->stopped) == 0) write(*v.word);
 }
 

@@ -14,6 +14,7 @@ namespace ep::cuda {
 constexpr int kThreads = 256;  // two blocks of an SM then have 128 registers a thread
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSegments = 4;  // more pieces of one row than this do not make it faster
+constexpr int kCopyWarps = 4;    // of a block of the bulk kernels
 constexpr int kRouteWords = (kMaxWorld + 31) / 32;
 
 // Where a channel's exchange is.
@@ -33,10 +34,10 @@ struct Divisor {
 struct alignas(16) DeviceWord {
     uint64_t epoch;  // of the newest exchange
     Stage stage;
-    int32_t tokens;   // of the open exchange
-    uint32_t chunks;  // of the open exchange
-    uint32_t ticket;  // blocks that have read it
-    uint64_t unused;
+    int32_t tokens;        // of the open exchange
+    uint32_t chunks;       // of the open exchange
+    uint32_t ticket;       // blocks that have read it
+    uint32_t sends, sums;  // of the bulk kernels: chunks, and pieces of chunks, that some warps have taken
 };
 
 // Where a failure is written, on the GPU for the kernels that follow and in pinned memory for the host.
@@ -51,9 +52,10 @@ struct ErrorCell {
 struct Plan {
     int32_t slots;  // T
     int32_t tokens_per_chunk;
-    int32_t segments;                 // a row is cut into so many pieces, each with a chunk of its own
-    int32_t token_chunks;             // chunks = token_chunks * segments
-    int32_t warps_per_token;          // power of two, at most kWarps
+    int32_t segments;      // a row is cut into so many pieces, each with a chunk of its own
+    int32_t token_chunks;  // chunks = token_chunks * segments
+    int32_t
+        warps_per_token;  // power of two, at most kWarps; bulk: warps that send a chunk, at most kCopyWarps
     Divisor per_chunk, per_segments;  // by tokens_per_chunk, by segments
     bool bulk;                        // by bulk copies: for many tokens
     EP_HD int32_t chunks() const { return token_chunks * segments; }
