@@ -9,10 +9,9 @@ namespace ep::cuda {
 
 constexpr int kBulkThreads = 384;  // two blocks of an SM then have 80 registers a thread
 constexpr int kBulkWarps = kBulkThreads / 32;
-constexpr int kMaxBulkTokens = 32;  // of a chunk: a lane each
-constexpr int kSlots = 3;           // pieces of rows that a copying warp has in shared memory
-constexpr int kPieceBytes = 8192;   // at most
-constexpr int kIdsAhead = 8;        // expert ids of a token that a lane loads at once
+constexpr int kSlots = 3;          // pieces of rows that a copying warp has in shared memory
+constexpr int kPieceBytes = 8192;  // at most
+constexpr int kIdsAhead = 8;       // expert ids of a token that a lane loads at once
 constexpr int kRingBytes = kCopyWarps * kSlots * kPieceBytes;
 
 // A row in equal pieces of whole fp8 blocks.

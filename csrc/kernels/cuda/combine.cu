@@ -18,6 +18,8 @@ __device__ Piece piece_of(int eighths, int segment, int segments) {
 constexpr int kLoads = 4;       // 16-byte loads that a thread issues before it stores
 constexpr int kEarlyWorld = 8;  // up to so many ranks most rows are live: load them before that is known
 
+constexpr int kReduceLoads = 8;
+
 template <class Y>
 constexpr int kUnits = kLoads / Y::kWords;  // of eight elements
 
@@ -36,29 +38,34 @@ __device__ void load_units(const char* y, int first, int step, int end, uint4* w
 struct Ahead {
     bool inside;  // the last chunk may be narrower
     int token, source;
-    int64_t slot;
+    const char *flag_at, *id_at, *y, *to;
     uint64_t flag;
     int id;
     uint4 words[kLoads];
 };
 
-template <class Y>
-__device__ void load_ahead(const View& v, const CombineArgs& a, int chunk, int first, int width, int unit,
-                           int place, int step, Piece piece, Ahead& h) {
-    const int lane = threadIdx.x % 32, turn = a.plan.per_chunk.divide(unit);
+__device__ inline void find_ahead(const View& v, const CombineArgs& a, int y_bytes, int chunk, int first,
+                                  int width, int unit, Ahead& h) {
+    const int turn = a.plan.per_chunk.divide(unit);
     const int t = unit - turn * a.plan.tokens_per_chunk, d = v.rank + turn + 1;
     h.token = first + t;
     h.source = d < v.world ? d : d - v.world;
-    h.slot = static_cast<int64_t>(h.source) * a.plan.slots + h.token;
-    h.inside = t < width;
+    h.inside = t < width && h.source < v.world;
     if (!h.inside) return;
+    const int64_t slot = static_cast<int64_t>(h.source) * a.plan.slots + h.token;
     // The flag of the dispatch still says how many tokens of the chunk are live.
-    h.flag = ptx::load_relaxed(own(v) + v.layout.dispatch_flag(v.channel, h.source, chunk));
-    const auto* ids = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, h.slot));
-    h.id = lane < v.top_k ? ids[lane] : -1;
-    if (v.world <= kEarlyWorld)
-        load_units<Y>(a.y + h.slot * a.hidden * (Y::kWords * 2), piece.begin + place, step, piece.end,
-                      h.words);
+    h.flag_at = own(v) + v.layout.dispatch_flag(v.channel, h.source, chunk);
+    h.id_at = own(v) + v.layout.id_row(v.channel, slot) + threadIdx.x % 32 * 4;
+    h.y = a.y + slot * a.hidden * y_bytes;
+    h.to = v.windows[h.source] + v.layout.combine_row(v.channel, v.rank, h.token);
+}
+
+template <class Y>
+__device__ void load_ahead(const View& v, int place, int step, Piece piece, Ahead& h) {
+    if (!h.inside) return;
+    h.flag = ptx::load_relaxed(h.flag_at);
+    h.id = static_cast<int>(threadIdx.x) % 32 < v.top_k ? *reinterpret_cast<const int*>(h.id_at) : -1;
+    if (v.world <= kEarlyWorld) load_units<Y>(h.y, piece.begin + place, step, piece.end, h.words);
 }
 
 template <class Y, class Wire>
@@ -73,16 +80,18 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     const int place = warp % a.warps_per_row * 32 + lane, step = a.warps_per_row * 32;
     const Piece piece = piece_of(a.hidden / 8, segment, plan.segments);
     for (int unit = group; unit < v.world * plan.tokens_per_chunk; unit += groups) {
-        if (!loaded || unit != group) load_ahead<Y>(v, a, chunk, first, width, unit, place, step, piece, h);
+        if (!loaded || unit != group) {
+            find_ahead(v, a, Y::kWords * 2, chunk, first, width, unit, h);
+            load_ahead<Y>(v, place, step, piece, h);
+        }
         if (!h.inside) continue;
         if (keeps_own<Y, Wire>(a) && h.source == v.rank) continue;
         const bool live = h.token - first < static_cast<int>(word_low(h.flag)) && !state.masked(h.source);
         if (!__any_sync(kAll, live && is_local(v, h.id))) continue;
-        const char* y = a.y + h.slot * a.hidden * (Y::kWords * 2);
-        char* to = v.windows[h.source] + v.layout.combine_row(v.channel, v.rank, h.token);
+        char* const to = const_cast<char*>(h.to);
         for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
             if (v.world > kEarlyWorld || e != piece.begin + place)
-                load_units<Y>(y, e, step, piece.end, h.words);
+                load_units<Y>(h.y, e, step, piece.end, h.words);
 #pragma unroll
             for (int i = 0; i < kUnits<Y>; ++i) {
                 if (e + i * step >= piece.end) continue;
@@ -118,7 +127,7 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
         const char* mine = nullptr;
         if (keeps_own<Y, Wire>(a))
             mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * a.hidden * (Y::kWords * 2);
-        reduce_row<Wire, Out>(v, a, token, route, mine, piece.begin + place, step, piece.end);
+        reduce_row<Wire, Out, kReduceLoads>(v, a, token, route, mine, piece.begin + place, step, piece.end);
     }
 }
 
@@ -133,16 +142,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int unit = warp / a.warps_per_row;
     const int first = static_cast<int>(blockIdx.x) / plan.segments * plan.tokens_per_chunk;
     const int width = min(plan.tokens_per_chunk, plan.slots - first);
+    const Piece piece = piece_of(a.hidden / 8, static_cast<int>(blockIdx.x) % plan.segments, plan.segments);
+    Ahead ahead;
+    ahead.inside = false;
+    if (a.send && unit < v.world * plan.tokens_per_chunk)
+        find_ahead(v, a, Y::kWords * 2, blockIdx.x, first, width, unit, ahead);
     touch(v, a);
     const int first_token = first + warp / plan.warps_per_token;
     ptx::wait_for_previous_kernel();
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
-    Ahead ahead;
-    if (a.send && unit < v.world * plan.tokens_per_chunk)
-        load_ahead<Y>(
-            v, a, blockIdx.x, first, width, unit, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32,
-            piece_of(a.hidden / 8, static_cast<int>(blockIdx.x) % plan.segments, plan.segments), ahead);
+    if (a.send) load_ahead<Y>(v, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
     bool alive = !state.stopped, left = false;
     RankSet first_route{};
     if (a.receive && first_token < plan.slots) first_route = load_route(v, first_token);

@@ -17,16 +17,18 @@ __device__ inline RankSet load_route(const View& v, int64_t token) {
 
 // One row: fp32, in order of rank, rounded once. From `begin` to `end`, in steps, in units of eight elements.
 // `mine`, if not null, is this rank's own part, which then was not sent.
-template <class Wire, class Out>
+template <class Wire, class Out, int kLoads>
 __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, const RankSet& route,
                            const char* mine, int begin, int step, int end) {
-    constexpr int kAhead = 4;                // rows whose loads are issued before the first is added
-    constexpr int kWide = 2 / Wire::kWords;  // units of eight elements at a time
+    constexpr int kAhead = 4;                         // rows whose loads are issued before the first is added
+    constexpr int kWide = kLoads / 4 / Wire::kWords;  // units of eight elements at a time
     const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
     const char* rows = own(v) + v.layout.combine_row(v.channel, 0, token);
     char* out = a.out + token * a.hidden * (Out::kWords * 2);
+#pragma unroll 1
     for (int e = begin; e < end; e += step * kWide) {
         Eight sum[kWide]{};
+#pragma unroll 1
         for (int r = 0; r < v.world; r += kAhead) {
             uint4 part[kAhead][kWide * Wire::kWords];
 #pragma unroll
@@ -66,6 +68,7 @@ __device__ bool keeps_own(const CombineArgs& a) {
 // A peer that closed the exchange has not sent the rows that this rank waits for. The exchange is over for
 // everybody, so nothing stops; the host is told that this result is lost.
 __device__ inline bool closed_by_peer(const View& v, const int* counts, bool speaker) {
+#pragma unroll 1
     for (int source = 0; source < v.world; ++source) {
         if (counts[source] != static_cast<int>(kClosed)) continue;
         if (speaker) *const_cast<volatile int32_t*>(&v.host_error->closed_by) = source + 1;

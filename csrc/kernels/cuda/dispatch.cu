@@ -39,16 +39,22 @@ __device__ Share share_of(const View& v, const Plan& plan, int chunk, int tokens
 // What a thread loads before it knows where anything goes.
 template <class F>
 struct Ahead {
+    const char *id_at, *x;
     int id;
     uint4 words[kLoads];
 };
 
 template <class Id, class F>
-__device__ void load_ahead(const View& v, const DispatchArgs& a, const Share& s, int64_t token,
-                           Ahead<F>& ahead) {
-    const int lane = threadIdx.x % 32;
-    ahead.id = lane < v.top_k ? static_cast<int>(static_cast<const Id*>(a.ids)[token * v.top_k + lane]) : -1;
-    load_units<F>(row_of<F>(v, a, token), s.piece.begin + s.place, s.step, s.piece.end, ahead.words);
+__device__ void find_ahead(const View& v, const DispatchArgs& a, int64_t token, Ahead<F>& ahead) {
+    ahead.id_at = static_cast<const char*>(a.ids) + (token * v.top_k + threadIdx.x % 32) * sizeof(Id);
+    ahead.x = row_of<F>(v, a, token);
+}
+template <class Id, class F>
+__device__ void load_ahead(const View& v, const Share& s, Ahead<F>& ahead) {
+    ahead.id = static_cast<int>(threadIdx.x) % 32 < v.top_k
+                   ? static_cast<int>(*reinterpret_cast<const Id*>(ahead.id_at))
+                   : -1;
+    load_units<F>(ahead.x, s.piece.begin + s.place, s.step, s.piece.end, ahead.words);
 }
 
 // A group of warps sends a piece of a token's row to all its ranks; one load serves all of them. `words` are
@@ -101,14 +107,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Plan& plan = a.plan;
     const int chunks = plan.chunks();
     Share share = share_of(v, plan, blockIdx.x, a.tokens);
+    Ahead<F> ahead;
+    find_ahead<Id, F>(v, a, share.first + share.group, ahead);
     touch(v, a);
     ptx::wait_for_previous_kernel();
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
     const int tokens = a.device_tokens ? min(*a.device_tokens, a.tokens) : a.tokens;
-    Ahead<F> ahead;
     Meta meta{};
-    if (a.send && share.group < share.count) load_ahead<Id, F>(v, a, share, share.first + share.group, ahead);
+    if (a.send && share.group < share.count) load_ahead<Id, F>(v, share, ahead);
     if (a.send && share.segment == 0 && threadIdx.x < share.count * v.top_k)
         meta = load_meta<Id>(v, a, share.first, threadIdx.x);
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
@@ -126,14 +133,17 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             for (int t = share.group; t < share.count; t += share.groups) {
                 const int64_t token = share.first + t;
-                if (!loaded || t != share.group) load_ahead<Id, F>(v, a, share, token, ahead);
+                if (!loaded || t != share.group) {
+                    find_ahead<Id, F>(v, a, token, ahead);
+                    load_ahead<Id, F>(v, share, ahead);
+                }
                 const RankSet route = route_of(v, state, ahead.id);
                 if (share.segment == 0 && share.place < kRouteWords)
                     v.routes[token * kRouteWords + share.place] = share.place == 0   ? route.a
                                                                   : share.place == 1 ? route.b
                                                                                      : route.c;
                 if (!route.any()) continue;
-                send_row<F>(v, row_of<F>(v, a, token), slot + t, route, share, ahead.words);
+                send_row<F>(v, ahead.x, slot + t, route, share, ahead.words);
                 if (std::is_void_v<F> && share.segment == 0 && v.layout.shape.scale_bytes)
                     send_scales(v, a.scales + token * v.layout.shape.scale_bytes, slot + t, route, share);
             }

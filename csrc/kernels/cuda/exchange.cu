@@ -64,16 +64,25 @@ struct Place {
 
 }  // namespace
 
+// Measured on 4 H200, hidden 7168, top-8 (docs/performance.md): what is fastest at each number of tokens.
 Plan make_plan(int64_t slots, int64_t max_blocks, int64_t max_chunks) {
+    constexpr int64_t kBulkFrom = 2048;  // 1024 tokens: both kinds of kernels take the same time
+    constexpr int64_t kBulkTokens = 4;  // of a chunk: fewer means more flags, more means waiting for the last
+    constexpr int64_t kQuarters = 12;   // up to so many tokens a row is cut in four, then in two
     Plan plan{};
     plan.slots = static_cast<int32_t>(slots);
     const int64_t per_block = (slots + max_blocks - 1) / max_blocks;
     const int64_t least = (slots + max_chunks - 1) / max_chunks;
-    plan.tokens_per_chunk = static_cast<int32_t>(std::max(least, std::min<int64_t>(per_block, kWarps)));
+    plan.bulk = slots >= kBulkFrom && least <= kMaxBulkTokens;
+    plan.tokens_per_chunk = static_cast<int32_t>(
+        std::max(least, plan.bulk ? kBulkTokens : std::min<int64_t>(per_block, 2 * kWarps)));
     plan.token_chunks = static_cast<int32_t>((slots + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk);
-    plan.segments = static_cast<int32_t>(
-        std::clamp<int64_t>(std::min(max_blocks, max_chunks) / plan.token_chunks, 1, kMaxSegments));
-    plan.warps_per_token = power_of_two_at_most(std::max(1, kWarps / plan.tokens_per_chunk));
+    plan.segments = plan.bulk ? 1
+                              : static_cast<int32_t>(std::clamp<int64_t>(
+                                    std::min(max_blocks, max_chunks) / plan.token_chunks, 1,
+                                    slots <= kQuarters ? kMaxSegments : kMaxSegments / 2));
+    plan.warps_per_token =
+        plan.bulk ? kCopyWarps : power_of_two_at_most(std::max(1, kWarps / plan.tokens_per_chunk));
     return plan;
 }
 

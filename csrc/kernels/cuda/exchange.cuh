@@ -45,14 +45,15 @@ __device__ inline State load_state(const View& v) {
 // ahead, not one miss after another behind it.
 template <class Args>
 __device__ __forceinline__ void touch(const View& v, const Args& a) {
-    auto use = [](auto x) { asm volatile("" ::"l"(static_cast<uint64_t>(x))); };
-    use(v.layout.shape.world), use(v.layout.ids), use(v.layout.channels), use(v.layout.rows);
+    uint64_t all =
+        static_cast<uint64_t>(v.layout.shape.world ^ v.layout.ids ^ v.layout.channels ^ v.layout.rows) ^
+        v.timeout_ns ^ static_cast<uint32_t>(v.world ^ v.pad_id) ^ reinterpret_cast<uint64_t>(v.word);
 #pragma unroll
-    for (int r = 0; r < 16; r += 4) use(reinterpret_cast<uint64_t>(v.windows[r]));
-    use(reinterpret_cast<uint64_t>(v.word)), use(v.timeout_ns), use(v.world), use(v.pad_id);
+    for (int r = 0; r < 16; r += 4) all ^= reinterpret_cast<uint64_t>(v.windows[r]);
     const auto* words = reinterpret_cast<const uint64_t*>(&a);
 #pragma unroll
-    for (unsigned i = 0; i < sizeof(Args) / 8; i += 4) use(words[i]);
+    for (unsigned i = 0; i < sizeof(Args) / 8; i += 4) all ^= words[i];
+    if (all == 0x9E3779B97F4A7C15) __nanosleep(0);  // never; the compiler does not know
 }
 
 __device__ inline char* own(const View& v) {
@@ -154,6 +155,7 @@ __device__ inline int wait_flag(const View& v, Phase phase, uint64_t epoch, int 
 __device__ inline bool wait_chunk(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
                                   int* counts) {
     int bad = 0;
+#pragma unroll 1
     for (int source = threadIdx.x; source < v.world; source += kThreads) {
         counts[source] = s.masked(source) ? 0 : wait_flag(v, phase, epoch, source, chunk);
         bad |= counts[source] < 0;
@@ -165,6 +167,7 @@ __device__ inline bool wait_chunk(const View& v, const State& s, Phase phase, ui
 __device__ inline bool wait_chunk_warp(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
                                        int* counts) {
     bool bad = false;
+#pragma unroll 1
     for (int source = threadIdx.x % 32; source < v.world; source += 32) {
         counts[source] = s.masked(source) ? 0 : wait_flag(v, phase, epoch, source, chunk);
         bad |= counts[source] < 0;
@@ -176,6 +179,7 @@ __device__ inline bool wait_chunk_warp(const View& v, const State& s, Phase phas
 __device__ inline void flag_chunk_warp(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
                                        uint32_t count) {
     ptx::fence_system();
+#pragma unroll 1
     for (int d = threadIdx.x % 32; d < v.world; d += 32) {
         if (s.masked(d)) continue;
         char* flag =

@@ -13,8 +13,9 @@ namespace ep::cuda {
 
 constexpr int kThreads = 256;  // two blocks of an SM then have 128 registers a thread
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxSegments = 4;  // more pieces of one row than this do not make it faster
-constexpr int kCopyWarps = 4;    // of a block of the bulk kernels
+constexpr int kMaxSegments = 4;     // more pieces of one row than this do not make it faster
+constexpr int kCopyWarps = 4;       // of a block of the bulk kernels
+constexpr int kMaxBulkTokens = 32;  // of a chunk of the bulk kernels: a lane each
 constexpr int kRouteWords = (kMaxWorld + 31) / 32;
 
 // Where a channel's exchange is.
