@@ -14,25 +14,38 @@ import torch.distributed as dist
 from ep_backend import _native, rendezvous
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
-from ep_backend.probe import probe
+from ep_backend.probe import Record, probe
+from ep_backend.profiles import version
 from ep_backend.select import Decision, decide
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
 from ep_backend.transports.peer import PeerTransport
 
+OLDEST_CUDA = (13,)  # that the driver must serve
+
 TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig, torch.device], Transport]] = {
     CpuTransport.name: lambda group, config, device: CpuTransport(group, config),
-    CollectiveTransport.name: lambda group, config, device: CollectiveTransport(group, config),
+    CollectiveTransport.name: CollectiveTransport,
     PeerTransport.name: PeerTransport,
 }
 
 
+def _check_drivers(records: list[Record]) -> None:
+    """The kernels are one CUDA 13 binary; an older driver cannot load it."""
+    for rank, record in enumerate(records):
+        if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
+            raise EpConfigError(
+                f"rank {rank} has NVIDIA driver {record.driver}, which serves CUDA {record.cuda_driver}; "
+                "transport peer needs driver 580 or newer (CUDA 13.0); collective works with any"
+            )
+
+
 def available(device: torch.device) -> frozenset[str]:
     """Names of the transports that this build has for tensors on ``device``."""
-    if device.type == "cuda":
-        return frozenset({PeerTransport.name} if _native.HAS_CUDA else ())
-    return frozenset({CpuTransport.name, CollectiveTransport.name})
+    if device.type == "cpu":
+        return frozenset({CpuTransport.name, CollectiveTransport.name})
+    return frozenset({CollectiveTransport.name, *([PeerTransport.name] if _native.HAS_CUDA else [])})
 
 
 P = ParamSpec("P")
@@ -110,6 +123,8 @@ class Communicator:
                 )
         records = [record for _, record in told]
         self.decision: Decision = decide(records, config.transport, available=available(self.device))
+        if self.decision.transport == PeerTransport.name:
+            _check_drivers(records)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
         self._transport = TRANSPORTS[self.decision.transport](group, config, self.device)
         self._handles: list[Handle | None] = [None] * config.num_channels
@@ -125,10 +140,6 @@ class Communicator:
             if not torch.cuda.is_available():
                 found = f"PyTorch {torch.__version__} finds no GPU here"
                 raise EpConfigError(f"device is {self.device}, but {found}")
-            if not _native.HAS_CUDA:
-                raise EpConfigError(
-                    "this build of ep_backend has no CUDA kernels; build it where nvcc is found"
-                )
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
             self.device = torch.device("cuda", index)
         elif self.device.type != "cpu":
@@ -365,7 +376,7 @@ class Communicator:
         before = self._handles[call.channel]
         if before is not None:
             before.state = "closed"
-        is_view = self.config.layout == "rank_major"
+        is_view = self.config.layout == "rank_major" and self._transport.gives_views
         handle = Handle(call.channel, call.slots, call.x.shape[0], is_view=is_view)
         self._handles[call.channel] = handle
         return handle

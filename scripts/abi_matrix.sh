@@ -63,7 +63,8 @@ for pair in "${pythons[@]}"; do
         command=$(find ~/.pyenv/versions/*/bin -name "$interpreter" 2>/dev/null | tail -1)
     fi
     if [ -z "$command" ]; then
-        echo "abi: torch $release with $interpreter NOT RUN: no such interpreter here"
+        failed=$((failed + 1))
+        echo "abi: torch $release with $interpreter FAILED: no such interpreter here (EP_ABI_PYTHON chooses)"
         continue
     fi
     folder=$root/$interpreter

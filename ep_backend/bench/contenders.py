@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ep_backend import Communicator, Handle, Received
 from ep_backend.bench import workload
 from ep_backend.bench.workload import Inputs, Settings
-from ep_backend.communicator import TRANSPORTS
+from ep_backend.communicator import TRANSPORTS, available
 
 BASELINE = "baseline_allgather"
 CALIBRATION_ROUNDS = 7
@@ -228,6 +228,6 @@ def _fastest(ways: Mapping[str, Callable[[Any], None]], argument: Any) -> str:
 
 
 MAKERS: dict[str, Callable[[str, Settings], Contender]] = {
-    **dict.fromkeys(TRANSPORTS, Ours),
+    **{name: Ours for name in TRANSPORTS if name in available(torch.device("cpu"))},
     BASELINE: AllGather,
 }

@@ -61,6 +61,7 @@ class Transport(ABC):
 
     name: str
     window_bytes: int
+    gives_views = True  # received rank-major rows are the window itself
 
     @abstractmethod
     def dispatch_send(self, call: DispatchCall) -> None: ...

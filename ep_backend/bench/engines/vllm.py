@@ -17,7 +17,8 @@ from typing import Any
 from ep_backend.bench.engines.process import Session, free_port, wait_until_healthy
 from ep_backend.errors import EpConfigError
 
-COMMAND = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+# The script, not `python -m`: that looks for ep_backend in the current folder first, perhaps a checkout.
+COMMAND = (str(Path(sys.executable).with_name("vllm")),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def refusal(launch: Launch) -> str | None:
         return None
     if launch.device != "cpu":
         return (
-            f"this version of ep_backend moves CPU tensors only and this engine runs on {launch.device}: "
+            f"this version of the plug-in serves on CPUs only and this engine runs on {launch.device}: "
             "use --all2all-backend allgather_reducescatter."
         )
     if launch.overlap:

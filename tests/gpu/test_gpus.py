@@ -1,8 +1,9 @@
-"""The peer transport on real GPUs: the CPU transport's bits, captured graphs, ranks that stop or die."""
+"""On real GPUs: the CPU transport's bits, captured graphs, ranks that stop or die."""
 
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -111,6 +112,41 @@ def same_bits_job(rank, group, more):
 def test_same_bits_as_the_cpu_transport(world, name):
     needs(world)
     assert ranks(world).run(same_bits_job, CONFIGS[name], timeout=120) == [[]] * world
+
+
+def collective_job(rank, group, backend):
+    """Rows on GPUs through transport collective give the CPU's bits, whatever carries them."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    carrier = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=60))
+    wrong = []
+    for layout in ("rank_major", "compact", "expert_major"):
+        more = {"payload": torch.bfloat16, "quantization": "fp8_block128", "layout": layout}
+        with (
+            ep.Communicator(group, config(more, world, "cpu")) as cpu,
+            ep.Communicator(carrier, config(more, world, "collective"), device=f"cuda:{rank}") as gpu,
+        ):
+            for number, slots in enumerate((5, 1, 60)):
+                x, ids, weights, _ = inputs(cpu.config, rank, (number + rank * 3) % (slots + 1), number)
+                outs = []
+                for comm in (cpu, gpu):
+                    moved = (t.to(comm.device) for t in (x, ids, weights))
+                    received, handle = comm.dispatch(*moved, tokens_per_rank=slots)
+                    g = torch.Generator().manual_seed(number)
+                    shape = (*received.rows.shape[:-1], cpu.config.hidden_size)
+                    y = torch.randn(shape, generator=g).to(comm.device, torch.bfloat16)
+                    outs.append(comm.combine(y, handle).cpu())
+                if not torch.equal(*outs):
+                    wrong.append((layout, slots))
+    return wrong
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_collective_with_rows_on_gpus(world, backend):
+    needs(world)
+    with fresh_ranks(world) as group:
+        assert group.run(collective_job, backend, timeout=120) == [[]] * world
 
 
 def graph_job(rank, group):
