@@ -199,6 +199,18 @@ def get(name: str, environ: Mapping[str, str] | None = None) -> Any:
     return entry.parse(text) if text.strip() else entry.default
 
 
+def wrong_values(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """One sentence for each variable that ep_backend reads and whose value it cannot use."""
+    wrong = []
+    for variable in VARIABLES:
+        if variable.kind == "read":
+            try:
+                get(variable.name, environ)
+            except EpConfigError as error:
+                wrong.append(str(error))
+    return tuple(wrong)
+
+
 def misspelt(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """One sentence for each variable with our prefix and no meaning: mostly typing errors."""
     names = sorted(os.environ if environ is None else environ)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_backend.bench import report
+from ep_backend.bench.arguments import list_of, output_file, port, whole
 from ep_backend.bench.engines import vllm
 from ep_backend.bench.engines.process import ServerError
 from ep_backend.errors import EpConfigError
@@ -58,11 +59,13 @@ def add_parser(subparsers: Any) -> None:
         "--model", type=Path, required=True, metavar="DIR", help="folder with weights and tokenizer"
     )
     parser.add_argument("--backends", default=OURS, metavar="A[,B...]", help="all-to-all backends to compare")
-    parser.add_argument("--concurrency", type=_numbers, metavar="N[,N...]", help="requests in flight")
-    parser.add_argument("--input-len", type=int, metavar="TOKENS")
-    parser.add_argument("--output-len", type=int, metavar="TOKENS")
     parser.add_argument(
-        "--num-prompts", type=int, metavar="N", help="requests per measurement (4 per client)"
+        "--concurrency", type=list_of(whole(1)), metavar="N[,N...]", help="requests in flight"
+    )
+    parser.add_argument("--input-len", type=whole(1), metavar="TOKENS")
+    parser.add_argument("--output-len", type=whole(1), metavar="TOKENS")
+    parser.add_argument(
+        "--num-prompts", type=whole(1), metavar="N", help="requests per measurement (4 per client)"
     )
     parser.add_argument(
         "--request-rate",
@@ -72,13 +75,13 @@ def add_parser(subparsers: Any) -> None:
         help="requests per second (all at once)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=1, metavar="N", help="times each backend is served, in turn"
+        "--rounds", type=whole(1), default=1, metavar="N", help="times each backend is served, in turn"
     )
-    parser.add_argument("--data-parallel-size", type=int, default=2, metavar="N")
+    parser.add_argument("--data-parallel-size", type=whole(1), default=2, metavar="N")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
-    parser.add_argument("--port", default="auto", help="port of 127.0.0.1 to serve on")
-    parser.add_argument("--max-model-len", type=int, metavar="TOKENS")
+    parser.add_argument("--port", type=port, default=0, metavar="PORT", help="port of 127.0.0.1 to serve on")
+    parser.add_argument("--max-model-len", type=whole(1), metavar="TOKENS")
     parser.add_argument("--start-timeout", type=float, default=600.0, metavar="SECONDS")
     parser.add_argument(
         "--engine-args", type=shlex.split, default=[], metavar="'ARGS'", help="more engine arguments"
@@ -87,7 +90,7 @@ def add_parser(subparsers: Any) -> None:
         "--log-dir", type=Path, metavar="DIR", help="where engine logs go (a new temporary folder)"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write machine, versions, command and results"
+        "--json", type=output_file, metavar="FILE", help="write machine, versions, command and results"
     )
     parser.set_defaults(func=run)
 
@@ -155,7 +158,7 @@ class Bench:
         }
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, no_wrap=True, overflow="ellipsis")
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _loads(args: argparse.Namespace, size: Size) -> list[vllm.Load]:
@@ -181,17 +184,10 @@ def _serving(args: argparse.Namespace, backend: str, device: str, loads: Sequenc
         max_model_len=args.max_model_len,
         # One rank may get all requests for a moment.
         max_num_seqs=max(load.concurrency for load in loads),
-        port=0 if args.port == "auto" else int(args.port),
+        port=args.port,
         extra=tuple(args.engine_args),
         start_timeout_s=args.start_timeout,
     )
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise ValueError(text)
-    return numbers
 
 
 def _prompts(model: Path) -> list[str]:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ep_backend.bench import report
+from ep_backend.bench.arguments import list_of, output_file, whole
 from ep_backend.env import nearest
 from ep_backend.errors import EpConfigError, EpError
 
@@ -43,33 +44,20 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--device", choices=("cpu",), default="cpu")
-    add("--ranks", type=_whole(1), metavar="N", help=f"processes ({DEFAULT_RANKS}; those of torchrun)")
-    add("--tokens", type=_list(_whole(1)), default=(1, 8, 64, 512), metavar="N[,N...]", help="per rank")
-    add("--hidden", type=_whole(1), default=2048, metavar="N", help="elements of a row")
-    add("--experts", type=_whole(1), default=64, metavar="N", help="of all ranks together")
-    add("--topk", type=_whole(1), default=8, metavar="N", help="experts of a token")
+    add("--ranks", type=whole(1), metavar="N", help=f"processes ({DEFAULT_RANKS}; those of torchrun)")
+    add("--tokens", type=list_of(whole(1)), default=(1, 8, 64, 512), metavar="N[,N...]", help="per rank")
+    add("--hidden", type=whole(1), default=2048, metavar="N", help="elements of a row")
+    add("--experts", type=whole(1), default=64, metavar="N", help="of all ranks together")
+    add("--topk", type=whole(1), default=8, metavar="N", help="experts of a token")
     add("--dtype", choices=DTYPES, default="bf16", help="of dispatched rows; fp8 gets bf16 back")
     add("--layout", choices=LAYOUTS, default="rank_major", help="of received rows")
-    add("--transports", type=_list(str), metavar="A[,B...]", help="what to measure (all that works here)")
+    add("--transports", type=list_of(str), metavar="A[,B...]", help="what to measure (all that works here)")
     add("--routing", choices=ROUTINGS, default="uniform", help="how tokens choose experts")
-    add("--warmup", type=_whole(0), default=8, metavar="N", help="exchanges before the timed ones")
-    add("--iters", type=_whole(1), default=100, metavar="N", help="timed exchanges of each case")
-    add("--seed", type=_whole(0), default=0, metavar="N")
-    add("--json", type=Path, metavar="FILE", help="write machine, versions, command and results")
+    add("--warmup", type=whole(0), default=8, metavar="N", help="exchanges before the timed ones")
+    add("--iters", type=whole(1), default=100, metavar="N", help="timed exchanges of each case")
+    add("--seed", type=whole(0), default=0, metavar="N")
+    add("--json", type=output_file, metavar="FILE", help="write machine, versions, command and results")
     parser.set_defaults(func=run)
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return int(text)
-
-    return parse
-
-
-def _list(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    return lambda text: tuple(dict.fromkeys(item(part.strip()) for part in text.split(",")))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from ep_backend import env
-from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record, probe
 from ep_backend.select import Conflict, Decision, decide, find_conflicts
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     record = probe()
     decision = decide([record], requested_profile=args.profile)
     conflicts = find_conflicts(decision, os.environ)
-    wrong = _wrong_values()
+    wrong = [*env.misspelt(), *env.wrong_values()]
     if args.shell:
         print(_shell(decision, conflicts))
     elif args.json:
@@ -56,18 +55,6 @@ def run(args: argparse.Namespace) -> int:
 def _status(name: str, wanted: str) -> str:
     found = os.environ.get(name)
     return "will be set" if found is None else "already so" if found == wanted else "conflict"
-
-
-def _wrong_values() -> list[str]:
-    """Variables of ours whose value cannot be used, and names with our prefix that mean nothing."""
-    wrong = list(env.misspelt())
-    for variable in env.VARIABLES:
-        if variable.kind == "read":
-            try:
-                env.get(variable.name)
-            except EpConfigError as error:
-                wrong.append(str(error))
-    return wrong
 
 
 def _shell(decision: Decision, conflicts: tuple[Conflict, ...]) -> str:

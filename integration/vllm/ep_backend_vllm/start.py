@@ -4,6 +4,7 @@ The decisions are pure functions of `Launch`, so that every sentence can be test
 """
 
 import functools
+import multiprocessing
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,10 +134,13 @@ def version_note(version: str) -> str | None:
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
-    """Raises ValueError with the sentence of `refusal`."""
-    reason = refusal(read_launch(vllm_config))
-    if reason is not None:
-        raise ValueError(reason)
+    """Raises ValueError with the sentence of `refusal`, or with the wrong value of a variable."""
+    from ep_backend import env
+
+    reasons = (refusal(read_launch(vllm_config)), *env.wrong_values())
+    for reason in reasons:
+        if reason is not None:
+            raise ValueError(reason)
 
 
 def announce(vllm_config: Any) -> None:
@@ -153,8 +157,10 @@ def _announce_once(launch: Launch) -> None:
 
     from ep_backend import env
 
+    # The engine's other processes inherit what there is to say about.
+    notes = multiprocessing.parent_process() is None
     for note in (version_note(vllm.__version__), unused_note(launch), *env.misspelt()):
-        if note is not None:
+        if notes and note is not None:
             logger.warning(note)
     if launch.calls_all_to_all:
         _set_environment(launch.device)
