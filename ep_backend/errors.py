@@ -55,7 +55,7 @@ class EpTimeoutError(EpError, TimeoutError):
         if self.reported_by == rank:
             text = f"rank {rank} waited {waited_s:.1f} s in {phase} for {who}"
         else:
-            text = f"rank {rank} stopped in {phase}: rank {self.reported_by} gave up waiting for {who}"
+            text = f"rank {rank} stopped in {phase}: rank {self.reported_by} stopped first and blames {who}"
         if epoch_expected >= 0:
             text += f" (channel {channel}, exchange {epoch_expected}, last seen {epoch_seen})"
         if len(missing) > 1:

@@ -10,7 +10,7 @@
 
 namespace ep {
 
-// Part of the interface with ep_backend/config.py.
+// Part of the interface with ep_backend/_native.py.
 enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kE4M3 = 3, kBytes = 4 };
 
 // Bytes of an element; 1 for opaque bytes.

@@ -1,5 +1,5 @@
 // Memory order and the few instructions that CUDA C++ has no name for. Every load and store that orders
-// anything between ranks is here; docs/protocol.md ("Memory order on CUDA") says why each is enough. No
+// anything between ranks is here; docs/protocol.md ("Memory order") says why each is enough. No
 // atomic reaches beyond this GPU.
 #pragma once
 

@@ -1,4 +1,4 @@
-// How an exchange can fail. The codes are part of the interface with ep_backend/errors.py.
+// How an exchange can fail. The codes are part of the interface with ep_backend/_native.py.
 #pragma once
 
 #include <cstdint>

@@ -45,7 +45,7 @@ Exchange::Exchange(const Settings& settings, Placement placement, std::vector<ch
       channels_(settings.shape.num_channels),
       floor_(next_epoch(settings.epoch)),
       ids_(settings.shape.max_tokens * settings.shape.top_k),
-      row_(std::max(settings.shape.row_bytes + settings.shape.scale_bytes, settings.shape.wire_bytes)),
+      row_(settings.shape.row_bytes + settings.shape.scale_bytes),
       acc_(settings.hidden) {
     for (Channel& ch : channels_) {
         ch.epoch = settings.epoch;

@@ -19,7 +19,7 @@
 
 namespace ep::cpu {
 
-// Part of the interface with ep_backend/config.py.
+// Part of the interface with ep_backend/_native.py.
 enum class Layout : int32_t { kRankMajor = 0, kCompact = 1, kExpertMajor = 2 };
 
 constexpr int64_t kPackedFlagBytes = 16;  // before the combine rows of a source in a packed buffer
@@ -145,7 +145,7 @@ class Exchange {
     int32_t closed_by_ = -1;
     uint64_t floor_;            // abort words below this epoch are of before the last recovery
     std::vector<int32_t> ids_;  // scratch: ids of a call, as 32-bit
-    std::vector<char> row_;     // scratch: one encoded row and its scales, or one wire row
+    std::vector<char> row_;     // scratch: one encoded row and its scales
     std::vector<float> acc_;    // scratch: one row of sums
 };
 
