@@ -18,7 +18,7 @@ __device__ Piece piece_of(int eighths, int segment, int segments) {
 constexpr int kLoads = 4;       // 16-byte loads that a thread issues before it stores
 constexpr int kEarlyWorld = 8;  // up to so many ranks most rows are live: load them before that is known
 
-constexpr int kReduceLoads = 8;
+constexpr int kReduceLoads = 8;  // 16 needs more registers than there are
 
 template <class Y>
 constexpr int kUnits = kLoads / Y::kWords;  // of eight elements
@@ -179,10 +179,11 @@ __global__ void __launch_bounds__(kThreads, 2)
                 plan.per_segments.divide(chunk) * plan.tokens_per_chunk + warp / plan.warps_per_token;
             if (token < state.tokens) route = load_route(v, token);
         }
-        alive = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts);
-        if (!alive) break;
-        if (!closed_by_peer(v, counts, threadIdx.x == 0))
+        const bool usual = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts, kClosed);
+        if (usual)
             reduce_chunk<Y, Wire, Out>(v, a, chunk, state.tokens, route);
+        else
+            alive = closed_by_peer(v, counts, threadIdx.x == 0);
         if (i + 1 < mine + behind) __syncthreads();  // counts are used again
     }
     if (!left) leave(v, false, end);

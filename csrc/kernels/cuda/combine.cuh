@@ -23,17 +23,19 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
     constexpr int kAhead = 4;                         // rows whose loads are issued before the first is added
     constexpr int kWide = kLoads / 4 / Wire::kWords;  // units of eight elements at a time
     const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
-    const char* rows = own(v) + v.layout.combine_row(v.channel, 0, token);
-    char* out = a.out + token * a.hidden * (Out::kWords * 2);
+    constexpr int kBytes = Wire::kWords * 16;  // of eight elements
+    const char* const rows = own(v) + v.layout.combine_row(v.channel, 0, token);
+    char* const out = a.out + token * a.hidden * (Out::kWords * 2);
 #pragma unroll 1
     for (int e = begin; e < end; e += step * kWide) {
         Eight sum[kWide]{};
 #pragma unroll 1
         for (int r = 0; r < v.world; r += kAhead) {
+            const uint32_t has = route.from(r);
             uint4 part[kAhead][kWide * Wire::kWords];
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
-                if (r + i < v.world && route.test(r + i))
+                if (has >> i & 1)
 #pragma unroll
                     for (int k = 0; k < kWide; ++k)
                         if (e + k * step < end)
@@ -41,10 +43,10 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
                             for (int j = 0; j < Wire::kWords; ++j)
                                 part[i][k * Wire::kWords + j] = ptx::load_row(
                                     (mine && r + i == v.rank ? mine : rows + (r + i) * rank_stride) +
-                                    (static_cast<int64_t>(e + k * step) * Wire::kWords + j) * 16);
+                                    static_cast<int64_t>(e + k * step) * kBytes + j * 16);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
-                if (r + i < v.world && route.test(r + i))
+                if (has >> i & 1)
 #pragma unroll
                     for (int k = 0; k < kWide; ++k) {
                         Eight add;
@@ -65,16 +67,18 @@ __device__ bool keeps_own(const CombineArgs& a) {
     return std::is_same_v<Y, Wire> && a.send && a.receive;
 }
 
-// A peer that closed the exchange has not sent the rows that this rank waits for. The exchange is over for
-// everybody, so nothing stops; the host is told that this result is lost.
+// What stands in counts if not all sources have sent a chunk. False after a failure. Else a peer has closed
+// the exchange, and has not sent the rows that this rank waits for. The exchange is over for everybody, so
+// nothing stops; the host is told that this result is lost.
 __device__ inline bool closed_by_peer(const View& v, const int* counts, bool speaker) {
+    int closed_by = 0;
 #pragma unroll 1
-    for (int source = 0; source < v.world; ++source) {
-        if (counts[source] != static_cast<int>(kClosed)) continue;
-        if (speaker) *const_cast<volatile int32_t*>(&v.host_error->closed_by) = source + 1;
-        return true;
+    for (int source = v.world - 1; source >= 0; --source) {
+        if (counts[source] < 0) return false;
+        if (counts[source] == static_cast<int>(kClosed)) closed_by = source + 1;
     }
-    return false;
+    if (speaker) *const_cast<volatile int32_t*>(&v.host_error->closed_by) = closed_by;
+    return true;
 }
 
 }  // namespace ep::cuda

@@ -108,9 +108,9 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             const int token = chunk * plan.tokens_per_chunk + unit / kParts;
             const RankSet route = token < state.tokens ? load_route(v, token) : RankSet{};
             if (chunk != seen) {
-                alive = wait_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, count);
+                lost = !wait_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, count, kClosed);
                 __syncwarp();
-                lost = alive && closed_by_peer(v, count, lane == 0);
+                if (lost) alive = closed_by_peer(v, count, lane == 0);
                 seen = chunk;
             }
             if (!alive || lost || token >= state.tokens) continue;

@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
         const Pieces pieces(row_bytes);
         RankSet* const route = routes[warp];
         // A group of warps sends a chunk; the groups of a block take turns.
-        const int width = plan.warps_per_token * (kSend / kCopyWarps), group = warp / width,
+        // Quantising needs several chunks under way: a warp has few rows of each.
+        const int width = std::is_void_v<F> ? plan.warps_per_token : kSend / 2, group = warp / width,
                   place = warp % width;
         const int thread = place * 32 + lane;
         while (a.send && alive) {

@@ -46,6 +46,10 @@ Residency& residency() {
     return r;
 }
 
+// Blocks that fill the links by bulk copies; with more of them the last chunks end later. Quantising needs
+// more.
+constexpr int kCopyBlocks = 66;
+
 int power_of_two_at_most(int n) {
     int p = 1;
     while (2 * p <= n) p *= 2;
@@ -188,7 +192,9 @@ Plan Exchange::complete(Plan plan) const {
 cudaError_t Exchange::dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream) {
     a.plan = complete(a.plan);
     const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
-    if (bulk_ && a.plan.bulk) return launch_dispatch_bulk(view(channel), a, {blocks, stream, dependent_});
+    if (bulk_ && a.plan.bulk)
+        return launch_dispatch_bulk(
+            view(channel), a, {a.quantize ? blocks : std::min(blocks, kCopyBlocks), stream, dependent_});
     return launch_dispatch(view(channel), a, {blocks, stream, dependent_});
 }
 
@@ -201,7 +207,7 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
     const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
     if (bulk_ && a.plan.bulk && a.y_type == a.wire)
-        return launch_combine_bulk(view(channel), a, {blocks, stream, dependent_});
+        return launch_combine_bulk(view(channel), a, {std::min(blocks, kCopyBlocks), stream, dependent_});
     return launch_combine(view(channel), a, {blocks, stream, dependent_});
 }
 

@@ -14,6 +14,8 @@ struct RankSet {
     uint32_t a, b, c;
     __device__ bool test(int r) const { return (r < 32 ? a : r < 64 ? b : c) >> (r % 32) & 1; }
     __device__ bool any() const { return (a | b | c) != 0; }
+    // Ranks r, r + 1, ... as bits 0, 1, ...; up to the next multiple of 32.
+    __device__ uint32_t from(int r) const { return (r < 32 ? a : r < 64 ? b : c) >> (r % 32); }
 };
 static_assert(kRouteWords == 3);
 
@@ -151,26 +153,27 @@ __device__ inline int wait_flag(const View& v, Phase phase, uint64_t epoch, int 
     }
 }
 
-// The block waits for a chunk of all sources. counts[source] is in shared memory: -1 after a failure.
+// The block waits for a chunk of all sources. counts[source] is in shared memory: -1 after a failure. Returns
+// whether none is negative, or `odd`.
 __device__ inline bool wait_chunk(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
-                                  int* counts) {
+                                  int* counts, uint32_t odd = ~0u) {
     int bad = 0;
 #pragma unroll 1
     for (int source = threadIdx.x; source < v.world; source += kThreads) {
         counts[source] = s.masked(source) ? 0 : wait_flag(v, phase, epoch, source, chunk);
-        bad |= counts[source] < 0;
+        bad |= counts[source] < 0 || counts[source] == static_cast<int>(odd);
     }
     return __syncthreads_or(bad) == 0;
 }
 
 // The same by one warp alone.
 __device__ inline bool wait_chunk_warp(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
-                                       int* counts) {
+                                       int* counts, uint32_t odd = ~0u) {
     bool bad = false;
 #pragma unroll 1
     for (int source = threadIdx.x % 32; source < v.world; source += 32) {
         counts[source] = s.masked(source) ? 0 : wait_flag(v, phase, epoch, source, chunk);
-        bad |= counts[source] < 0;
+        bad |= counts[source] < 0 || counts[source] == static_cast<int>(odd);
     }
     return __any_sync(kAll, bad) == 0;
 }
