@@ -7,8 +7,8 @@
 namespace ep::cuda {
 namespace {
 
-constexpr int kReduceWarps = kBulkWarps - kCopyWarps;
-constexpr int kParts = 2;  // of a row: a warp each
+[[maybe_unused]] constexpr int kReduceWarps = kBulkWarps - kCopyWarps;
+[[maybe_unused]] constexpr int kParts = 2;  // of a row: a warp each
 
 template <class Wire, class Out>
 __global__ void __launch_bounds__(kBulkThreads, 2)
