@@ -22,7 +22,7 @@ from ep_backend.errors import EpConfigError, EpProtocolError
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
-FLAGS_PER_SOURCE = 512  # chunks that a call is divided into at most
+FLAGS_PER_SOURCE = 1024  # chunks that a call is divided into at most
 
 
 class PeerTransport(Transport):

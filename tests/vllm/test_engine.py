@@ -145,24 +145,31 @@ def test_a_wrong_combine_is_noticed(tmp_path, reference, dtype, differences):
 @pytest.mark.engine_long
 @pytest.mark.timeout(600)
 def test_a_stalled_rank_ends_the_engine_with_a_message(tmp_path):
+    """A rank that stops within a step. Between two steps vLLM itself waits, with a deadline of its own;
+    so the rank is stopped again, a little later, until it was stopped in time."""
     stalled = serving(environ=(("EP_BACKEND_TIMEOUT_S", "5"),))
     with Server(stalled, tmp_path, print) as server:
         server.complete(["The"], 4)
         worker = int(re.search(r"Worker_DP1_EP1 pid=(\d+)", server.session.log.read_text()).group(1))
-        os.kill(worker, signal.SIGSTOP)
         failures = []
 
         def ask():
             try:
-                server.complete(["The", "A"], 200)
+                server.complete(["The", "A"], 150)
             except ServerError as error:
                 failures.append(error)
 
-        asking = threading.Thread(target=ask)
-        begin = time.monotonic()
-        asking.start()
-        asking.join(120)
-        print(f"the request failed after {time.monotonic() - begin:.1f} s")
+        for attempt in range(20):
+            asking = threading.Thread(target=ask)
+            asking.start()
+            time.sleep(0.3 + 0.037 * attempt)
+            os.kill(worker, signal.SIGSTOP)
+            asking.join(15)
+            if failures:
+                break
+            os.kill(worker, signal.SIGCONT)
+            asking.join(60)
+            assert not asking.is_alive(), "the request must go on when the rank does"
         assert failures, "the request must fail, not hang"
         wait_for_end = time.monotonic() + 60
         while "EngineDeadError" not in server.session.log.read_text(errors="replace"):

@@ -153,7 +153,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
     if (a.send) load_ahead<Y>(v, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
-    bool alive = !state.stopped, left = false;
+    bool alive =
+        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+    bool left = false;
     RankSet first_route{};
     if (a.receive && first_token < plan.slots) first_route = load_route(v, first_token);
     auto end = [&](DeviceWord& w) { w.stage = a.receive ? Stage::kIdle : Stage::kReturned; };

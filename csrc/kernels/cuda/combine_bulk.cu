@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     ptx::wait_for_previous_kernel();
 
     const State state = load_state(v);
-    bool alive = !state.stopped;
+    bool alive =
+        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
     if (warp < kCopyWarps) {
         ptx::fence_async_global();
         const int row_bytes = static_cast<int>(v.layout.shape.wire_bytes);

@@ -119,7 +119,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (a.send && share.segment == 0 && threadIdx.x < share.count * v.top_k)
         meta = load_meta<Id>(v, a, share.first, threadIdx.x);
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
-    bool alive = !state.stopped, sent = false;
+    bool alive =
+        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+    bool sent = false;
     if (a.send && alive) {
         if (state.stage != Stage::kIdle) alive = close_open_exchange(v, state, counts);
         for (int chunk = blockIdx.x; chunk < chunks && alive; chunk += gridDim.x) {

@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     const State state = load_state(v);
     const int tokens = a.device_tokens ? min(*a.device_tokens, a.tokens) : a.tokens;
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
-    bool alive = !state.stopped;
+    bool alive =
+        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
     if (a.send && alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state, counts[0]);
 
     if (warp < kSend) {
