@@ -30,7 +30,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = ""
     boot_id: str = ""  # one per running kernel: equal in all containers of one machine
-    shared_memory: str = ""  # identity of the mounted /dev/shm: ranks that differ here share no memory
+    # Identity of the mounted /dev/shm and of the network namespace, in which the sockets are named that hand
+    # windows over: ranks that differ here share no memory.
+    shared_memory: str = ""
     shared_memory_bytes: int | None = None
     cpus: int = 0  # CPUs this process may run on
     versions: dict[str, str] = {}  # ep_backend, torch, nccl: must be equal on all ranks
@@ -98,7 +100,8 @@ def _host(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[s
     try:
         shm = root / "dev/shm"
         status = shm.stat()
-        found["shared_memory"] = f"{status.st_dev}:{status.st_ino}"
+        network = (root / "proc/self/ns/net").stat()
+        found["shared_memory"] = f"{status.st_dev}:{status.st_ino}:{network.st_ino}"
         space = os.statvfs(shm)
         found["shared_memory_bytes"] = space.f_blocks * space.f_frsize
     except OSError as error:

@@ -282,7 +282,7 @@ def _transport(
     together = facts.shares_memory and not facts.several_hosts
     place = "inside one machine" if together else f"across {facts.hosts} machines"
     if not facts.several_hosts and not facts.shares_memory:
-        place = "between ranks that do not share /dev/shm (containers? start them with --ipc=host)"
+        place = "between ranks that share no memory (containers? start them with --ipc=host --network=host)"
     wishes: tuple[str, ...] = ()
     if profile is not None:
         wishes = profile.transport.inside if together else profile.transport.across

@@ -213,6 +213,7 @@ def test_files_of_the_machine(machine):
             "sys/class/infiniband/mlx5_0/ports/1/state": "4: ACTIVE\n",
             "sys/class/infiniband/mlx5_1/ports/1/state": "1: DOWN\n",
             "dev/shm/x": "",
+            "proc/self/ns/net": "",
         }
     )
     assert (record.boot_id, record.hcas) == ("abc", ("mlx5_0:1",))
