@@ -7,11 +7,9 @@ import dataclasses
 import datetime
 import json
 import shlex
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +21,7 @@ from ep_backend.bench import report
 from ep_backend.bench.arguments import list_of, output_file, port, whole
 from ep_backend.bench.engines import vllm
 from ep_backend.bench.engines.process import ServerError
+from ep_backend.bench.terminable import terminable
 from ep_backend.errors import EpConfigError
 
 OURS = "ep_backend"
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     device = vllm.choose_device(args.data_parallel_size) if args.device == "auto" else args.device
     bench = Bench(args, device, console)
     try:
-        with _terminable():
+        with terminable():
             for number in range(args.rounds):
                 for backend in bench.backends:
                     bench.serve_and_measure(backend, number)
@@ -250,18 +249,3 @@ def _table(results: list[dict[str, Any]], backends: list[str], title: str) -> Ta
                 cells.append(f"{row['tpot_median_ms'] / rows[baseline]['tpot_median_ms']:.2f}")
             table.add_row(*cells)
     return table
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and a lost terminal end us as Ctrl-C does: through every `with`, so that servers stop."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,11 +7,8 @@ import datetime
 import json
 import os
 import shlex
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ep_backend.bench import report
 from ep_backend.bench.arguments import list_of, output_file, whole
+from ep_backend.bench.terminable import terminable
 from ep_backend.env import nearest
 from ep_backend.errors import EpConfigError, EpError
 
@@ -124,7 +122,7 @@ def _spawn(settings: Settings, explicit: bool) -> dict[str, Any]:
         f"experts, top-{settings.topk}, {settings.dtype}, {settings.layout}, {settings.routing} routing",
         highlight=False,
     )
-    with tempfile.TemporaryDirectory(prefix="ep-backend-bench-") as folder, _terminable():
+    with tempfile.TemporaryDirectory(prefix="ep-backend-bench-") as folder, terminable():
         context = mp.start_processes(
             _spawned,
             (settings, explicit, folder),
@@ -212,18 +210,3 @@ def _publish(measured: dict[str, Any], file: Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(document, indent=2) + "\n")
         console.print(f"wrote {file}", highlight=False)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and a lost terminal end us as Ctrl-C does: through every ``with``, so that ranks stop."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

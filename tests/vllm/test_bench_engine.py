@@ -131,10 +131,10 @@ def test_sigterm_to_the_bench_stops_its_servers(tmp_path):
     script.write_text(
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from ep_backend.bench.engine import _terminable\n"
+        "from ep_backend.bench.terminable import terminable\n"
         "from ep_backend.bench.engines.process import Session\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
-        f"with _terminable(), Session(command, os.environ, Path({str(tmp_path / 'log')!r})) as session:\n"
+        f"with terminable(), Session(command, os.environ, Path({str(tmp_path / 'log')!r})) as session:\n"
         "    print(session.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
