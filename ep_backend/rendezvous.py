@@ -12,6 +12,10 @@ from ep_backend.errors import EpConfigError
 T = TypeVar("T")
 
 
+class PeerLostError(EpConfigError):
+    """Another rank could not be reached; if it failed, that is the reason to name."""
+
+
 def gather(group: dist.ProcessGroup | None, value: T) -> list[T]:
     """What every rank gives, in order of rank. Collective."""
     values: list[T] = [value] * dist.get_world_size(group)
@@ -28,15 +32,21 @@ def together(
     If it raises anywhere, every rank raises EpConfigError with the reason of the first rank that failed: none
     is left waiting for a rank that could not start. What ``tell`` returns must be picklable. Collective.
     """
+    failure: Exception | None = None
     try:
         result = act()
         answer = tell(result)
     except Exception as error:
-        gather(group, (None, f"{type(error).__name__}: {error}"))
-        raise EpConfigError(f"rank {dist.get_rank(group)} cannot start: {error}") from error
-    answers = gather(group, (answer, None))
-    failed = [(rank, text) for rank, (_, text) in enumerate(answers) if text is not None]
+        failure = error
+        # A rank that only lost a peer comes last: the peer knows why.
+        said = (None, isinstance(error, PeerLostError), str(error) or type(error).__name__)
+    else:
+        said = (answer, False, "")
+    answers = gather(group, said)
+    failed = sorted((lost, rank, text) for rank, (_, lost, text) in enumerate(answers) if text)
     if failed:
+        _, rank, text = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise EpConfigError(f"rank {failed[0][0]} cannot start{more}: {failed[0][1]}")
-    return result, [told for told, _ in answers]
+        here = f"; on this rank: {said[2]}" if failure is not None and said[2] != text else ""
+        raise EpConfigError(f"rank {rank} cannot start{more}: {text}{here}") from failure
+    return result, [told for told, _, _ in answers]

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Sequence
 
 from ep_backend.errors import EpConfigError
+from ep_backend.rendezvous import PeerLostError
 
 TOKEN_BYTES = 16
 
@@ -62,7 +63,7 @@ class WindowShare:
                 self._map(self._fd if r == self.rank else _receive(wanted[r]), r) for r in range(self.world)
             ]
         except OSError as error:
-            raise EpConfigError(
+            raise PeerLostError(
                 f"rank {self.rank} cannot share memory with its peers: {error}. They must run on one "
                 "machine, as one user, in one network namespace"
             ) from error
@@ -87,6 +88,8 @@ class WindowShare:
     def _map(self, fd: int, rank: int) -> mmap.mmap:
         try:
             return mmap.mmap(fd, self.size)
+        except OSError as error:
+            raise EpConfigError(f"a window of {self.size} bytes cannot be mapped: {error}") from error
         finally:
             if rank != self.rank:
                 os.close(fd)
