@@ -52,9 +52,11 @@ class EpConfig:
     layout: str = "rank_major"
     """"rank_major", "compact" or "expert_major": see ``Received``."""
     expert_ids: str = "local"
-    """Received expert ids count this rank's experts ("local") or are the global ones ("global")."""
+    """Received expert ids: "local" count this rank's experts, "global" are as the router gave them, those of
+    other ranks too."""
     pad_id: int = -1
-    """Received id of experts of other ranks and of slots without a token."""
+    """Received id of none: everywhere in slots without a token and in rows without an expert of this rank;
+    with local ids, of experts of other ranks."""
     expert_map: tuple[int, ...] | None = None
     """Rank of each expert. None: contiguous, the first ``num_experts % world`` ranks hold one more."""
     num_channels: int = 1

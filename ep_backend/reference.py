@@ -161,12 +161,12 @@ def _receive(
 ) -> Received:
     world, arrivals = len(calls), _arrivals(config, calls, rank)
     expert_ranks = config.expert_ranks(world)
-    local_experts = [e for e, r in enumerate(expert_ranks) if r == rank]
-    per_expert = torch.zeros(len(local_experts), dtype=torch.int32)
+    num_local = expert_ranks.count(rank)
+    per_expert = torch.zeros(num_local, dtype=torch.int32)
     lead = {
         "rank_major": [world * slots],
         "compact": [len(arrivals)],
-        "expert_major": [len(local_experts), world * slots],
+        "expert_major": [num_local, world * slots],
     }[config.layout]
     rows = torch.zeros(*lead, config.row_width, dtype=config.received_dtype)
     scales = None
@@ -182,8 +182,10 @@ def _receive(
         else:
             at = source * slots + token if config.layout == "rank_major" else number
             places = [(at,)]
-            for k, e in mine:
-                ids[at, k] = e if config.expert_ids == "local" else local_experts[e]
+            routed = enumerate(calls[source].topk_ids[token].tolist())
+            kept = mine if config.expert_ids == "local" else [(k, e) for k, e in routed if e >= 0]
+            for k, e in kept:
+                ids[at, k] = e
                 weights[at, k] = calls[source].topk_weights[token, k]
         for _, e in mine:
             per_expert[e] += 1

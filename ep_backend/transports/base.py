@@ -45,8 +45,7 @@ class Received:
     """As ``rows``, but float32 [..., hidden / 128] for fp8 and uint8 [..., scale_bytes] for opaque payloads;
     else None."""
     topk_ids: torch.Tensor | None
-    """[R, top_k] int32; experts of other ranks and slots without a token are ``pad_id``. None if
-    expert-major."""
+    """[R, top_k] int32, as ``EpConfig.expert_ids`` and ``pad_id`` say. None if expert-major."""
     topk_weights: torch.Tensor | None
     """[R, top_k] float32; 0 where the id is ``pad_id``. None if expert-major."""
     tokens_per_source: torch.Tensor

@@ -141,7 +141,7 @@ class PeerTransport(Transport):
         rendezvous.gather(self._group, None)
 
     def set_timeout(self, seconds: float) -> None:
-        """Graphs that were captured before keep the timeout of their capture."""
+        """Holds for graphs that were captured before, too. Waits until the GPU is idle."""
         self._meeting.set_timeout(seconds)
         ops.cuda_exchange_set_timeout(self._exchange, round(seconds * 1e6))
 

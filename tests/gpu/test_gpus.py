@@ -20,6 +20,7 @@ CONFIGS = {
     "fp8": {"payload": torch.bfloat16, "quantization": "fp8_block128"},
     "fp8 of fp32": {"payload": torch.float32, "quantization": "fp8_block128", "out_dtype": torch.float16},
     "fp8 by the caller": {"payload": torch.float8_e4m3fn},
+    "global ids": {"payload": torch.bfloat16, "expert_ids": "global", "pad_id": 77},
     "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
 }
 

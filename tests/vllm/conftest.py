@@ -4,11 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-MARKERS = (
-    "engine: starts a serving engine (minutes)",
-    "engine_long: starts several serving engines (part of make check)",
-    "seam: fetches the sources of vLLM releases (part of make check)",
-)
+import pytest
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -17,6 +13,23 @@ if importlib.util.find_spec("vllm") is None:
 sys.path.append(str(Path(__file__).parent))
 
 
-def pytest_configure(config):
-    for marker in MARKERS:
-        config.addinivalue_line("markers", marker)
+@pytest.fixture(scope="session")
+def reference():
+    """`greedy` of the tiny model's own reference.py, by transformers on the CPU, once per dtype."""
+    import torch
+    from engine_runs import MODEL, NEW_TOKENS
+
+    spec = importlib.util.spec_from_file_location("tiny_moe_reference", MODEL / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    records = {}
+
+    def get(dtype):
+        if dtype not in records:
+            records[dtype] = module.greedy(MODEL, module.read_prompts(), NEW_TOKENS, dtype)
+        return records[dtype]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are tiny: more threads wait for each other
+    yield get
+    torch.set_num_threads(threads)

@@ -126,7 +126,7 @@ def test_registration_never_raises(monkeypatch, caplog):
 
 def test_unsupported_options_are_refused_with_a_sentence():
     parallel = ParallelConfig(all2all_backend=NAME, enable_dbo=True, **PARALLEL)
-    with pytest.raises(ValueError, match="start without --enable-dbo"):
+    with pytest.raises(ValueError, match="use --enable-dbo without"):
         VllmConfig(parallel_config=parallel)
 
 
@@ -217,7 +217,12 @@ def test_prepare_finalize_is_ours_only_for_our_name(config, group):
         return SimpleNamespace(world_size=2)
 
     manager = SimpleNamespace(
-        device=torch.device("cpu"), rank=0, world_size=2, scheduler_limit=101, get_handle=get_handle
+        device=torch.device("cpu"),
+        rank=0,
+        world_size=2,
+        scheduler_limit=101,
+        num_channels=1,
+        get_handle=get_handle,
     )
 
     def layer(name, **parallel):
@@ -234,6 +239,8 @@ def test_prepare_finalize_is_ours_only_for_our_name(config, group):
     make = utils.maybe_make_prepare_finalize
     made = make(layer(NAME), None, allow_new_interface=True, all2all_manager=manager)
     assert type(made) is EpPrepareAndFinalize
+    assert made.num_dispatchers() == 2
+    made.post_init_setup(SimpleNamespace(quant_config=None, expects_unquantized_inputs=False))
     assert asked["max_tokens_per_rank"] == 51, "a TP rank brings its share of the tokens"
     with pytest.raises(ValueError, match="--moe-backend"):
         make(layer(NAME), None, allow_new_interface=True, use_monolithic=True, all2all_manager=manager)
@@ -250,7 +257,7 @@ def test_our_prepare_finalize_has_vllm_s_interface():
     from ep_backend_vllm.prepare_finalize import EpPrepareAndFinalize
 
     assert not inspect.isabstract(EpPrepareAndFinalize)
-    for method in ("prepare", "finalize"):
+    for method in ("prepare", "prepare_async", "finalize", "finalize_async"):
         base = getattr(mk.FusedMoEPrepareAndFinalizeModular, method)
         ours = getattr(EpPrepareAndFinalize, method)
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(base).parameters)
@@ -280,14 +287,71 @@ def test_deadline_becomes_short_when_the_worker_is_ready(monkeypatch, config, gr
         def compile_or_warm_up_model(self):
             return "warm"
 
-    sys.modules[__name__].Worker = Worker
-    installation._watch_for_ready(f"{__name__}.Worker")
-    installation._watch_for_ready(f"{__name__}.Worker")
+    installation._watch_for_ready(Worker)
+    installation._watch_for_ready(Worker)
     ready = []
     manager = SimpleNamespace(engine_is_ready=lambda: ready.append(True))
     monkeypatch.setattr(EpManager, "living", staticmethod(lambda: [manager]))
     assert Worker().compile_or_warm_up_model() == "warm"
     assert ready == [True]
+
+
+def test_a_failed_exchange_is_raised_before_a_step_s_tokens_leave(monkeypatch, config, group):
+    from ep_backend_vllm import install as installation
+    from ep_backend_vllm.manager import EpManager
+
+    class Worker:
+        def execute_model(self, result):
+            return result
+
+        def sample_tokens(self, result):
+            return result
+
+    monkeypatch.setattr(installation.current_platform, "is_cpu", lambda: False)
+    installation._check_after_steps(Worker)
+    installation._check_after_steps(Worker)
+    failures = []
+
+    def check():
+        if failures:
+            raise RuntimeError(failures[0])
+
+    monkeypatch.setattr(EpManager, "living", staticmethod(lambda: [SimpleNamespace(check=check)]))
+    for step in (Worker().execute_model, Worker().sample_tokens):
+        failures.clear()
+        assert step("tokens") == "tokens"
+        later = step(SimpleNamespace(get_output=lambda: "later tokens"))
+        assert later.get_output() == "later tokens"
+        failures.append("rank 1 stopped")
+        assert step(None) is None, "nothing leaves yet"
+        with pytest.raises(RuntimeError, match="rank 1 stopped"):
+            step("tokens")
+        with pytest.raises(RuntimeError, match="rank 1 stopped"):
+            later.get_output()
+
+
+def test_workers_have_the_steps_that_are_checked():
+    import ast
+    import importlib.util
+
+    source = importlib.util.find_spec("vllm.v1.worker.gpu_worker").origin
+    (worker,) = (
+        node
+        for node in ast.parse(open(source).read()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Worker"
+    )
+    methods = {node.name for node in worker.body if isinstance(node, ast.FunctionDef)}
+    assert {"execute_model", "sample_tokens", "compile_or_warm_up_model"} <= methods
+
+
+def test_two_batch_overlap_passes_vllm_s_list_of_names():
+    parallel = ParallelConfig(all2all_backend=NAME, enable_dbo=True, **PARALLEL)
+    with seam._known_to_overlap(parallel):
+        assert parallel.all2all_backend in STOCK_NAMES
+    assert parallel.all2all_backend == NAME
+    parallel.enable_dbo = False
+    with seam._known_to_overlap(parallel):
+        assert parallel.all2all_backend == NAME
 
 
 def test_tokens_of_a_step_are_the_maximum_over_ranks(config):

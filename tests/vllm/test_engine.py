@@ -6,100 +6,25 @@ token here. In bfloat16 it may swap two tokens whose logits are nearly equal, an
 differ.
 """
 
-import importlib.util
 import os
 import re
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
-import torch
+from engine_runs import (
+    ALONE,
+    SCALED,
+    differences_bf16,
+    differences_fp32,
+    generate,
+    serving,
+    went_through_ep_backend,
+)
 
 from ep_backend.bench.engines.process import ServerError
-from ep_backend.bench.engines.vllm import Server, Serving
-
-MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
-NEW_TOKENS = 64
-EQUAL_IN_BF16 = 6
-"""Of 8 prompts, those that must be equal to the last token in bfloat16."""
-BF16_GAP = 0.25
-"""Largest gap between the two best logits at which bfloat16 may choose differently. vLLM on one rank, without
-ep_backend, and transformers were seen to differ at gaps up to this with this model."""
-
-
-def serving(**changes):
-    options = {"model": MODEL, "backend": "ep_backend", "device": "cpu", "max_num_seqs": 8, **changes}
-    return Serving(**options)
-
-
-ALONE = {"data_parallel_size": 1, "expert_parallel": False}
-SCALED = {"environ": (("EP_BACKEND_TEST_SCALE_COMBINE", "0.5"),)}
-
-
-@pytest.fixture(scope="module")
-def reference():
-    """`greedy` of the model's own reference.py, once per dtype."""
-    spec = importlib.util.spec_from_file_location("tiny_moe_reference", MODEL / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    records = {}
-
-    def get(dtype):
-        if dtype not in records:
-            records[dtype] = module.greedy(MODEL, module.read_prompts(), NEW_TOKENS, dtype)
-        return records[dtype]
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are tiny: more threads wait for each other
-    yield get
-    torch.set_num_threads(threads)
-
-
-def generate(folder, prompts, **changes):
-    """Per prompt: new tokens, and the gap between the two best logits at each. Also the server's log."""
-    with Server(serving(**changes), folder, print) as server:
-        choices = server.complete(prompts, NEW_TOKENS, ignore_eos=True, return_token_ids=True, logprobs=2)
-        log = server.session.log.read_text(errors="replace")
-    records = []
-    for choice in choices:
-        best_two = [sorted(step.values())[-2:] for step in choice["logprobs"]["top_logprobs"]]
-        records.append({"tokens": choice["token_ids"], "gaps": [b - a for a, b in best_two]})
-    assert all(len(record["tokens"]) == NEW_TOKENS for record in records)
-    return records, log
-
-
-def went_through_ep_backend(log):
-    return all(f"ep_backend: rank {rank} of 2, transport" in log for rank in range(2))
-
-
-def first_difference(got, want):
-    pairs = zip(got["tokens"], want["tokens"], strict=True)
-    return next((step for step, (a, b) in enumerate(pairs) if a != b), None)
-
-
-def differences_fp32(got, want):
-    """What is wrong in float32: any difference."""
-    steps = {number: first_difference(g, w) for number, (g, w) in enumerate(zip(got, want, strict=True))}
-    return [
-        f"prompt {number} differs from token {step}" for number, step in steps.items() if step is not None
-    ]
-
-
-def differences_bf16(got, want):
-    """What is wrong in bfloat16: too many prompts that differ, or one that is not explained by a near tie."""
-    steps = {number: first_difference(g, w) for number, (g, w) in enumerate(zip(got, want, strict=True))}
-    differing = {number: step for number, step in steps.items() if step is not None}
-    wrong = []
-    if len(got) - len(differing) < EQUAL_IN_BF16:
-        wrong.append(f"only {len(got) - len(differing)} of {len(got)} prompts are equal")
-    for number, step in differing.items():
-        gap = want[number]["gaps"][step]
-        print(f"prompt {number} differs from token {step}, where the two best logits are {gap:.3f} apart")
-        if gap > BF16_GAP:
-            wrong.append(f"prompt {number} differs at token {step}, where the gap is {gap:.3f}")
-    return wrong
+from ep_backend.bench.engines.vllm import Server
 
 
 @pytest.mark.engine

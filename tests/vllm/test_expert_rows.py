@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ep_backend_vllm.expert_rows import ids_and_weights
+from ep_backend_vllm.expert_rows import for_cpu_kernel
 
 
 def weighted(ids, weights, num_experts):
@@ -28,7 +28,7 @@ def random_rows(rows, top_k, num_local, seed):
 @pytest.mark.parametrize(("rows", "top_k"), [(1, 1), (1, 4), (7, 2), (33, 6)])
 def test_local_ids_are_in_range_and_mean_the_same(rows, top_k, seed):
     ids, weights = random_rows(rows, top_k, 8, seed)
-    new_ids, new_weights = ids_and_weights(ids, weights)
+    new_ids, new_weights = for_cpu_kernel(ids, weights)
     assert int(new_ids.min()) >= 0
     assert int(new_ids.max()) < 8
     assert torch.equal(weighted(new_ids, new_weights, 8), weighted(ids, weights, 8))
@@ -41,11 +41,11 @@ def test_local_ids_are_in_range_and_mean_the_same(rows, top_k, seed):
 def test_filled_columns_repeat_an_expert_of_the_same_row():
     ids = torch.tensor([[-1, 3, -1], [2, 1, -1]], dtype=torch.int32)
     weights = torch.tensor([[0.0, 0.5, 0.0], [0.25, 0.75, 0.0]])
-    new_ids, new_weights = ids_and_weights(ids, weights)
+    new_ids, new_weights = for_cpu_kernel(ids, weights)
     assert new_ids.tolist() == [[3, 3], [2, 1]]
     assert new_weights.tolist() == [[0.5, 0.0], [0.25, 0.75]]
 
 
 def test_no_rows():
-    ids, weights = ids_and_weights(torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4))
+    ids, weights = for_cpu_kernel(torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4))
     assert ids.shape == weights.shape == (0, 1)

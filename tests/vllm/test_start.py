@@ -7,11 +7,13 @@ from ep_backend_vllm.start import (
     MAX_TOKENS_PER_RANK,
     Launch,
     refusal,
+    transport_refusal,
     unused_note,
     version_note,
 )
 
 from ep_backend import EpConfig, EpConfigError
+from ep_backend.select import Decision
 
 GOOD = Launch(
     expert_parallel=True,
@@ -36,12 +38,13 @@ def test_a_good_launch_is_neither_refused_nor_commented():
 @pytest.mark.parametrize(
     ("changes", "instead"),
     [
-        ({"overlap": True}, "without --enable-dbo"),
+        ({"ubatches": 2}, "neither on a CPU"),
+        ({"ubatches": 3, "device": "cuda"}, "--enable-dbo without --ubatch-size"),
         ({"elastic": True}, "without --enable-elastic-ep"),
         ({"fault_tolerance": True}, "without --enable-fault-tolerance"),
         ({"context_parallel": 2}, "--prefill-context-parallel-size 1"),
         ({"lora": True}, "allgather_reducescatter"),
-        ({"device": "cuda"}, "allgather_reducescatter"),
+        ({"device": "xpu"}, "allgather_reducescatter"),
         ({"max_tokens_per_rank": MAX_TOKENS_PER_RANK + 1}, f"--max-num-batched-tokens {MAX_TOKENS_PER_RANK}"),
     ],
 )
@@ -49,6 +52,24 @@ def test_refusals_say_what_to_use_instead(changes, instead):
     assert instead in (refusal(but(**changes)) or "")
     unused = but(**changes, expert_parallel=False)
     assert refusal(unused) is None, "an option cannot hurt where the all-to-all is never called"
+
+
+@pytest.mark.parametrize(
+    ("changes", "transport", "refused"),
+    [
+        ({"device": "cuda", "eager": False}, "peer", False),
+        ({"device": "cuda", "eager": False}, "collective", True),
+        ({"device": "cuda", "eager": True}, "collective", False),
+        ({"device": "cpu", "eager": False}, "cpu", False),
+    ],
+)
+def test_cuda_graphs_need_a_transport_that_they_can_capture(changes, transport, refused):
+    decision = Decision(profile=None, transport=transport, env=(), reason="These GPUs are not joined.")
+    reason = transport_refusal(but(**changes), decision)
+    assert (reason is not None) == refused
+    if reason is not None:
+        assert "--enforce-eager" in reason
+        assert reason.endswith("These GPUs are not joined.")
 
 
 def test_the_token_limit_is_the_library_s():

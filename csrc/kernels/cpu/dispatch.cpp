@@ -154,11 +154,11 @@ void Exchange::dispatch_read(int64_t channel, Layout layout, const ReceivedRows&
         const int32_t* ids = ids_at(channel, slot);
         const float* weights = weights_at(channel, slot);
         for (int64_t j = 0; j < k; ++j) {
-            const bool local = placement_.is_local(ids[j]);
-            out.ids[to * k + j] = !local                ? settings_.pad_id
+            const bool kept = settings_.local_ids ? placement_.is_local(ids[j]) : ids[j] >= 0;
+            out.ids[to * k + j] = !kept                 ? settings_.pad_id
                                   : settings_.local_ids ? placement_.local_index(ids[j])
                                                         : ids[j];
-            out.weights[to * k + j] = local ? weights[j] : 0.0f;
+            out.weights[to * k + j] = kept ? weights[j] : 0.0f;
         }
     };
     switch (layout) {

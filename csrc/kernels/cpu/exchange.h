@@ -31,7 +31,7 @@ struct Settings {
     DType wire;      // format of a row on the way back
     DType payload;   // format of a dispatched row in the window
     bool local_ids;  // received ids: index among this rank's experts, else global
-    int32_t pad_id;  // received id of a foreign expert and of a slot without a token
+    int32_t pad_id;  // received id of none: of a row without a local expert, of a foreign expert if ids are local
     uint64_t epoch;  // epoch of the exchange before the first
     int64_t timeout_us;
 };

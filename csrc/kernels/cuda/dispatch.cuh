@@ -90,14 +90,14 @@ __device__ void send_meta(const View& v, const State& state, const DispatchArgs&
     }
 }
 
-// Ids and weights leave the window; what is not for this rank, or was never sent, gets the padding id. 16
-// threads take a row.
+// Ids and weights leave the window; rows that are not for this rank, or were never sent, get the padding id,
+// and so do the foreign experts of others if ids are local. 16 threads take a row.
 __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, int chunk, const int* counts,
                                         bool arrived, int thread, int threads) {
     const Plan& plan = a.plan;
     const int first = plan.per_segments.divide(chunk) * plan.tokens_per_chunk;
     const int width = min(plan.tokens_per_chunk, plan.slots - first), k = thread % 16;
-    if (k >= v.top_k) return;
+    const unsigned row_lanes = 0xFFFFu << (thread & 16);
 #pragma unroll 1
     for (int i = thread / 16; i < v.world * plan.tokens_per_chunk; i += threads / 16) {
         const int source = plan.per_chunk.divide(i), t = i - source * plan.tokens_per_chunk;
@@ -105,13 +105,15 @@ __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, in
         const int64_t slot = static_cast<int64_t>(source) * plan.slots + first + t;
         int id = -1;
         float weight = 0.0f;
-        if (arrived && t < counts[source]) {
+        if (arrived && t < counts[source] && k < v.top_k) {
             id = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[k];
             weight = reinterpret_cast<const float*>(own(v) + v.layout.weight_row(v.channel, slot))[k];
         }
         const bool local = is_local(v, id);
-        a.out_ids[slot * v.top_k + k] = !local ? v.pad_id : v.local_ids ? local_index(v, id) : id;
-        a.out_weights[slot * v.top_k + k] = local ? weight : 0.0f;
+        const bool kept = v.local_ids ? local : __any_sync(row_lanes, local) && id >= 0;
+        if (k >= v.top_k) continue;
+        a.out_ids[slot * v.top_k + k] = !kept ? v.pad_id : v.local_ids ? local_index(v, id) : id;
+        a.out_weights[slot * v.top_k + k] = kept ? weight : 0.0f;
     }
 }
 

@@ -150,7 +150,6 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.expert_rank = contiguous ? nullptr : reinterpret_cast<uint8_t*>(device_ + ranks);
         v.expert_local = contiguous ? nullptr : reinterpret_cast<int16_t*>(device_ + locals);
         v.mask = reinterpret_cast<uint64_t*>(device_ + mask);
-        v.timeout_ns = static_cast<uint64_t>(settings.timeout_us) * 1000;
         v.rank = static_cast<int32_t>(settings.rank);
         v.world = static_cast<int32_t>(shape.world);
         v.top_k = static_cast<int32_t>(shape.top_k);
@@ -243,16 +242,19 @@ void Exchange::recover(uint64_t epoch) {
         const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0, 0, 0};
         check(cudaMemcpy(v.word, &word, sizeof word, cudaMemcpyHostToDevice), "cudaMemcpy");
     }
-    // Not a kernel parameter: graphs that were captured before must see it too.
+    // Not kernel parameters: graphs that were captured before must see them too.
     ErrorCell cell{};
     cell.floor = next_epoch(epoch);
+    cell.timeout_ns = static_cast<uint64_t>(settings_.timeout_us) * 1000;
     check(cudaMemcpy(views_[0].error, &cell, sizeof cell, cudaMemcpyHostToDevice), "cudaMemcpy");
     *pinned_ = ErrorCell{};
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
 void Exchange::set_timeout(int64_t us) {
-    for (View& v : views_) v.timeout_ns = static_cast<uint64_t>(us) * 1000;
+    settings_.timeout_us = us;
+    const uint64_t ns = static_cast<uint64_t>(us) * 1000;
+    check(cudaMemcpy(&views_[0].error->timeout_ns, &ns, sizeof ns, cudaMemcpyHostToDevice), "cudaMemcpy");
 }
 
 }  // namespace ep::cuda

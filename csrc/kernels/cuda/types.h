@@ -46,6 +46,7 @@ struct ErrorCell {
     uint32_t stopped;   // any failure: later kernels return at once
     int32_t closed_by;  // rank + 1 of a peer that ended an exchange without its combine; does not stop
     uint64_t floor;     // abort words below this epoch are of before the last recovery
+    uint64_t timeout_ns;
     ErrorWord word;
 };
 
@@ -73,7 +74,6 @@ struct View {
     const uint8_t* expert_rank;  // null: contiguous placement
     const int16_t* expert_local;
     const uint64_t* mask;  // ranks that waits and sends leave out
-    uint64_t timeout_ns;
     int32_t rank, world, top_k, channel;
     int32_t experts, experts_base,
         experts_more;                    // contiguous: the first experts_more ranks hold experts_base + 1

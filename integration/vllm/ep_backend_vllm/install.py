@@ -24,7 +24,9 @@ def install(vllm_config: Any) -> None:
     """Idempotent; called by our communicator, so only in workers that selected ep_backend."""
     _replace_prepare_finalize()
     _hide_layers_from_compiler()
-    _watch_for_ready(vllm_config.parallel_config.worker_cls)
+    worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    _watch_for_ready(worker)
+    _check_after_steps(worker)
 
 
 def _replace_prepare_finalize() -> None:
@@ -72,9 +74,8 @@ def _hide_layers_from_compiler() -> None:
     MoERunner._select_forward = mark(_select_forward)
 
 
-def _watch_for_ready(worker_name: str) -> None:
+def _watch_for_ready(worker: Any) -> None:
     """compile_or_warm_up_model is the last step of a worker's start-up: then the short deadline holds."""
-    worker = resolve_obj_by_qualname(worker_name)
     original = worker.compile_or_warm_up_model
     if marked(original):
         return
@@ -87,3 +88,38 @@ def _watch_for_ready(worker_name: str) -> None:
         return result
 
     worker.compile_or_warm_up_model = mark(compile_or_warm_up_model)
+
+
+def _check_after_steps(worker: Any) -> None:
+    """Raise what stopped an exchange on a GPU before the tokens of that step leave the worker: in a replayed
+    CUDA graph none of our code runs on the host."""
+    for name in ("execute_model", "sample_tokens"):
+        original = getattr(worker, name, None)
+        if original is None or marked(original) or current_platform.is_cpu():
+            continue
+        setattr(worker, name, mark(_checked(original)))
+
+
+def _checked(step: Callable) -> Callable:
+    @functools.wraps(step)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if hasattr(result, "get_output"):  # tokens that are still being computed
+            get_output = result.get_output
+
+            def checked_output() -> Any:
+                output = get_output()
+                _check()
+                return output
+
+            result.get_output = checked_output
+        elif result is not None:
+            _check()
+        return result
+
+    return call
+
+
+def _check() -> None:
+    for manager in EpManager.living():
+        manager.check()

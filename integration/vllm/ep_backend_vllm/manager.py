@@ -1,6 +1,8 @@
 """The all-to-all manager of the expert-parallel group: it owns the communicators and their deadlines."""
 
+import functools
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +31,9 @@ class EpManager(AgRsAll2AllManager):
     ) -> None:
         super().__init__(cpu_group, tcp_store_group)
         self.device = device
-        self.scheduler_limit: int = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+        self._vllm_config = get_current_vllm_config()
+        self.scheduler_limit: int = self._vllm_config.scheduler_config.max_num_batched_tokens
+        self.num_channels: int = max(1, self._vllm_config.parallel_config.num_ubatches)
         # Compilation and profiling let ranks wait for minutes for each other; see engine_is_ready.
         self._timeout_s: float = env.get("EP_BACKEND_STARTUP_TIMEOUT_S")
         self._communicators: dict[EpConfig, Communicator] = {}
@@ -41,16 +45,16 @@ class EpManager(AgRsAll2AllManager):
 
     def get_handle(self, kwargs: dict[str, Any]) -> Communicator:
         """The communicator for these fields of EpConfig. Collective when new; layers load in order."""
-        config = EpConfig(**kwargs, timeout_s=self._timeout_s)
+        config = EpConfig(**kwargs, num_channels=self.num_channels)
         if config not in self._communicators:
-            self._communicators[config] = self._create(config)
+            self._communicators[config] = self._create(replace(config, timeout_s=self._timeout_s))
         return self._communicators[config]
 
     def _create(self, config: EpConfig) -> Communicator:
         communicator = Communicator(self.cpu_group, config, device=self.device)
         logger.info(
             "ep_backend: rank %d of %d, transport %s, windows %.1f MiB "
-            "(%d experts, top-%d, hidden %d, %s, at most %d tokens per rank), start-up deadline %g s",
+            "(%d experts, top-%d, hidden %d, %s, at most %d tokens per rank), deadline of a wait %g s",
             communicator.rank,
             communicator.world_size,
             communicator.transport,
@@ -58,7 +62,7 @@ class EpManager(AgRsAll2AllManager):
             config.num_experts,
             config.top_k,
             config.hidden_size,
-            config.payload,
+            config.quantization or config.payload,
             config.max_tokens_per_rank,
             self._timeout_s,
         )
@@ -73,13 +77,29 @@ class EpManager(AgRsAll2AllManager):
             )
         return super().dispatch_router_logits(*args, **kwargs)
 
+    @functools.cached_property
+    def works_between_halves(self) -> bool:
+        """Whether there is something to do while rows travel. Asked only when the model is complete."""
+        layers = self._vllm_config.compilation_config.static_forward_context.values()
+        shared = any(getattr(layer, "shared_experts", None) is not None for layer in layers)
+        return shared or self.num_channels > 1
+
+    def max_sms_used(self) -> int | None:
+        """SMs to keep free for an exchange beside other work: none, its halves do not wait for anything long."""
+        return 0
+
     def engine_is_ready(self) -> None:
         """Collective: once every rank is done with its start-up, nobody has a reason to wait long."""
         dist.barrier(group=self.cpu_group)
-        seconds = env.get("EP_BACKEND_TIMEOUT_S")
+        self._timeout_s = env.get("EP_BACKEND_TIMEOUT_S")
         for communicator in self._communicators.values():
-            communicator.set_timeout(seconds)
-        logger.info("ep_backend: every rank is ready, deadline of a wait is now %g s", seconds)
+            communicator.set_timeout(self._timeout_s)
+        logger.info("ep_backend: every rank is ready, deadline of a wait is now %g s", self._timeout_s)
+
+    def check(self) -> None:
+        """Raises the EpError that stopped an exchange, if one did."""
+        for communicator in self._communicators.values():
+            communicator.check()
 
     def destroy(self) -> None:
         for communicator in self._communicators.values():

@@ -1,5 +1,6 @@
 """vLLM's prepare / finalize of a MoE layer on ep_backend's dispatch / combine (Standard format)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,12 +10,15 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceContiguous,
     TopKWeightAndReduceDelegate,
 )
+from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_enabled
 
 from ep_backend import Communicator, EpConfigError, env
+from ep_backend.transports.base import Received
 
-from .expert_rows import ids_and_weights
+from . import expert_rows
 from .manager import EpManager
 from .step import tokens_per_rank
+from .token_format import Plain, choose_format
 
 logger = init_logger("vllm.ep_backend")
 
@@ -26,27 +30,23 @@ def make_prepare_finalize(moe: Any, manager: EpManager, *, monolithic: bool) -> 
             "ep_backend needs expert kernels that take top-k ids, vLLM chose some that route by themselves: "
             "choose others with --moe-backend, or use --all2all-backend allgather_reducescatter."
         )
-    communicator = manager.get_handle(
-        {
-            "num_experts": moe.num_experts,  # physical experts, the redundant ones of EPLB included
-            "top_k": moe.experts_per_token,
-            "hidden_size": moe.hidden_dim,
-            "max_tokens_per_rank": -(-manager.scheduler_limit // moe.moe_parallel_config.sp_size),
-            "payload": moe.in_dtype,
-            "layout": "compact",
-            "expert_ids": "local",
-        }
-    )
-    return EpPrepareAndFinalize(communicator)
+    return EpPrepareAndFinalize(moe, manager)
 
 
 class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
-    """One received row per (token, rank); the local experts' weighted sum of each row travels back."""
+    """One received row per (token, rank); the local experts' weighted sum of each row travels back.
 
-    def __init__(self, communicator: Communicator) -> None:
+    Dispatch and combine are one launch each; where there is work to do between the halves of one (shared
+    experts, the other micro-batch), the halves are.
+    """
+
+    _communicator: Communicator
+    _format: Plain
+
+    def __init__(self, moe: Any, manager: EpManager) -> None:
         super().__init__()
-        self._communicator = communicator
-        self._handle: Any = None
+        self._moe, self._manager = moe, manager
+        self._handles: list[Any] = [None] * manager.num_channels
         self._test_scale: float = env.get("EP_BACKEND_TEST_SCALE_COMBINE")
         if self._test_scale != 1:
             logger.warning_once(
@@ -56,16 +56,26 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
             )
 
     def post_init_setup(self, fused_experts: Any) -> None:
-        quant = fused_experts.quant_config
-        if (
-            quant is not None
-            and quant.quant_dtype is not None
-            and not fused_experts.expects_unquantized_inputs
-        ):
-            raise EpConfigError(
-                f"ep_backend sends unquantised activations only, {type(fused_experts).__name__} wants them "
-                f"quantised to {quant.quant_dtype}: use --all2all-backend allgather_reducescatter."
-            )
+        """What travels depends on the experts. Collective: layers are set up in the same order on all
+        ranks."""
+        moe, device = self._moe, self._manager.device
+        self._format = choose_format(
+            fused_experts.quant_config,
+            fused_experts.expects_unquantized_inputs,
+            moe.in_dtype,
+            moe.hidden_dim,
+            device,
+        )
+        self._communicator = self._manager.get_handle(
+            {
+                "num_experts": moe.num_experts,  # physical experts, the redundant ones of EPLB included
+                "top_k": moe.experts_per_token,
+                "hidden_size": moe.hidden_dim,
+                "max_tokens_per_rank": -(-self._manager.scheduler_limit // moe.moe_parallel_config.sp_size),
+                **self._format.fields,
+                **expert_rows.config_fields(device, self._manager.rank, moe.num_experts),
+            }
+        )
 
     @property
     def activation_format(self) -> mk.FusedMoEActivationFormat:
@@ -78,9 +88,15 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         return None
 
     def num_dispatchers(self) -> int:
-        return self._communicator.world_size
+        return self._manager.world_size
 
     def output_is_reduced(self) -> bool:
+        return True
+
+    def supports_async(self) -> bool:
+        return self._manager.works_between_halves
+
+    def supports_dbo(self) -> bool:
         return True
 
     def prepare(
@@ -94,21 +110,39 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         quant_config: Any,
         defer_input_quant: bool = False,
     ) -> mk.PrepareResultType:
-        """a1 [M, H], topk_* [M, k] -> rows [R, H], no scales or counts, ids [R, k'], weights [R, k'] fp32."""
-        if apply_router_weight_on_input:
-            if topk_ids.shape[1] != 1:
-                raise EpConfigError("router weights can be applied to the input only with top-1 routing")
-            a1 = a1 * topk_weights.to(a1.dtype)
-        received, self._handle = self._communicator.dispatch(
-            a1.contiguous(),
-            topk_ids.contiguous(),
-            topk_weights.to(torch.float32).contiguous(),
-            tokens_per_rank=tokens_per_rank(self._communicator.config.max_tokens_per_rank),
-        )
-        assert received.topk_ids is not None  # only expert-major rows come without
-        assert received.topk_weights is not None
-        ids, weights = ids_and_weights(received.topk_ids, received.topk_weights)
-        return received.rows, None, None, ids, weights
+        """a1 [M, H], topk_* [M, k] -> rows [R, H], their scales or None, no counts, ids [R, k'], weights
+        [R, k'] fp32."""
+        call = self._dispatch_arguments(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        received, self._handles[0] = self._communicator.dispatch(**call)
+        return self._received(received)
+
+    def prepare_async(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: Any,
+        defer_input_quant: bool = False,
+    ) -> Any:
+        """What returns the rows as `prepare` does. With micro-batches: before it, what waits for them; they are
+        only on their way."""
+        if not dbo_enabled():
+            prepared = self.prepare(
+                a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input, quant_config
+            )
+            return lambda: prepared
+        channel = dbo_current_ubatch_id()
+        call = self._dispatch_arguments(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        handle = self._handles[channel] = self._communicator.dispatch_send(**call, channel=channel)
+        received: list[Received] = []
+
+        def wait() -> None:
+            received.append(self._communicator.dispatch_recv(handle))
+
+        return wait, lambda: self._received(received[0])
 
     def finalize(
         self,
@@ -120,18 +154,80 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         weight_and_reduce_impl: mk.TopKWeightAndReduce,
     ) -> None:
         """output [M, H] receives the sum over ranks; topk_* are those that `prepare` returned."""
-        rows = fused_expert_output
-        if rows.numel() > 0:
-            if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-                weight_and_reduce_impl = TopKWeightAndReduceContiguous()
-            rows = weight_and_reduce_impl.apply(
-                output=None,
-                fused_expert_output=rows,
-                topk_weights=topk_weights,
-                topk_ids=topk_ids,
-                apply_router_weight_on_input=apply_router_weight_on_input,
-            )
-        handle, self._handle = self._handle, None
-        self._communicator.combine(rows.view(-1, output.shape[-1]), handle, out=output)
+        rows = _reduced(
+            fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input, weight_and_reduce_impl
+        )
+        self._communicator.combine(rows.view(-1, output.shape[-1]), self._handles[0], out=output)
+        self._scale_for_tests(output)
+
+    def finalize_async(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: mk.TopKWeightAndReduce,
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Sends. Returns what waits for the others' sums and adds them, and a second call without work."""
+        handle = self._handles[dbo_current_ubatch_id()]
+        rows = _reduced(
+            fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input, weight_and_reduce_impl
+        )
+        self._communicator.combine_send(rows.view(-1, output.shape[-1]), handle)
+
+        def wait() -> None:
+            self._communicator.combine_recv(handle, out=output)
+            self._scale_for_tests(output)
+
+        return wait, lambda: None
+
+    def _dispatch_arguments(
+        self, a1: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, weight_on_input: bool
+    ) -> dict[str, Any]:
+        if weight_on_input:
+            if ids.shape[1] != 1:
+                raise EpConfigError("router weights can be applied to the input only with top-1 routing")
+            a1 = a1 * weights.to(a1.dtype)
+        x, scales = self._format.encode(a1)
+        return {
+            "x": x,
+            "topk_ids": ids,
+            "topk_weights": weights.to(torch.float32),
+            "scales": scales,
+            "tokens_per_rank": tokens_per_rank(self._communicator.config.max_tokens_per_rank),
+        }
+
+    def _received(self, received: Received) -> mk.PrepareResultType:
+        ids, weights = received.topk_ids, received.topk_weights
+        assert ids is not None  # only expert-major rows come without
+        assert weights is not None
+        if self._manager.device.type == "cpu":
+            ids, weights = expert_rows.for_cpu_kernel(ids, weights)
+        rows, scales = self._format.decode(received.rows, received.scales)
+        return rows, scales, None, ids, weights
+
+    def _scale_for_tests(self, output: torch.Tensor) -> None:
         if self._test_scale != 1:
             output.mul_(self._test_scale)
+
+
+def _reduced(
+    rows: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weight_on_input: bool,
+    weight_and_reduce: mk.TopKWeightAndReduce,
+) -> torch.Tensor:
+    """The experts' results as one weighted sum per received row."""
+    if rows.numel() == 0:
+        return rows
+    if isinstance(weight_and_reduce, TopKWeightAndReduceDelegate):
+        weight_and_reduce = TopKWeightAndReduceContiguous()
+    return weight_and_reduce.apply(
+        output=None,
+        fused_expert_output=rows,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        apply_router_weight_on_input=weight_on_input,
+    )

@@ -6,13 +6,19 @@ The decisions are pure functions of `Launch`, so that every sentence can be test
 import functools
 import multiprocessing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from . import TESTED_VERSIONS
 
+if TYPE_CHECKING:
+    from ep_backend.select import Decision
+
 logger = init_logger("vllm.ep_backend")
+
+CAPTURABLE = ("peer",)
+"""Transports that a CUDA graph can capture."""
 
 MAX_TOKENS_PER_RANK = 16384
 """Upper bound of EpConfig.max_tokens_per_rank."""
@@ -29,7 +35,8 @@ class Launch:
     is_moe: bool | None  # None: not known yet
     device: str  # "cpu", "cuda", ...
     max_tokens_per_rank: int | None  # None: not known yet
-    overlap: bool = False
+    eager: bool = True  # without CUDA graphs
+    ubatches: int = 1
     elastic: bool = False
     fault_tolerance: bool = False
     lora: bool = False
@@ -62,7 +69,8 @@ def read_launch(vllm_config: Any) -> Launch:
         is_moe=None if model is None else bool(model.is_moe),
         device=current_platform.device_type,
         max_tokens_per_rank=None if limit is None else max_tokens_per_rank(vllm_config),
-        overlap=parallel.enable_dbo or parallel.ubatch_size > 1,
+        eager=model is None or model.enforce_eager,
+        ubatches=max(1, parallel.num_ubatches),
         elastic=parallel.enable_elastic_ep,
         fault_tolerance=getattr(parallel, "enable_fault_tolerance", False),
         lora=vllm_config.lora_config is not None,
@@ -73,14 +81,15 @@ def refusal(launch: Launch) -> str | None:
     """Why this engine cannot run with ep_backend and what to use instead, or None."""
     if not launch.calls_all_to_all:
         return None
-    if launch.device != "cpu":
+    if launch.device not in ("cpu", "cuda"):
         return (
-            f"this version of the plug-in serves on CPUs only and this engine runs on {launch.device}: "
+            f"ep_backend serves on CPUs and NVIDIA GPUs and this engine runs on {launch.device}: "
             "use --all2all-backend allgather_reducescatter."
         )
-    if launch.overlap:
+    if launch.ubatches > 2 or (launch.ubatches > 1 and launch.device == "cpu"):
         return (
-            "ep_backend does not support two-batch overlap yet: start without --enable-dbo and --ubatch-size."
+            "ep_backend overlaps two batches, on GPUs: use --enable-dbo without --ubatch-size there, and "
+            "neither on a CPU."
         )
     if launch.elastic:
         return "ep_backend does not support elastic expert parallelism: start without --enable-elastic-ep."
@@ -102,6 +111,16 @@ def refusal(launch: Launch) -> str | None:
             f"schedule {tokens}: add --max-num-batched-tokens {MAX_TOKENS_PER_RANK}."
         )
     return None
+
+
+def transport_refusal(launch: Launch, decision: "Decision") -> str | None:
+    """Why the transport that the machine allows cannot serve this engine and what to use instead, or None."""
+    if launch.device != "cuda" or launch.eager or decision.transport in CAPTURABLE:
+        return None
+    return (
+        f"CUDA graphs cannot capture transport {decision.transport}, which is what this machine allows: add "
+        f"--enforce-eager, or use --all2all-backend allgather_reducescatter. {decision.reason}"
+    )
 
 
 def unused_note(launch: Launch) -> str | None:
@@ -157,21 +176,24 @@ def _announce_once(launch: Launch) -> None:
 
     from ep_backend import env
 
-    # The engine's other processes inherit what there is to say about.
-    notes = multiprocessing.parent_process() is None
+    if multiprocessing.parent_process() is not None:
+        return  # the first process has said it, and the others inherit its environment
     for note in (version_note(vllm.__version__), unused_note(launch), *env.misspelt()):
-        if notes and note is not None:
+        if note is not None:
             logger.warning(note)
     if launch.calls_all_to_all:
-        _set_environment(launch.device)
+        _prepare_machine(launch)
 
 
-def _set_environment(device: str) -> None:
-    """Apply the machine profile's settings. Workers inherit them; NCCL has not started anywhere yet."""
+def _prepare_machine(launch: Launch) -> None:
+    """Apply the machine profile's settings. Workers inherit them; NCCL has not started anywhere yet. Raises
+    ValueError with the sentence of `transport_refusal`."""
     from ep_backend.probe import probe
     from ep_backend.select import apply_env, decide
 
-    decision = decide([probe("cpu" if device == "cpu" else None)])
+    decision = decide([probe("cpu" if launch.device == "cpu" else None)])
+    if reason := transport_refusal(launch, decision):
+        raise ValueError(reason)
     for conflict in apply_env(decision):
         logger.warning("ep_backend: %s", conflict)
     if decision.env:
