@@ -10,11 +10,13 @@ VENV ?= .venv
 # Where a CPU build of torch comes from if the machine's own package index offers only a CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION := 2.13.0
-# cpu: nothing of CUDA is downloaded. cuda: the engine's own CUDA torch, for work on the GPU part of the plug-in.
-DEVICE ?= cpu
+# cuda, where there are two GPUs or more: the engine with its CUDA torch (gigabytes), our kernels compiled by NVIDIA's
+# compiler wheels. cpu: nothing of CUDA is downloaded.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+DEVICE ?= $(if $(filter-out 0 1,$(GPUS)),cuda,cpu)
 
 # Machines that serve on CPUs need no CUDA kernels, and compiling them takes minutes; `make check` compiles them.
-export EP_BACKEND_CUDA ?= $(if $(filter cpu,$(DEVICE)),0,auto)
+export EP_BACKEND_CUDA ?= $(if $(filter cpu,$(DEVICE)),0,1)
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -42,9 +44,9 @@ demo: $(ENGINE) $(PACKAGE)  ## serve the tiny model on two ranks through ep_back
 	$(BIN)/ep-backend bench-engine --engine vllm --model examples/tiny_moe --backends ep_backend
 
 test: $(ENGINE) $(PACKAGE)  ## unit tests, bounded property tests, failure tests, one engine run
-	@for part in unit property failure vllm; do \
+	@for part in unit property failure vllm gpu; do \
 	    test -d tests/$$part || { echo "tests/$$part is missing"; exit 1; }; done
-	$(PYTEST) tests -m "not stress and not seam and not engine_long and not gpu"
+	$(PYTEST) tests -m "not stress and not seam and not engine_long"
 
 check: $(ENGINE) $(PACKAGE)  ## everything longer: models, sanitizers, stress, torch versions, CUDA, wheel
 	scripts/check.sh $(BIN) $(TORCH_INDEX)
@@ -96,5 +98,6 @@ endif
 
 $(PACKAGE): $(SOURCES) $(BASE)
 	@echo "[3/3] $(VENV): build and install ep-backend"
-	$(PIP) install -q --no-deps --no-build-isolation -Cbuild-dir=build/$(notdir $(PACKAGE)) .
+	$(PIP) install -q --no-deps $(if $(filter 1,$(EP_BACKEND_CUDA)),,--no-build-isolation) \
+	    -Cbuild-dir=build/$(notdir $(PACKAGE)) .
 	@touch $@

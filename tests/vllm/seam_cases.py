@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -334,11 +335,9 @@ def test_workers_have_the_steps_that_are_checked():
     import ast
     import importlib.util
 
-    source = importlib.util.find_spec("vllm.v1.worker.gpu_worker").origin
+    source = Path(importlib.util.find_spec("vllm.v1.worker.gpu_worker").origin).read_text()
     (worker,) = (
-        node
-        for node in ast.parse(open(source).read()).body
-        if isinstance(node, ast.ClassDef) and node.name == "Worker"
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Worker"
     )
     methods = {node.name for node in worker.body if isinstance(node, ast.FunctionDef)}
     assert {"execute_model", "sample_tokens", "compile_or_warm_up_model"} <= methods

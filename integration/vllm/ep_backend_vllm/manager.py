@@ -85,7 +85,7 @@ class EpManager(AgRsAll2AllManager):
         return shared or self.num_channels > 1
 
     def max_sms_used(self) -> int | None:
-        """SMs to keep free for an exchange beside other work: none, its halves do not wait for anything long."""
+        """SMs to keep free for an exchange that runs beside other work: none, its halves are short."""
         return 0
 
     def engine_is_ready(self) -> None:

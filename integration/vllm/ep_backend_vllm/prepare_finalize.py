@@ -127,15 +127,13 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         quant_config: Any,
         defer_input_quant: bool = False,
     ) -> Any:
-        """What returns the rows as `prepare` does. With micro-batches: before it, what waits for them; they are
-        only on their way."""
-        if not dbo_enabled():
-            prepared = self.prepare(
-                a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input, quant_config
-            )
-            return lambda: prepared
-        channel = dbo_current_ubatch_id()
+        """Returns what returns the rows as `prepare` does. With two micro-batches the rows are only on their
+        way, and before it comes what waits for them."""
         call = self._dispatch_arguments(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        if not dbo_enabled():
+            arrived, self._handles[0] = self._communicator.dispatch(**call)
+            return lambda: self._received(arrived)
+        channel = dbo_current_ubatch_id()
         handle = self._handles[channel] = self._communicator.dispatch_send(**call, channel=channel)
         received: list[Received] = []
 

@@ -63,7 +63,9 @@ class Opaque(Plain):
             empty = a1.new_empty(0, self.fields["payload_bytes"], dtype=torch.uint8)
             return empty, empty.new_empty(0, scale_bytes) if scale_bytes else None
         rows, scales = quantize(a1, self._quant_config)
-        return _as_bytes(rows), None if self._scales is None else _as_bytes(scales)
+        if self._scales is None or scales is None:
+            return _as_bytes(rows), None
+        return _as_bytes(rows), _as_bytes(scales)
 
     def decode(
         self, rows: torch.Tensor, scales: torch.Tensor | None
