@@ -17,9 +17,8 @@ from rich.console import Console
 from ep_backend.bench import report
 from ep_backend.bench.arguments import list_of, output_file, port, whole
 from ep_backend.bench.engines import models, plot, summary, vllm
-from ep_backend.bench.engines.process import ServerError
 from ep_backend.bench.terminable import terminable
-from ep_backend.errors import EpConfigError
+from ep_backend.errors import EpConfigError, EpError
 
 SHOWN_COMPLETIONS = 3
 COMPLETION_TOKENS = 48
@@ -96,17 +95,25 @@ def add_parser(subparsers: Any) -> None:
         "--json", type=output_file, metavar="FILE", help="write machine, versions, command and results"
     )
     parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="after measuring, read from a profile of decode steps what GPUs spend on communication",
+    )
+    parser.add_argument(
         "--plot", type=plot.plot_file, metavar="FILE", help="write bars as .png or .svg (needs matplotlib)"
     )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: measured; 1: a server or a client failed, and the end of its log was shown. Raises EpConfigError."""
+    """0: measured; 1: a server or a client failed: the end of its log is shown, and what was measured before.
+    Raises EpConfigError."""
     console = Console()
     shape = models.parse(args.shape) if args.shape is not None else None
     if shape is None and not (args.model / "config.json").is_file():
         raise EpConfigError(f"--model {args.model} has no config.json: give the folder of a model")
+    if args.trace and args.device == "cpu":
+        raise EpConfigError("--trace reads what GPUs do; this is a run on the CPU")
     if args.plot is not None:
         plot.check_matplotlib()
     vllm.check_environment()
@@ -114,16 +121,21 @@ def run(args: argparse.Namespace) -> int:
     if device == "auto":
         device = vllm.choose_device(args.data_parallel_size, args.tensor_parallel_size)
     bench = Bench(args, shape, device, console)
+    status = 0
     try:
         with terminable():
             for number in range(args.rounds):
                 for backend in bench.backends:
                     bench.serve_and_measure(backend, number)
-    except ServerError as error:
+    except EpError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
-        return 1
+        status = 1
+    if not bench.results:
+        return status
     summaries, title = summary.summarise(bench.results), bench.title()
     console.print(summary.table(summaries, title))
+    if bench.traces:
+        console.print(summary.trace_table(bench.traces, title))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(bench.document(), indent=2) + "\n")
@@ -131,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot.write(summaries, title, args.plot)
         console.print(f"wrote {args.plot}", highlight=False)
-    return 0
+    return status
 
 
 class Bench:
@@ -143,6 +155,7 @@ class Bench:
         self.backends = list(dict.fromkeys(args.backends.split(",")))
         self.results: list[dict[str, Any]] = []
         self.completions: dict[str, list[dict[str, str]]] = {}
+        self.traces: list[dict[str, Any]] = []
         self._args, self._device, self._console = args, device, console
         self._loads = _loads(args, SIZES[device])
         self._logs = args.log_dir or Path(tempfile.mkdtemp(prefix="ep-backend-bench-"))
@@ -158,8 +171,8 @@ class Bench:
         """Start the engine with `backend`, print completions the first time, measure every load, stop it."""
         if self._args.rounds > 1:
             self._say(f"round {number + 1} of {self._args.rounds}")
-        serving = self._serving(backend)
-        with vllm.Server(serving, self._logs / f"round{number}-{backend}", self._say) as server:
+        folder = self._logs / f"round{number}-{backend}"
+        with vllm.Server(self._serving(backend, folder), folder, self._say) as server:
             # Random weights have nothing to say.
             if self._shape is None and backend not in self.completions:
                 self.completions[backend] = _complete(server, _prompts(self._model))
@@ -168,6 +181,12 @@ class Bench:
                 self._say(f"  measuring {load.num_prompts} requests, {load.concurrency} at a time")
                 measured = server.measure(dataclasses.replace(load, seed=number))
                 self.results.append(_result(self._args.engine, backend, number, load, measured))
+            for load in self._loads if self._args.trace else ():
+                self._say(f"  tracing {load.concurrency} requests")
+                step = server.trace(dataclasses.replace(load, num_prompts=load.concurrency, seed=number))
+                self.traces.append(
+                    {"backend": backend, "round": number, "concurrency": load.concurrency, **step}
+                )
         self._say("  stopped")
 
     def title(self) -> str:
@@ -186,11 +205,12 @@ class Bench:
             "data_parallel_size": self._args.data_parallel_size,
             "tensor_parallel_size": self._args.tensor_parallel_size,
             "results": self.results,
+            "traces": self.traces,
             "ratios": summary.ratios(summary.summarise(self.results)),
             "completions": self.completions,
         }
 
-    def _serving(self, backend: str) -> vllm.Serving:
+    def _serving(self, backend: str, folder: Path) -> vllm.Serving:
         args = self._args
         return vllm.Serving(
             model=self._model,
@@ -206,6 +226,7 @@ class Bench:
             port=args.port,
             extra=tuple(args.engine_args),
             start_timeout_s=args.start_timeout,
+            trace_folder=folder / "traces" if args.trace else None,
         )
 
     def _say(self, text: str) -> None:

@@ -79,6 +79,24 @@ def _ratio(metric: str, summary: Summary, base: Summary) -> float | None:
     return summary.median[metric] / base.median[metric] if base.median[metric] else None
 
 
+def trace_table(traces: Sequence[dict[str, Any]], title: str) -> Table:
+    """What a GPU does in a decode step; see `trace.read_rank`."""
+    shown = Table(title=f"{title}: a decode step of a GPU")
+    shown.add_column("backend")
+    for header in ("at a time", "kernels", "communicating", "busy ms", "communication ms"):
+        shown.add_column(header, justify="right")
+    for step in traces:
+        shown.add_row(
+            step["backend"],
+            str(step["concurrency"]),
+            f"{step['kernels']:.0f}",
+            f"{step['communication_kernels']:.1f}",
+            f"{step['busy_us'] / 1000:.2f}",
+            f"{step['communication_us'] / 1000:.2f}",
+        )
+    return shown
+
+
 def table(summaries: Sequence[Summary], title: str) -> Table:
     """Medians over rounds; with several rounds, also the least and the most TPOT."""
     baseline = baseline_of([summary.backend for summary in summaries])

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ep_backend.bench.engines import trace
 from ep_backend.bench.engines.process import Session, free_port, wait_until_healthy
 from ep_backend.errors import EpConfigError
+
+TRACE_AFTER, TRACED_STEPS = 40, 24  # engine steps: prompts are over by then, answers are not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class Serving:
     extra: tuple[str, ...] = ()
     environ: tuple[tuple[str, str], ...] = ()
     start_timeout_s: float = 600.0
+    trace_folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +151,16 @@ def serve_command(serving: Serving, port: int) -> list[str]:
         command += ["--max-model-len", str(serving.max_model_len)]
     if serving.max_num_seqs is not None:
         command += ["--max-num-seqs", str(serving.max_num_seqs)]
+    if serving.trace_folder is not None:
+        profiler = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(serving.trace_folder.resolve()),
+            "torch_profiler_with_stack": False,
+            "ignore_frontend": True,
+            "delay_iterations": TRACE_AFTER,
+            "max_iterations": TRACED_STEPS,
+        }
+        command += ["--profiler-config", json.dumps(profiler)]
     return [*command, *serving.extra]
 
 
@@ -212,13 +226,29 @@ class Server:
             raise self.session.error(f"the server did not answer a completion ({error})") from None
         return sorted(choices, key=lambda choice: choice["index"])
 
-    def measure(self, load: Load, timeout_s: float = 1800) -> dict[str, Any]:
+    def trace(self, load: Load, timeout_s: float = 600) -> dict[str, Any]:
+        """What the GPUs do in a decode step under ``load``; see `trace.read`. EpError if nothing was traced.
+
+        Send each client one request, long enough, so that only decode steps are traced.
+        """
+        folder = self.serving.trace_folder
+        assert folder is not None, "the server was started without a folder for traces"
+        before = set(folder.glob("**/*.json.gz"))
+        self.measure(load, timeout_s, profile=True)
+        kept = folder / f"at-{load.concurrency}"
+        kept.mkdir(parents=True)
+        for file in set(folder.glob("**/*.json.gz")) - before:
+            file.rename(kept / file.name)
+        return trace.read(kept)
+
+    def measure(self, load: Load, timeout_s: float = 1800, *, profile: bool = False) -> dict[str, Any]:
         """Run vLLM's benchmark client once; see `read_result`. ServerError if a request fails."""
         self._clients += 1
         log = self._folder / f"client-{self._clients}.log"
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.json"
-            with Session(self._client_command(load, result), serve_environment(self.serving), log) as client:
+            command = self._client_command(load, result) + (["--profile"] if profile else [])
+            with Session(command, serve_environment(self.serving), log) as client:
                 status = client.wait(timeout_s)
                 if status != 0 or not result.exists():
                     raise client.error(f"the benchmark client ended with status {status}")
