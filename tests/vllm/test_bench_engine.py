@@ -16,7 +16,7 @@ import pytest
 from ep_backend.bench.engines import models, process, vllm
 from ep_backend.bench.engines.process import ServerError, Session
 from ep_backend.cli import main
-from ep_backend.errors import EpConfigError
+from ep_backend.errors import EpConfigError, EpError
 
 # A parent that ignores SIGTERM, and a child that ignores it too in a process group of its own.
 STUBBORN = """
@@ -175,6 +175,13 @@ def test_only_the_cpu_does_without_graphs():
     assert "--api-server-count" not in cuda
 
 
+def test_traces_are_of_steps_after_the_prompts(tmp_path):
+    assert "--profiler-config" not in serve_text(device="cuda")
+    text = serve_text(device="cuda", trace_folder=tmp_path)
+    assert f'"torch_profiler_dir": "{tmp_path}"' in text
+    assert '"delay_iterations": 40, "max_iterations": 24' in text
+
+
 def test_the_script_beside_the_interpreter_is_preferred(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     module = [str(tmp_path / "python"), "-P", "-m", "vllm.entrypoints.cli.main"]
@@ -256,6 +263,8 @@ def test_wrong_arguments_are_said_before_anything_starts(capsys, monkeypatch):
     assert main(["bench-engine", "--shape", "qwen3-30b-a3b", "--tensor-parallel-size", "0"]) == 2
     assert main(["bench-engine", "--shape", "qwen3-30b-a3b", "--plot", "bars.pdf"]) == 2
     assert "does not end in .png or .svg" in capsys.readouterr().err
+    assert main(["bench-engine", "--shape", "qwen3-30b-a3b", "--trace", "--device", "cpu"]) == 1
+    assert "--trace reads what GPUs do" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench-engine", "--shape", "qwen3-30b-a3b", "--plot", "bars.png"]) == 1
     assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
@@ -284,6 +293,13 @@ def servings(monkeypatch):
             for metric in ("ttft", "tpot", "itl"):
                 measured |= {f"{metric}_median_ms": self._tpot, f"{metric}_p99_ms": self._tpot}
             return {**measured, "output_tokens_per_s": 1000 / self._tpot}
+
+        def trace(self, load):
+            if load.concurrency == 8:
+                raise EpError("nothing was traced")
+            assert load.num_prompts == load.concurrency
+            times = {"busy_us": 900.0, "communication_us": 100.0}
+            return {"ranks": 2, "steps": 24, "kernels": 50, "communication_kernels": 8, **times}
 
     started = []
     monkeypatch.setattr(vllm, "check_environment", lambda: None)
@@ -321,6 +337,20 @@ def test_a_shape_is_written_served_and_recorded(tmp_path, servings, capsys):
         "output_tokens_ratio": 2.0,
     }
     assert [ratio["backend"] for ratio in document["ratios"]] == 2 * ["ep_backend", "other"]
+
+
+def test_traces_are_recorded_and_a_failure_keeps_what_was_measured(tmp_path, servings, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    json_file = tmp_path / "result.json"
+    command = ["bench-engine", "--model", str(tmp_path), "--device", "cuda", "--trace"]
+    command += ["--concurrency", "4,8", "--json", str(json_file)]
+    assert main(command) == 1
+    assert "nothing was traced" in capsys.readouterr().out
+    assert servings[0].trace_folder is not None
+    document = json.loads(json_file.read_text())
+    assert [result["concurrency"] for result in document["results"]] == [4, 8]
+    (step,) = document["traces"]
+    assert (step["backend"], step["concurrency"], step["communication_us"]) == ("ep_backend", 4, 100.0)
 
 
 def test_a_model_keeps_its_weights_and_completes_prompts(tmp_path, servings):
