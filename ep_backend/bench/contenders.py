@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -15,13 +17,17 @@ from ep_backend.bench.workload import Inputs, Settings
 from ep_backend.communicator import TRANSPORTS, available
 
 BASELINE = "baseline_allgather"
+ONLY_WHEN_ASKED = {"cuda": ("collective",)}  # rows of a GPU are packed on the CPU: milliseconds
 CALIBRATION_ROUNDS = 7
+NCCL_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 class Contender(Protocol):
     """One way to dispatch and combine. All methods are collective over the default group."""
 
     name: str
+    capturable: bool
+    """Whether CUDA graphs can hold its exchanges. For GPUs only."""
     window_bytes: int | None
     """Bytes of this rank's windows; None if there are none."""
 
@@ -49,6 +55,7 @@ class Ours:
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self._settings = name, settings
+        self.capturable = name == "peer"
         self._comm = Communicator(None, settings.config(name), device=settings.device)
         self.window_bytes: int | None = self._comm.window_bytes
         self._inputs: list[Inputs] = []
@@ -65,6 +72,7 @@ class Ours:
             received, handle = self._send(given)
             self._results.append(self._compute(received))
             correct &= given.accepts(self._comm.combine(self._results[-1], handle))
+        self._comm.check()
         return correct
 
     def dispatch(self, number: int) -> None:
@@ -76,7 +84,9 @@ class Ours:
         self._comm.combine(self._results[self._number], self._handle, out=out)
 
     def details(self) -> dict[str, Any]:
-        return {"layout": self._settings.layout, "window_bytes": self.window_bytes}
+        details = {"layout": self._settings.layout, "window_bytes": self.window_bytes}
+        num_sms = self._settings.num_sms if self.name == "peer" else None
+        return details if num_sms is None else {**details, "num_sms": num_sms}
 
     def destroy(self) -> None:
         self._comm.destroy()
@@ -94,8 +104,9 @@ class Ours:
             return workload.weighted_sums(
                 received.rows, received.scales, received.topk_ids, received.topk_weights, experts, settings
             )
-        factors = workload.expert_factors(settings.experts, settings.hidden, settings.seed)
-        y = torch.zeros(*received.rows.shape[:2], settings.hidden, dtype=settings.result_dtype)
+        device = received.rows.device
+        factors = workload.expert_factors(settings.experts, settings.hidden, settings.seed).to(device)
+        y = torch.zeros(*received.rows.shape[:2], settings.hidden, dtype=settings.result_dtype, device=device)
         assert received.rows_per_expert is not None
         for e, count in enumerate(received.rows_per_expert.tolist()):
             scales = None if received.scales is None else received.scales[e, :count]
@@ -107,32 +118,42 @@ class Ours:
 class AllGather:
     """All-gather of every rank's rows, ids, weights (and scales); reduce-scatter of every rank's sums.
 
-    That is what engines do where nothing better is there. torch.distributed offers several ways to the same
-    result; the fastest for the case's size is taken, measured before the case.
+    That is what engines do where nothing better is there. On CPUs torch.distributed offers several ways to
+    the same result; the fastest for the case's size is taken, measured before the case. On GPUs it is NCCL,
+    called as vLLM's default all-to-all does: one all-gather for each tensor, one reduce-scatter.
     """
 
     name = BASELINE
+    capturable = True
     window_bytes: int | None = None
 
     def __init__(self, name: str, settings: Settings) -> None:
         self._settings = settings
+        self._on_gpus = settings.device == "cuda"
+        self._group = _nccl(dist.group.WORLD) if self._on_gpus else None
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         ranks = settings.config("auto").expert_ranks(self._world)
         self._experts = tuple(e for e, rank in enumerate(ranks) if rank == self._rank)
-        self._local = torch.full((settings.experts + 1,), -1, dtype=torch.int64)
-        self._local[list(self._experts)] = torch.arange(len(self._experts))
+        local = torch.full((settings.experts + 1,), -1, dtype=torch.int64)
+        local[list(self._experts)] = torch.arange(len(self._experts))
+        self._local = local.to(settings.device)
 
     def prepare(self, inputs: list[Inputs]) -> None:
         self._inputs = inputs
         self._pieces = [self._pieces_of(given) for given in inputs]
         tokens, widths = inputs[0].tokens, [piece.shape[1] for piece in self._pieces[0]]
-        rows, hidden, dtype = self._world * tokens, self._settings.hidden, self._settings.result_dtype
-        self._gathered = [torch.empty(rows, width, dtype=torch.uint8) for width in widths]
-        self._packed = torch.empty(tokens, sum(widths), dtype=torch.uint8)
-        self._packed_all = torch.empty(rows, sum(widths), dtype=torch.uint8)
-        self._results = [torch.zeros(rows, hidden, dtype=dtype) for _ in inputs]
-        self._scratch = torch.empty(rows, hidden, dtype=dtype)
-        self._number, out = 0, torch.empty(tokens, hidden, dtype=dtype)
+        rows, hidden, like = self._world * tokens, self._settings.hidden, inputs[0].expected
+        result = functools.partial(like.new_empty, dtype=self._settings.result_dtype)
+        octets = functools.partial(like.new_empty, dtype=torch.uint8)
+        self._gathered = [octets(rows, width) for width in widths]
+        self._results = [result(rows, hidden).zero_() for _ in inputs]
+        self._number, out = 0, result(tokens, hidden)
+        if self._on_gpus:
+            self._gather, self._reduce = self._gather_each, self._reduce_scatter
+            self._chosen = "all_gather of each tensor", "reduce_scatter"
+            return
+        self._packed, self._packed_all = octets(tokens, sum(widths)), octets(rows, sum(widths))
+        self._scratch = result(rows, hidden)
 
         gathers = {"all_gather": self._gather_each, "packed all_gather": self._gather_packed}
         reduces = {
@@ -148,7 +169,7 @@ class AllGather:
         for number, given in enumerate(self._inputs):
             self.dispatch(number)
             self._results[number] = self._compute(self._received())
-            out = torch.empty(given.tokens, self._settings.hidden, dtype=self._settings.result_dtype)
+            out = torch.empty_like(given.expected, dtype=self._settings.result_dtype)
             self.combine(out)
             correct &= given.accepts(out)
         return correct
@@ -167,12 +188,13 @@ class AllGather:
 
     def _pieces_of(self, given: Inputs) -> list[torch.Tensor]:
         """Everything that travels, as bytes: [tokens, width] each."""
-        parts = [given.x, given.ids, given.weights, *([] if given.scales is None else [given.scales])]
+        parts = [given.sent, given.ids, given.weights]
+        parts += [] if given.sent_scales is None else [given.sent_scales]
         return [part.contiguous().view(torch.uint8) for part in parts]
 
     def _gather_each(self, number: int) -> None:
         for into, piece in zip(self._gathered, self._pieces[number], strict=True):
-            _all_gather(into, piece)
+            _all_gather(into, piece, group=self._group)
         self._is_packed = False
 
     def _gather_packed(self, number: int) -> None:
@@ -186,8 +208,8 @@ class AllGather:
         if self._is_packed:
             parts = list(self._packed_all.split([p.shape[1] for p in self._gathered], dim=1))
         given = self._inputs[0]
-        dtypes = [given.x.dtype, given.ids.dtype, given.weights.dtype]
-        dtypes += [] if given.scales is None else [given.scales.dtype]
+        dtypes = [given.sent.dtype, given.ids.dtype, given.weights.dtype]
+        dtypes += [] if given.sent_scales is None else [given.sent_scales.dtype]
         return [part.contiguous().view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
 
     def _compute(self, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -197,7 +219,7 @@ class AllGather:
         return workload.weighted_sums(rows, scales, local, weights, self._experts, self._settings)
 
     def _reduce_scatter(self, out: torch.Tensor) -> None:
-        _reduce_scatter(out, self._results[self._number])
+        _reduce_scatter(out, self._results[self._number], group=self._group)
 
     def _all_to_all_and_sum(self, out: torch.Tensor) -> None:
         dist.all_to_all_single(self._scratch, self._results[self._number])
@@ -227,7 +249,25 @@ def _fastest(ways: Mapping[str, Callable[[Any], None]], argument: Any) -> str:
     return list(ways)[int(seconds[:, 1:].median(1).values.argmin())]
 
 
-MAKERS: dict[str, Callable[[str, Settings], Contender]] = {
-    **{name: Ours for name in TRANSPORTS if name in available(torch.device("cpu"))},
-    BASELINE: AllGather,
-}
+@functools.lru_cache(maxsize=1)
+def _nccl(world: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The ranks of the default group ``world``, over NCCL. Collective."""
+    group = dist.new_group(backend="nccl", timeout=NCCL_TIMEOUT)
+    assert group is not None
+    return group
+
+
+def names(device: str) -> tuple[str, ...]:
+    """What can be measured on "cpu" or "cuda" with this build."""
+    ours = available(torch.device(device))
+    return (*(name for name in TRANSPORTS if name in ours), BASELINE)
+
+
+def defaults(device: str) -> tuple[str, ...]:
+    """What is measured unless the caller chooses."""
+    return tuple(name for name in names(device) if name not in ONLY_WHEN_ASKED.get(device, ()))
+
+
+def start(name: str, settings: Settings) -> Contender:
+    """Collective. Raises EpConfigError on all ranks."""
+    return AllGather(name, settings) if name == BASELINE else Ours(name, settings)

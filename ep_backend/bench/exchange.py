@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ep_backend.bench import report
-from ep_backend.bench.arguments import list_of, output_file, whole
+from ep_backend.bench import curves, pictures, report
+from ep_backend.bench.arguments import list_of, one_of, output_file, whole
+from ep_backend.bench.deadline import Deadline
 from ep_backend.bench.terminable import terminable
 from ep_backend.env import nearest
 from ep_backend.errors import EpConfigError, EpError
@@ -28,8 +31,26 @@ if TYPE_CHECKING:
 DTYPES = ("bf16", "fp16", "fp32", "fp8")
 LAYOUTS = ("rank_major", "compact", "expert_major")
 ROUTINGS = ("uniform", "zipf", "one_rank")
-DEFAULT_RANKS = 4
+CPU_RANKS = 4
 END_GRACE_S = 5.0
+
+
+class Defaults(NamedTuple):
+    """A case worth measuring, and how long a rank may make no progress."""
+
+    tokens: tuple[int, ...]
+    hidden: int
+    experts: int
+    iters: int
+    stall_s: float
+
+
+DEFAULTS = {
+    "cpu": Defaults((1, 8, 64, 512), hidden=2048, experts=64, iters=100, stall_s=600.0),
+    "cuda": Defaults(
+        (1, 8, 32, 64, 128, 256, 512, 1024, 4096), hidden=7168, experts=256, iters=400, stall_s=180.0
+    ),
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -41,91 +62,145 @@ def add_parser(subparsers: Any) -> None:
         epilog="Exit status 1: a result was wrong, or something else was, and one sentence says what.",
     )
     add = parser.add_argument
-    add("--device", choices=("cpu",), default="cpu")
-    add("--ranks", type=whole(1), metavar="N", help=f"processes ({DEFAULT_RANKS}; those of torchrun)")
-    add("--tokens", type=list_of(whole(1)), default=(1, 8, 64, 512), metavar="N[,N...]", help="per rank")
-    add("--hidden", type=whole(1), default=2048, metavar="N", help="elements of a row")
-    add("--experts", type=whole(1), default=64, metavar="N", help="of all ranks together")
+    cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
+    some, few = (",".join(map(str, defaults.tokens)) for defaults in (cuda, cpu))
+    add("--device", choices=tuple(DEFAULTS), default="cpu")
+    ranks = f"processes ({CPU_RANKS}, on cuda one for each GPU; those of torchrun)"
+    add("--ranks", type=whole(1), metavar="N", help=ranks)
+    add("--tokens", type=list_of(whole(1)), metavar="N[,N...]", help=f"per rank ({few}; on cuda {some})")
+    hidden = f"elements of a row ({cpu.hidden}; on cuda {cuda.hidden})"
+    add("--hidden", type=whole(1), metavar="N", help=hidden)
+    experts = f"of all ranks together ({cpu.experts}; on cuda {cuda.experts})"
+    add("--experts", type=whole(1), metavar="N", help=experts)
     add("--topk", type=whole(1), default=8, metavar="N", help="experts of a token")
-    add("--dtype", choices=DTYPES, default="bf16", help="of dispatched rows; fp8 gets bf16 back")
+    dtypes = f"of dispatched rows: {', '.join(DTYPES)}; fp8 gets bf16 back"
+    add("--dtype", type=list_of(one_of(DTYPES)), default=("bf16",), metavar="A[,B...]", help=dtypes)
     add("--layout", choices=LAYOUTS, default="rank_major", help="of received rows")
-    add("--transports", type=list_of(str), metavar="A[,B...]", help="what to measure (all that works here)")
+    transports = "what to measure (all that works here; collective on cuda only if asked for)"
+    add("--transports", type=list_of(str), metavar="A[,B...]", help=transports)
+    sms = "SMs that transport peer may use (all); each number is measured"
+    add("--num-sms", type=list_of(whole(1)), metavar="N[,N...]", help=sms)
     add("--routing", choices=ROUTINGS, default="uniform", help="how tokens choose experts")
     add("--warmup", type=whole(0), default=8, metavar="N", help="exchanges before the timed ones")
-    add("--iters", type=whole(1), default=100, metavar="N", help="timed exchanges of each case")
+    iters = f"timed exchanges of each case ({cpu.iters}; on cuda {cuda.iters})"
+    add("--iters", type=whole(1), metavar="N", help=iters)
     add("--seed", type=whole(0), default=0, metavar="N")
     add("--json", type=output_file, metavar="FILE", help="write machine, versions, command and results")
+    plot = "write latency against tokens as .png or .svg (needs matplotlib)"
+    add("--plot", type=pictures.plot_file, metavar="FILE", help=plot)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 if a result was wrong. Raises EpError."""
     joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    settings = settings_of(args, int(os.environ["WORLD_SIZE"]) if joins else None)
+    if args.plot is not None:
+        pictures.check_matplotlib()
+    runs = settings_of(args, int(os.environ["WORLD_SIZE"]) if joins else None)
     explicit = args.transports is not None
-    measured = _join(settings, explicit) if joins else _spawn(settings, explicit)
+    measured = _join(runs, explicit) if joins else _spawn(runs, explicit)
     if not joins or os.environ["RANK"] == "0":
-        _publish(measured, args.json)
+        _publish(measured, args.json, args.plot)
     return 0 if all(result["correct"] for result in measured["results"]) else 1
 
 
-def settings_of(args: argparse.Namespace, world: int | None) -> Settings:
-    """``world``: the number of ranks that are there already. Raises EpConfigError if something cannot be."""
-    from ep_backend.bench.contenders import MAKERS
+def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, ...]:
+    """One for each dtype and number of SMs. ``world``: the number of ranks that are there already.
+
+    Raises EpConfigError if something cannot be.
+    """
+    from ep_backend.bench import contenders
     from ep_backend.bench.workload import Settings
 
     if world is not None and args.ranks not in (None, world):
         raise EpConfigError(f"--ranks {args.ranks}, but {world} ranks have been started")
-    contenders = args.transports or tuple(MAKERS)
-    for name in contenders:
-        if name not in MAKERS:
-            raise EpConfigError(
-                f"--transports: {name!r} is none of {', '.join(MAKERS)}{nearest(name, MAKERS)}"
-            )
-    settings = Settings(
+    ranks = world or args.ranks
+    if args.device == "cuda":
+        gpus = _gpus()
+        if world is None and ranks is not None and ranks > gpus:
+            raise EpConfigError(f"--ranks {ranks}, but PyTorch finds {gpus} GPUs here; each rank takes one")
+        ranks = ranks or gpus
+    known, default = contenders.names(args.device), DEFAULTS[args.device]
+    for name in args.transports or ():
+        if name not in known:
+            raise EpConfigError(f"--transports: {name!r} is none of {', '.join(known)}{nearest(name, known)}")
+    if args.device == "cuda" and args.transports is None and "peer" not in known:
+        raise EpConfigError(
+            "this build of ep_backend has no CUDA kernels, so transport peer is not there; build it with "
+            f"EP_BACKEND_CUDA=1, or choose with --transports from {', '.join(known)}"
+        )
+    chosen = args.transports or contenders.defaults(args.device)
+    if args.num_sms is not None and "peer" not in chosen:
+        raise EpConfigError("--num-sms is for transport peer, which is not to be measured")
+    common = Settings(
         device=args.device,
-        ranks=world or args.ranks or DEFAULT_RANKS,
-        tokens=args.tokens,
-        hidden=args.hidden,
-        experts=args.experts,
+        ranks=ranks or CPU_RANKS,
+        tokens=args.tokens or default.tokens,
+        hidden=args.hidden or default.hidden,
+        experts=args.experts or default.experts,
         topk=args.topk,
-        dtype=args.dtype,
+        dtype=args.dtype[0],
         layout=args.layout,
         routing=args.routing,
-        contenders=contenders,
+        contenders=chosen,
+        num_sms=None,
         warmup=args.warmup,
-        iters=args.iters,
+        iters=args.iters or default.iters,
         seed=args.seed,
     )
-    settings.check()
-    return settings
+    runs = []
+    for dtype in args.dtype:
+        for number, num_sms in enumerate(args.num_sms or (None,)):
+            # The others do not depend on it. One run each, as communicators share out a GPU's SMs.
+            names = chosen if number == 0 else ("peer",)
+            runs.append(dataclasses.replace(common, dtype=dtype, num_sms=num_sms, contenders=names))
+            runs[-1].check()
+    return tuple(runs)
 
 
-def _join(settings: Settings, explicit: bool) -> dict[str, Any]:
+def _gpus() -> int:
+    """How many GPUs this process can use, at least one. Raises EpConfigError."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if not found:
+        raise EpConfigError(
+            f"--device cuda, but PyTorch {torch.__version__} finds no GPU here; --device cpu measures CPUs"
+        )
+    return found
+
+
+def _join(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
     """Be a rank of a group that somebody else starts, as torchrun says it in the environment."""
     import torch.distributed as dist
 
+    gpu = None
+    if runs[0].device == "cuda":
+        gpu = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        if gpu >= (gpus := _gpus()):
+            raise EpConfigError(f"local rank {gpu}, but PyTorch finds {gpus} GPUs here; each rank takes one")
     dist.init_process_group("gloo")
     try:
-        return _rank(settings, explicit)
+        return _rank(runs, explicit, gpu)
     finally:
         dist.destroy_process_group()
 
 
-def _spawn(settings: Settings, explicit: bool) -> dict[str, Any]:
+def _spawn(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
     """Start the ranks, wait for them, end those that are left."""
     import torch.multiprocessing as mp
 
-    console = Console()
+    console, settings = Console(), runs[0]
+    dtypes = ", ".join(dict.fromkeys(run.dtype for run in runs))
     console.print(
         f"starting {settings.ranks} ranks on {settings.device}: hidden {settings.hidden}, {settings.experts} "
-        f"experts, top-{settings.topk}, {settings.dtype}, {settings.layout}, {settings.routing} routing",
+        f"experts, top-{settings.topk}, {dtypes}, {settings.layout}, {settings.routing} routing",
         highlight=False,
     )
     with tempfile.TemporaryDirectory(prefix="ep-backend-bench-") as folder, terminable():
         context = mp.start_processes(
             _spawned,
-            (settings, explicit, folder),
+            (runs, explicit, folder),
             settings.ranks,
             join=False,
             daemon=True,
@@ -151,42 +226,51 @@ def _spawn(settings: Settings, explicit: bool) -> dict[str, Any]:
         return measured
 
 
-def _spawned(rank: int, settings: Settings, explicit: bool, folder: str) -> None:
+def _spawned(rank: int, runs: Sequence[Settings], explicit: bool, folder: str) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=settings.ranks
-    )
-    measured = _rank(settings, explicit)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=runs[0].ranks)
+    measured = _rank(runs, explicit, rank if runs[0].device == "cuda" else None)
     if rank == 0:
         (Path(folder) / "measured.json").write_text(json.dumps(measured))
     dist.barrier()  # nobody closes its sockets while others still use them
     dist.destroy_process_group()
 
 
-def _rank(settings: Settings, explicit: bool) -> dict[str, Any]:
+def _rank(runs: Sequence[Settings], explicit: bool, gpu: int | None) -> dict[str, Any]:
+    """``gpu``: number of the one that this rank uses."""
     import torch
     import torch.distributed as dist
 
     from ep_backend.bench import timing
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.ranks))
-    if dist.get_rank() != 0:
-        return timing.measure(settings, explicit=explicit, note=lambda text: None, step=lambda share: None)
-    console = Console()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // runs[0].ranks))
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    console, speaks = Console(), dist.get_rank() == 0
+    deadline = Deadline(DEFAULTS[runs[0].device].stall_s)
     columns = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     # Off a terminal the notes alone show how far it is.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    quiet = not speaks or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("measuring", total=1.0)
-        return timing.measure(
-            settings,
-            explicit=explicit,
-            note=lambda text: console.print(text, highlight=False),
-            step=lambda share: progress.update(task, completed=share),
-        )
+
+        def note(text: str) -> None:
+            deadline.extend()
+            if speaks:
+                console.print(text, highlight=False, soft_wrap=True)
+
+        def step(share: float) -> None:
+            deadline.extend()
+            progress.update(task, completed=share)
+
+        try:
+            return timing.measure(runs, explicit=explicit, note=note, step=step)
+        finally:
+            deadline.cancel()
 
 
-def _publish(measured: dict[str, Any], file: Path | None) -> None:
+def _publish(measured: dict[str, Any], file: Path | None, picture: Path | None) -> None:
     from ep_backend.bench.contenders import BASELINE
 
     document = {
@@ -202,7 +286,7 @@ def _publish(measured: dict[str, Any], file: Path | None) -> None:
         raise EpError(f"the results do not keep to their own schema: {wrong[0]}")
     console = Console()
     if not console.is_terminal:
-        console.width = 100
+        console.width = 110
     console.print(report.table(document, BASELINE))
     for line in report.remarks(document):
         console.print(line, highlight=False)
@@ -210,3 +294,6 @@ def _publish(measured: dict[str, Any], file: Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(document, indent=2) + "\n")
         console.print(f"wrote {file}", highlight=False)
+    if picture is not None:
+        curves.write(document, picture)
+        console.print(f"wrote {picture}", highlight=False)

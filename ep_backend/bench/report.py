@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +116,33 @@ def _read(path: str) -> str:
         return ""
 
 
+def label(result: Mapping[str, Any]) -> str:
+    """The name of what was measured."""
+    sms = result.get("num_sms")
+    return result["transport"] + ("" if sms is None else f" {sms} SMs")
+
+
+def labels(results: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
+    """Names that tell ``results`` with the same tokens and phase apart."""
+    several = len({result["dtype"] for result in results}) > 1
+    return lambda result: label(result) + (f" {result['dtype']}" if several else "")
+
+
+def microseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
 def table(document: Mapping[str, Any], baseline: str) -> Table:
-    """One line per number of tokens and transport."""
-    found = {(r["tokens"], r["transport"], r["phase"]): r for r in document["results"]}
+    """One line per number of tokens, transport, dtype and number of SMs."""
+    name = labels(document["results"])
+    found = {(r["tokens"], name(r), r["phase"]): r for r in document["results"]}
+    on_gpus = document["settings"]["device"] == "cuda"
+    limit = "each GPU writing as many bytes to its peers" if on_gpus else "all ranks copying as many bytes"
     shown = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         caption="us: the slowest rank's time, median over exchanges. GB/s: least bytes of an exchange in "
-        f"that time; of limit: against all ranks copying as many bytes. vs: time of {baseline} / time.",
+        f"that time; of limit: against {limit}. vs: time of {baseline} / time.",
     )
     headers = (
         "dispatch\nus",
@@ -135,20 +154,21 @@ def table(document: Mapping[str, Any], baseline: str) -> Table:
         "of\nlimit",
         "correct",
     )
-    shown.add_column("tokens", justify="right")
+    shown.add_column("tokens", justify="right", no_wrap=True)
     shown.add_column("transport", no_wrap=True)
     for header in headers:
         shown.add_column(header, justify="right", no_wrap=True)
     before = None
-    for tokens, transport in dict.fromkeys(key[:2] for key in found):
+    rows = dict.fromkeys(key[:2] for key in found)
+    for tokens, transport in sorted(rows, key=lambda row: list(document["settings"]["tokens"]).index(row[0])):
         dispatch, combine, trip = (found[tokens, transport, phase] for phase in PHASES)
         if before is not None and before != tokens:
             shown.add_section()
         shown.add_row(
             str(tokens) if before != tokens else "",
             transport,
-            *(f"{r['median_us']:,.0f}" for r in (dispatch, combine, trip)),
-            f"{trip['p99_us']:,.0f}",
+            *(microseconds(r["median_us"]) for r in (dispatch, combine, trip)),
+            microseconds(trip["p99_us"]),
             _shown(trip.get("vs_baseline"), "{:.2f}x"),
             _shown(trip.get("gb_per_s"), "{:.2f}"),
             _shown(trip.get("of_limit"), "{:.1%}"),
@@ -161,13 +181,18 @@ def table(document: Mapping[str, Any], baseline: str) -> Table:
 def remarks(document: Mapping[str, Any]) -> list[str]:
     """What the table does not say."""
     machine, ranks = document["machine"], document["settings"]["ranks"]
-    lines = [
-        f"{ranks} processes together copy {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s (large buffers)",
-        "load average at the end: " + ", ".join(map(str, machine["load_average"])),
-    ]
-    for number, name in sorted(
-        {(r["tokens"], r["collectives"]) for r in document["results"] if "collectives" in r}
-    ):
+    lines = ["load average at the end: " + ", ".join(map(str, machine["load_average"]))]
+    if "copy_bytes_per_s" in machine:
+        rate = machine["copy_bytes_per_s"] / 1e9
+        lines.insert(0, f"{ranks} processes together copy {rate:.1f} GB/s (large buffers)")
+    if machine.get("peer_write_bytes_per_s") is not None:
+        rate = machine["peer_write_bytes_per_s"] / 1e9
+        lines.insert(0, f"each of {ranks} GPUs writes {rate:.1f} GB/s to its peers while all do")
+    chosen = {(r["tokens"], r["collectives"]) for r in document["results"] if "collectives" in r}
+    if machine["device"] == "cuda":
+        lines += [f"baseline: NCCL, {name}" for name in sorted({name for _, name in chosen})]
+        chosen = set()
+    for number, name in sorted(chosen):
         lines.append(f"baseline at {number} tokens: {name}, the fastest of what torch.distributed offers")
     wrong = sorted({(r["transport"], r["tokens"]) for r in document["results"] if not r["correct"]})
     lines += [f"WRONG RESULTS: {transport} at {tokens} tokens" for transport, tokens in wrong]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,13 +15,13 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,  # quantised by the caller, not timed; combine returns bf16
+    "fp8": torch.float8_e4m3fn,  # combine returns bf16
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One run of the benchmark; equal on all ranks."""
+    """One run of the benchmark, with one dtype and one number of SMs; equal on all ranks."""
 
     device: str
     ranks: int
@@ -34,6 +34,8 @@ class Settings:
     layout: str
     routing: str
     contenders: tuple[str, ...]
+    num_sms: int | None
+    """SMs that transport peer may use; None: all of them."""
     warmup: int
     iters: int
     seed: int
@@ -45,8 +47,10 @@ class Settings:
             top_k=self.topk,
             hidden_size=self.hidden,
             max_tokens_per_rank=max(self.tokens),
-            payload=DTYPES[self.dtype],
+            payload=self.result_dtype if self.quantizes else DTYPES[self.dtype],
+            quantization="fp8_block128" if self.quantizes else None,
             layout=self.layout,
+            num_sms=self.num_sms,
             transport=transport,
         )
 
@@ -59,6 +63,11 @@ class Settings:
             )
 
     @property
+    def quantizes(self) -> bool:
+        """Whether dispatch turns rows into fp8, in the measured time; else fp8 rows are made beforehand."""
+        return self.dtype == "fp8" and self.device == "cuda"
+
+    @property
     def result_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "fp8" else DTYPES[self.dtype]
 
@@ -67,8 +76,10 @@ class Settings:
 class Inputs:
     """One rank's tokens, and what combine must return for them."""
 
-    x: torch.Tensor  # [tokens, hidden]
-    scales: torch.Tensor | None  # [tokens, hidden / 128] float32, fp8 only
+    x: torch.Tensor  # [tokens, hidden]: what dispatch is given
+    scales: torch.Tensor | None  # [tokens, hidden / 128] float32, of fp8 x only
+    sent: torch.Tensor  # [tokens, hidden]: what travels; x, or x quantised
+    sent_scales: torch.Tensor | None
     ids: torch.Tensor  # [tokens, topk] int32
     weights: torch.Tensor  # [tokens, topk] float32
     expected: torch.Tensor  # [tokens, hidden] float32
@@ -77,6 +88,10 @@ class Inputs:
     @property
     def tokens(self) -> int:
         return self.x.shape[0]
+
+    def to(self, device: str) -> Inputs:
+        moved = {name: t.to(device) for name, t in vars(self).items() if t is not None}
+        return replace(self, **moved)
 
     def accepts(self, out: torch.Tensor) -> bool:
         """Whether ``out`` is the sum over the experts but for rounding.
@@ -125,12 +140,12 @@ def make(settings: Settings, rank: int, tokens: int, number: int) -> Inputs:
     weights = torch.rand(tokens, settings.topk, generator=generator)
     weights /= weights.sum(1, keepdim=True)
     exact = torch.randn(tokens, settings.hidden, generator=generator)
-    scales = None
+    x = exact.to(settings.result_dtype)
+    sent, sent_scales = x, None
     if settings.dtype == "fp8":
-        x, scales = reference.quantize_fp8(exact)
-    else:
-        x = exact.to(settings.result_dtype)
-    plain = dequantize(x, scales)
+        sent, sent_scales = reference.quantize_fp8(x if settings.quantizes else exact)
+    x, scales = (x, None) if settings.quantizes else (sent, sent_scales)
+    plain = dequantize(sent, sent_scales)
     factors = expert_factors(settings.experts, settings.hidden, settings.seed)
     mixed = torch.zeros_like(plain)
     size = torch.zeros_like(plain)
@@ -142,7 +157,8 @@ def make(settings: Settings, rank: int, tokens: int, number: int) -> Inputs:
     # result.
     unit = torch.finfo(settings.result_dtype).eps / 2
     tolerance = size * ((settings.ranks + 3) * unit + (settings.topk + 1) * 2.0**-23)
-    return Inputs(x, scales, ids, weights, mixed, tolerance)
+    inputs = Inputs(x, scales, sent, sent_scales, ids, weights, mixed, tolerance)
+    return inputs if settings.device == "cpu" else inputs.to(settings.device)
 
 
 def dequantize(rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -164,7 +180,8 @@ def weighted_sums(
     """What this rank's experts make of ``rows`` [R, hidden] with local ``ids`` [R, topk] (below 0: not here):
     [R, hidden] of the result's dtype. Rows without a local expert are not read and give zeros."""
     factors = expert_factors(settings.experts, settings.hidden, settings.seed)[list(local_experts)]
-    y = torch.zeros(rows.shape[0], settings.hidden, dtype=settings.result_dtype)
+    factors = factors.to(rows.device)
+    y = torch.zeros(rows.shape[0], settings.hidden, dtype=settings.result_dtype, device=rows.device)
     here = (ids >= 0).any(1).nonzero().flatten()
     for part in here.split(256):  # bounds the memory of [rows, topk, hidden]
         local = ids[part].long()
@@ -177,15 +194,21 @@ def weighted_sums(
 
 @dataclass(frozen=True)
 class LeastBytes:
-    """Bytes that an exchange must read and write in memory that all ranks share, all ranks together.
+    """Bytes that an exchange must move. Ids, weights and flags are left out; so is what caches save.
 
-    With M tokens of all ranks, R pairs of a token and a rank that has one of its experts (its own rank too),
-    b bytes in a row with its scales and w bytes in a row of the result:
+    With b bytes in a row with its scales and w bytes in a row of the result:
+
+    CPUs: what all ranks together must read and write in the memory that they share. With M tokens of all
+    ranks and R pairs of a token and a rank that has one of its experts (its own rank too):
 
         dispatch  (M + R) b    read every row once, write it to each of its ranks
         combine   (3 R + M) w  read every sum, write it to the token's rank, read it there, write the total
 
-    Ids, weights and flags are left out; so is what caches save.
+    GPUs: what must cross the link of the busiest GPU in one direction. With L rows that a GPU must send to
+    others or receive from them, whichever is more, and the GPU where that is the most:
+
+        dispatch  L b
+        combine   L w
     """
 
     dispatch: int
@@ -198,13 +221,17 @@ class LeastBytes:
 
 def least_bytes(settings: Settings, tokens_per_rank: int, number: int) -> LeastBytes:
     """For input set ``number`` of all ranks."""
-    config = settings.config("auto")
-    rank_of = torch.tensor(config.expert_ranks(settings.ranks))
-    pairs = 0
-    for rank in range(settings.ranks):
+    config, ranks = settings.config("auto"), settings.ranks
+    rank_of = torch.tensor(config.expert_ranks(ranks))
+    rows = torch.zeros(ranks, ranks, dtype=torch.int64)  # from rank, to rank
+    for rank in range(ranks):
         ids = route(settings, tokens_per_rank, generator_of(settings, rank, tokens_per_rank, number))
-        goes = torch.zeros(tokens_per_rank, settings.ranks, dtype=torch.bool)
-        pairs += int(goes.scatter_(1, rank_of[ids.long()], True).sum())
-    tokens = settings.ranks * tokens_per_rank
-    row = config.row_bytes + config.row_scale_bytes
-    return LeastBytes((tokens + pairs) * row, (3 * pairs + tokens) * config.wire_row_bytes)
+        goes = torch.zeros(tokens_per_rank, ranks, dtype=torch.bool)
+        rows[rank] = goes.scatter_(1, rank_of[ids.long()], True).sum(0)
+    row, back = config.row_bytes + config.row_scale_bytes, config.wire_row_bytes
+    if settings.device == "cuda":
+        away = rows.fill_diagonal_(0)
+        most = int(torch.maximum(away.sum(0), away.sum(1)).max())
+        return LeastBytes(most * row, most * back)
+    tokens, pairs = ranks * tokens_per_rank, int(rows.sum())
+    return LeastBytes((tokens + pairs) * row, (3 * pairs + tokens) * back)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ep_backend import cli
-from ep_backend.bench import exchange, report, workload
+from ep_backend.bench import contenders, curves, exchange, report, workload
 from ep_backend.errors import EpConfigError
 
 # Experts that do not divide evenly.
@@ -32,7 +32,14 @@ def parse(*arguments):
 
 
 def settings(*arguments, world=None):
-    return exchange.settings_of(parse(*arguments), world)
+    return exchange.settings_of(parse(*arguments), world)[0]
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """As far as arguments go."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(contenders, "available", lambda device: frozenset({"peer", "collective"}))
 
 
 def test_defaults_are_the_documented_case():
@@ -50,6 +57,65 @@ def test_defaults_are_the_documented_case():
     assert (chosen.dtype, chosen.layout, chosen.routing) == ("bf16", "rank_major", "uniform")
 
 
+def test_defaults_on_gpus(four_gpus):
+    chosen = settings("--device", "cuda")
+    assert (chosen.ranks, chosen.hidden, chosen.experts, chosen.topk) == (4, 7168, 256, 8)
+    assert chosen.tokens == (1, 8, 32, 64, 128, 256, 512, 1024, 4096)
+    assert chosen.contenders == ("peer", "baseline_allgather")
+    assert (chosen.dtype, chosen.num_sms, chosen.iters) == ("bf16", None, 400)
+    assert settings("--device", "cuda", "--transports", "collective").contenders == ("collective",)
+    assert settings("--device", "cuda", world=8).ranks == 8  # torchrun's, of other machines too
+
+
+def test_a_run_for_each_dtype_and_number_of_sms(four_gpus):
+    runs = exchange.settings_of(parse("--device", "cuda", "--dtype", "bf16,fp8", "--num-sms", "24,132"), None)
+    everything = ("peer", "baseline_allgather")
+    assert [(run.dtype, run.num_sms, run.contenders) for run in runs] == [
+        ("bf16", 24, everything),
+        ("bf16", 132, ("peer",)),
+        ("fp8", 24, everything),
+        ("fp8", 132, ("peer",)),
+    ]
+    assert runs[1].config("peer").num_sms == 132
+
+
+def test_fp8_is_made_inside_dispatch_on_gpus_and_before_it_on_cpus(four_gpus):
+    gpus = settings("--device", "cuda", "--dtype", "fp8").config("peer")
+    assert (gpus.payload, gpus.quantization) == (torch.bfloat16, "fp8_block128")
+    cpus = settings("--dtype", "fp8").config("cpu")
+    assert (cpus.payload, cpus.quantization) == (torch.float8_e4m3fn, None)
+    assert gpus.row_bytes + gpus.row_scale_bytes == 7168 + 7168 // 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--ranks", "5"), "--ranks 5, but PyTorch finds 4 GPUs here"),
+        (("--transports", "cpu"), "'cpu' is none of collective, peer, baseline_allgather"),
+        (("--transports", "collective", "--num-sms", "8"), "--num-sms is for transport peer"),
+    ],
+)
+def test_arguments_that_do_not_fit_gpus(four_gpus, arguments, words):
+    with pytest.raises(EpConfigError, match=words):
+        settings("--device", "cuda", *arguments)
+
+
+def test_gpus_that_are_not_there_are_one_sentence(monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli.main(["bench", "--device", "cuda"]) == 1
+    words = capfd.readouterr().err
+    assert "--device cuda, but PyTorch" in words
+    assert "finds no GPU here" in words
+    assert words.count("\n") == 1
+
+
+def test_a_build_without_cuda_kernels_is_one_sentence(four_gpus, monkeypatch):
+    monkeypatch.setattr(contenders, "available", lambda device: frozenset({"collective"}))
+    with pytest.raises(EpConfigError, match=r"no CUDA kernels.* EP_BACKEND_CUDA=1"):
+        settings("--device", "cuda")
+    assert settings("--device", "cuda", "--transports", "baseline_allgather").contenders
+
+
 def test_lists_and_the_number_of_ranks():
     chosen = settings("--tokens", "8,1,8", "--transports", "collective, cpu", world=3)
     assert (chosen.tokens, chosen.contenders, chosen.ranks) == ((8, 1), ("collective", "cpu"), 3)
@@ -64,6 +130,7 @@ def test_lists_and_the_number_of_ranks():
         (("--hidden", "100"), None, "200 bytes; a multiple of 16"),
         (("--topk", "8", "--experts", "16", "--routing", "one_rank"), None, "rank 0 holds 4 experts"),
         (("--dtype", "fp8", "--hidden", "64"), None, "multiple of 128"),
+        (("--num-sms", "8"), None, "--num-sms is for transport peer"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, world, words):
@@ -73,7 +140,14 @@ def test_arguments_that_do_not_fit(arguments, world, words):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--tokens", "0"), ("--tokens", "1,,2"), ("--iters", "-1"), ("--dtype", "int8"), ("--device", "tpu")],
+    [
+        ("--tokens", "0"),
+        ("--tokens", "1,,2"),
+        ("--iters", "-1"),
+        ("--dtype", "bf16,int8"),
+        ("--device", "tpu"),
+        ("--plot", "curves.pdf"),
+    ],
 )
 def test_arguments_that_mean_nothing(arguments):
     with pytest.raises(SystemExit):
@@ -170,6 +244,106 @@ def test_least_bytes():
     fp8 = settings("--ranks", "2", "--experts", "8", "--topk", "8", "--hidden", "128", "--dtype", "fp8")
     least = workload.least_bytes(fp8, tokens_per_rank=3, number=0)  # top-8 of 8: every token to both ranks
     assert (least.dispatch, least.combine) == ((6 + 12) * (128 + 4), (3 * 12 + 6) * 256)
+
+
+def test_least_bytes_of_gpus_cross_the_busiest_link(four_gpus):
+    # Every token goes to rank 0, which receives those of three others.
+    arguments = ("--device", "cuda", "--experts", "32", "--topk", "2", "--hidden", "128")
+    least = workload.least_bytes(settings(*arguments, "--routing", "one_rank"), tokens_per_rank=5, number=0)
+    assert (least.dispatch, least.combine) == (3 * 5 * 256, 3 * 5 * 256)
+    alone = settings(*arguments, "--ranks", "1", "--dtype", "fp8")
+    assert workload.least_bytes(alone, tokens_per_rank=5, number=0).round_trip == 0
+
+
+def made_up():
+    """A document as of a run with two dtypes and numbers of SMs."""
+    results = [
+        {
+            "transport": transport,
+            "tokens": tokens,
+            "phase": phase,
+            "dtype": dtype,
+            "median_us": 10.0 * tokens,
+            "p99_us": 12.0 * tokens,
+            "correct": True,
+            **more,
+        }
+        for transport, more in (
+            ("peer", {"num_sms": 24}),
+            ("peer", {"num_sms": 132}),
+            ("baseline_allgather", {"collectives": "all_gather of each tensor and reduce_scatter"}),
+        )
+        for dtype in ("bf16", "fp8")
+        for tokens in (4096, 1)
+        for phase in report.PHASES
+    ]
+    of = {"ranks": 4, "device": "cuda", "hidden": 7168, "experts": 256, "topk": 8, "routing": "uniform"}
+    machine = {"device": "cuda", "load_average": [1.0], "peer_write_bytes_per_s": 380_000_000_000}
+    return {
+        "machine": machine,
+        "versions": {},
+        "command": "ep-backend bench",
+        "settings": {**of, "tokens": [4096, 1]},
+        "results": results,
+    }
+
+
+def test_names_tell_results_apart():
+    results = made_up()["results"]
+    name = report.labels(results)
+    assert {name(r) for r in results} == {
+        f"{who} {dtype}"
+        for who in ("peer 24 SMs", "peer 132 SMs", "baseline_allgather")
+        for dtype in ("bf16", "fp8")
+    }
+    bf16 = [r for r in results if r["dtype"] == "bf16"]
+    assert {report.labels(bf16)(r) for r in bf16} == {"peer 24 SMs", "peer 132 SMs", "baseline_allgather"}
+
+
+def test_the_table_has_a_line_for_each_and_remarks_speak_of_gpus():
+    found = made_up()
+    assert report.problems(found) == []
+    table = report.table(found, "baseline_allgather")
+    assert table.row_count == 2 * 6
+    assert list(table.columns[0].cells) == ["4096", *[""] * 5, "1", *[""] * 5]
+    assert report.remarks(found) == [
+        "each of 4 GPUs writes 380.0 GB/s to its peers while all do",
+        "load average at the end: 1.0",
+        "baseline: NCCL, all_gather of each tensor and reduce_scatter",
+    ]
+
+
+@pytest.mark.parametrize("name", ["curves.png", "curves.svg"])
+def test_plot(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "new" / name
+    curves.write(made_up(), file)
+    assert file.stat().st_size > 1000
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch, capfd):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["bench", *TINY, "--plot", "curves.png"]) == 1
+    assert "--plot needs matplotlib" in capfd.readouterr().err
+
+
+STUCK = """
+import time
+from ep_backend.bench.deadline import Deadline
+
+deadline = Deadline(0.5)
+for _ in range(4):
+    time.sleep(0.2)
+    deadline.extend()
+print("went on", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_without_progress_says_where_it_is_and_ends():
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (1, "went on\n")
+    assert "line 10 in <module>" in done.stderr
 
 
 def test_the_check_of_results_allows_rounding_and_nothing_else():
