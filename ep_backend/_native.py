@@ -72,9 +72,15 @@ _RETURNS_STATUS = (
     "pack_close",
     "unpack_combine",
 )
-_RETURNS_NOTHING: tuple[str, ...] = ("dispatch_read", "pack_dispatch", "gather_rows")
+_RETURNS_NOTHING: tuple[str, ...] = ("dispatch_read", "pack_dispatch")
 if HAS_CUDA:
-    _RETURNS_NOTHING += ("cuda_dispatch", "cuda_combine")
+    _RETURNS_NOTHING += (
+        "cuda_dispatch",
+        "cuda_combine",
+        "cuda_index_rows",
+        "cuda_gather_rows",
+        "cuda_return_rows",
+    )
 
 for _name in _RETURNS_STATUS:
     torch.library.register_fake(f"ep_backend::{_name}")(lambda *args, **kwargs: OK)

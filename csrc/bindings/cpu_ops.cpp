@@ -152,9 +152,4 @@ int64_t unpack_combine(int64_t exchange, int64_t channel, Tensor records, Tensor
         at(exchange).unpack_combine(channel, pointer<char>(records), out.data_ptr(), format_of(out)));
 }
 
-void gather_rows(Tensor rows, Tensor index, Tensor out) {
-    cpu::gather_rows(out.data_ptr(), rows.data_ptr(), pointer<int64_t>(index), index.numel(),
-                     out.size(1) * element_bytes(format_of(out)));
-}
-
 }  // namespace ep::ops

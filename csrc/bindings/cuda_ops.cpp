@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../kernels/cuda/exchange.h"
-#include "../kernels/cuda/gather_rows.h"
+#include "../kernels/cuda/layouts.h"
 #include "current_stream.h"
 #include "formats.h"
 
@@ -33,6 +33,20 @@ cuda::Plan plan_of(const std::vector<int64_t>& p) {
     }
     if (p.size() == 5) plan.bulk = p[4] != 0;
     return plan;
+}
+
+template <class T>
+T* pointer(const Tensor& t) {
+    return static_cast<T*>(t.data_ptr());
+}
+
+cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
+    cuda::ReceivedSlots s{};
+    s.ids = pointer<int32_t>(ids);
+    s.local = pointer<int16_t>(local);
+    s.count = static_cast<int32_t>(ids.size(0));
+    s.top_k = static_cast<int32_t>(ids.size(1));
+    return s;
 }
 
 }  // namespace
@@ -116,13 +130,62 @@ void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64
     check(at(exchange).combine(channel, a, current_stream(device)), "combine");
 }
 
-void gather_rows_cuda(Tensor rows, Tensor index, Tensor out) {
-    const int32_t device = out.get_device_index();
+void cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int64_t blocks, Tensor tile_counts,
+                     Tensor places, Tensor totals) {
+    const int32_t device = ids.get_device_index();
     const DeviceGuard guard(device);
-    check(cuda::gather_rows(out.data_ptr(), rows.data_ptr(), static_cast<const int64_t*>(index.data_ptr()),
-                            index.numel(), out.size(1) * static_cast<int64_t>(out.element_size()),
-                            current_stream(device)),
-          "gather_rows");
+    cuda::IndexArgs a{};
+    a.slots = slots_of(ids, local);
+    a.slots.experts = static_cast<int32_t>(totals.numel() - 1);
+    a.tile_counts = pointer<int32_t>(tile_counts);
+    a.places = pointer<int32_t>(places);
+    a.totals = pointer<int32_t>(totals);
+    a.by_expert = by_expert;
+    check(cuda::launch_index(a, static_cast<int>(blocks), current_stream(device)), "finding places for rows");
+}
+
+void cuda_gather_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor weights, Tensor local,
+                      Tensor places, bool local_ids, int64_t pad_id, int64_t blocks, Tensor out_rows,
+                      std::optional<Tensor> out_scales, std::optional<Tensor> out_ids,
+                      std::optional<Tensor> out_weights) {
+    const int32_t device = rows.get_device_index();
+    const DeviceGuard guard(device);
+    cuda::GatherArgs a{};
+    a.slots = slots_of(ids, local);
+    a.slots.weights = pointer<float>(weights);
+    a.places = pointer<int32_t>(places);
+    a.rows = pointer<char>(rows);
+    a.row_bytes = rows.size(1) * element_bytes(format_of(rows));
+    a.out_rows = pointer<char>(out_rows);
+    if (scales) {
+        a.scales = pointer<char>(*scales);
+        a.scale_bytes = scales->size(1) * element_bytes(format_of(*scales));
+        a.out_scales = pointer<char>(*out_scales);
+    }
+    if (out_ids) {
+        a.out_ids = pointer<int32_t>(*out_ids);
+        a.out_weights = pointer<float>(*out_weights);
+    }
+    a.places_per_slot = static_cast<int32_t>(places.size(1));
+    a.pad_id = static_cast<int32_t>(pad_id);
+    a.local_ids = local_ids;
+    check(cuda::launch_gather(a, static_cast<int>(blocks), current_stream(device)), "gathering rows");
+}
+
+void cuda_return_rows(Tensor y, Tensor places, std::optional<Tensor> weights, int64_t blocks, Tensor rows) {
+    const int32_t device = rows.get_device_index();
+    const DeviceGuard guard(device);
+    cuda::ReturnArgs a{};
+    a.y = pointer<char>(y);
+    a.rows = pointer<char>(rows);
+    a.places = pointer<int32_t>(places);
+    a.weights = weights ? pointer<float>(*weights) : nullptr;
+    a.count = static_cast<int32_t>(places.size(0));
+    a.places_per_slot = static_cast<int32_t>(places.size(1));
+    a.hidden = static_cast<int32_t>(rows.size(1));
+    a.y_type = format_of(y);
+    a.wire = format_of(rows);
+    check(cuda::launch_return(a, static_cast<int>(blocks), current_stream(device)), "returning rows");
 }
 
 }  // namespace ep::ops

@@ -28,6 +28,15 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
                    bool receive, Tensor out_ids, Tensor out_weights, Tensor tokens_per_source);
 void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send,
                   bool receive, Tensor out);
-void gather_rows_cuda(Tensor rows, Tensor index, Tensor out);
+
+// Layouts other than rank-major; csrc/kernels/cuda/layouts.h says what the tensors hold. local: [experts of
+// all ranks] int16. totals: [local experts + 1].
+void cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int64_t blocks, Tensor tile_counts,
+                     Tensor places, Tensor totals);
+void cuda_gather_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor weights, Tensor local,
+                      Tensor places, bool local_ids, int64_t pad_id, int64_t blocks, Tensor out_rows,
+                      std::optional<Tensor> out_scales, std::optional<Tensor> out_ids,
+                      std::optional<Tensor> out_weights);
+void cuda_return_rows(Tensor y, Tensor places, std::optional<Tensor> weights, int64_t blocks, Tensor rows);
 
 }  // namespace ep::ops

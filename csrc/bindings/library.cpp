@@ -43,8 +43,6 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("pack_combine(int exchange, int channel, int layout, Tensor y, Tensor(a!) records) -> int");
     m.def("pack_close(int exchange, int channel, Tensor rows_per_source, Tensor(a!) records) -> int");
     m.def("unpack_combine(int exchange, int channel, Tensor records, Tensor(a!) out) -> int");
-
-    m.def("gather_rows(Tensor rows, Tensor index, Tensor(a!) out) -> ()");
 }
 
 // Operators without tensors have no device to choose a kernel by.
@@ -73,5 +71,4 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CPU, m) {
     m.impl("pack_combine", TORCH_BOX(&ep::ops::pack_combine));
     m.impl("pack_close", TORCH_BOX(&ep::ops::pack_close));
     m.impl("unpack_combine", TORCH_BOX(&ep::ops::unpack_combine));
-    m.impl("gather_rows", TORCH_BOX(&ep::ops::gather_rows));
 }

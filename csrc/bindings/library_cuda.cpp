@@ -21,6 +21,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def(
         "cuda_combine(int exchange, int channel, Tensor y, int[] plan, bool send, bool receive, Tensor(a!) "
         "out) -> ()");
+    m.def(
+        "cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int blocks, Tensor(a!) tile_counts, "
+        "Tensor(b!) places, Tensor(c!) totals) -> ()");
+    m.def(
+        "cuda_gather_rows(Tensor rows, Tensor? scales, Tensor ids, Tensor weights, Tensor local, Tensor "
+        "places, bool local_ids, int pad_id, int blocks, Tensor(a!) out_rows, Tensor(b!)? out_scales, "
+        "Tensor(c!)? out_ids, Tensor(d!)? out_weights) -> ()");
+    m.def("cuda_return_rows(Tensor y, Tensor places, Tensor? weights, int blocks, Tensor(a!) rows) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
@@ -35,5 +43,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {
     m.impl("cuda_dispatch", TORCH_BOX(&ep::ops::cuda_dispatch));
     m.impl("cuda_combine", TORCH_BOX(&ep::ops::cuda_combine));
-    m.impl("gather_rows", TORCH_BOX(&ep::ops::gather_rows_cuda));
+    m.impl("cuda_index_rows", TORCH_BOX(&ep::ops::cuda_index_rows));
+    m.impl("cuda_gather_rows", TORCH_BOX(&ep::ops::cuda_gather_rows));
+    m.impl("cuda_return_rows", TORCH_BOX(&ep::ops::cuda_return_rows));
 }

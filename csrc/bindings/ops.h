@@ -48,6 +48,4 @@ int64_t pack_combine(int64_t exchange, int64_t channel, int64_t layout, Tensor y
 int64_t pack_close(int64_t exchange, int64_t channel, Tensor rows_per_source, Tensor records);
 int64_t unpack_combine(int64_t exchange, int64_t channel, Tensor records, Tensor out);
 
-void gather_rows(Tensor rows, Tensor index, Tensor out);
-
 }  // namespace ep::ops

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from harness import fresh_ranks, ranks
 
 import ep_backend as ep
+from ep_backend import reference
 
 pytestmark = pytest.mark.gpu
 GPUS = torch.cuda.device_count()
@@ -23,6 +25,7 @@ CONFIGS = {
     "global ids": {"payload": torch.bfloat16, "expert_ids": "global", "pad_id": 77},
     "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
 }
+LAYOUTS = ("rank_major", "compact", "expert_major")
 
 
 def needs(world):
@@ -57,15 +60,19 @@ def live(cfg, received):
     return (received.topk_ids != cfg.pad_id).any(1)
 
 
-def partial_sums(cfg, rank, rows, seed, dtype):
-    """What the experts of a rank return; rows that nobody reads are NaN."""
+def on_cpu(received):
+    return ep.Received(*(None if t is None else t.cpu() for t in vars(received).values()))
+
+
+def results(cfg, rank, received, seed, dtype):
+    """What the experts of a rank return; rows that nobody reads are NaN. ``received``: on the CPU."""
     g = torch.Generator().manual_seed(seed * 7 + rank)
-    y = torch.randn(rows.shape[0], cfg.hidden_size, generator=g).to(dtype)
-    return torch.where(rows[:, None], y, torch.nan)
+    y = torch.randn(*received.rows.shape[:-1], cfg.hidden_size, generator=g).to(dtype)
+    return torch.where(reference.defined_rows(cfg, received)[..., None], y, torch.nan)
 
 
-def same_bits_job(rank, group, more):
-    """Each exchange on the GPU and on the CPU; returns what differs."""
+def same_bits_job(rank, group, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
+    """Each exchange, T after T, on the GPU and on the CPU; returns what differs."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
     wrong = []
@@ -74,12 +81,12 @@ def same_bits_job(rank, group, more):
         ep.Communicator(group, config(more, world, "peer", num_channels=2), device=f"cuda:{rank}") as gpu,
     ):
         cfg = cpu.config
-        for number, slots in enumerate((1, 3, 300, 40, 40, 7, 128)):
-            count = (number * 5 + rank * 3) % (slots + 1)
+        for number, slots in enumerate(exchanges):
+            count = slots - (number * 5 + rank * 3) % (slots + 1)
             x, ids, weights, scales = inputs(cfg, rank, count, number)
             call = {"tokens_per_rank": slots, "channel": number % 2}
-            got = {}
-            for name, comm in (("cpu", cpu), ("gpu", gpu)):
+            got, sums = [], []
+            for comm in (cpu, gpu):
                 x_, ids_, w_ = (t.to(comm.device) for t in (x, ids, weights))
                 s_ = None if scales is None else scales.to(comm.device)
                 if number % 3 == 1:
@@ -87,32 +94,52 @@ def same_bits_job(rank, group, more):
                     received = comm.dispatch_recv(handle)
                 else:
                     received, handle = comm.dispatch(x_, ids_, w_, scales=s_, **call)
-                mine = live(cfg, received)
-                got[name] = [received.topk_ids, received.topk_weights, received.tokens_per_source]
-                got[name].append(received.rows.view(torch.uint8)[mine])
-                if received.scales is not None:
-                    got[name].append(received.scales[mine])
+                got.append(on_cpu(received))
+                if handle.is_view != (cfg.layout == "rank_major"):
+                    wrong.append((number, slots, "is_view"))
                 if number == 3:  # left open: the next dispatch on the channel closes it
                     continue
                 dtype = torch.float32 if number % 2 else cfg.result_dtype
-                y = partial_sums(cfg, rank, mine.cpu(), number, dtype).to(comm.device)
+                y = results(cfg, rank, got[0], number, dtype).to(comm.device)
                 if number % 3 == 1:
                     comm.combine_send(y, handle)
-                    got[name].append(comm.combine_recv(handle))
+                    sums.append(comm.combine_recv(handle).cpu())
                 else:
-                    got[name].append(comm.combine(y, handle))
-            for part, (a, b) in enumerate(zip(got["cpu"], got["gpu"], strict=True)):
-                if not torch.equal(a, b.cpu()):
-                    wrong.append((number, slots, part, a.shape))
+                    sums.append(comm.combine(y, handle).cpu())
+            want, have = got
+            if cfg.layout == "rank_major":
+                want = replace(want, rows_per_expert=None)  # nobody counts them on a GPU
+            if different := reference.first_difference(cfg, have, want):
+                wrong.append((number, slots, different))
+            if sums and not torch.equal(*sums):
+                wrong.append((number, slots, "combined"))
         gpu.check()
     return wrong
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_same_bits_as_the_cpu_transport(world, name):
+def test_same_bits_as_the_cpu_transport(world, name, layout):
     needs(world)
-    assert ranks(world).run(same_bits_job, CONFIGS[name], timeout=120) == [[]] * world
+    more = {**CONFIGS[name], "layout": layout}
+    assert ranks(world).run(same_bits_job, more, timeout=120) == [[]] * world
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_same_bits_with_many_tokens_and_ranks_without_experts(world, layout):
+    """Bulk copies, several tiles of slots; neighbouring experts live on different ranks, none on the last."""
+    needs(world)
+    more = {
+        "payload": torch.bfloat16,
+        "layout": layout,
+        "max_tokens_per_rank": 2500,
+        "num_experts": 9,
+        "expert_map": tuple(e % max(1, world - 1) for e in range(9)),
+    }
+    exchanges = (2500, 2048, 2500, 1000, 2300, 2100)
+    assert ranks(world).run(same_bits_job, more, exchanges, timeout=120) == [[]] * world
 
 
 def collective_job(rank, group, backend):
@@ -121,7 +148,7 @@ def collective_job(rank, group, backend):
     world = torch.distributed.get_world_size(group)
     carrier = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=60))
     wrong = []
-    for layout in ("rank_major", "compact", "expert_major"):
+    for layout in LAYOUTS:
         more = {"payload": torch.bfloat16, "quantization": "fp8_block128", "layout": layout}
         with (
             ep.Communicator(group, config(more, world, "cpu")) as cpu,
@@ -198,6 +225,127 @@ def graph_job(rank, group):
 def test_graph_replays_with_other_counts(world):
     needs(world)
     assert ranks(world).run(graph_job, timeout=120) == [[]] * world
+
+
+def expert_major_graph_job(rank, group):
+    """The same in the expert-major layout: each expert answers with its number times the row."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    cfg = config({"payload": torch.bfloat16, "layout": "expert_major"}, world, "peer")
+    wrong = []
+    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+        slots = 24
+        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, slots, 0)[:3])
+        count = torch.tensor([slots], dtype=torch.int32, device=comm.device)
+        out = torch.empty(slots, cfg.hidden_size, dtype=cfg.result_dtype, device=comm.device)
+        place = torch.arange(world * slots, device=comm.device)
+        factors = torch.tensor([e + 1.0 for e in comm.local_experts], device=comm.device)
+
+        def exchange():
+            received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=slots, num_tokens=count)
+            filled = place[None, :] < received.rows_per_expert[:, None]
+            y = received.rows.float() * factors[:, None, None]
+            comm.combine(torch.where(filled[..., None], y, torch.nan), handle, out=out)
+
+        exchange()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            exchange()
+        owners = torch.tensor(cfg.expert_ranks(world), device=comm.device)
+        for replay in range(20):
+            now = (replay * 7 + rank * 5) % (slots + 1)
+            for old, new in zip((x, ids, weights), inputs(cfg, rank, slots, 100 + replay)[:3], strict=True):
+                old.copy_(new)
+            count.fill_(now)
+            out.fill_(-1)
+            exchange() if replay % 5 == 4 else graph.replay()
+            want = torch.zeros(slots, cfg.hidden_size, device=comm.device)
+            for r in range(world):
+                here = (owners[ids.clamp(min=0)] == r) & (ids >= 0)
+                part = torch.zeros_like(want)
+                for k in range(cfg.top_k):
+                    y = x.float() * (ids[:, k, None] + 1.0)
+                    part = torch.where(here[:, k, None], reference.fma(weights[:, k, None], y, part), part)
+                want += torch.where(here.any(1, keepdim=True), part.to(cfg.sum_dtype).float(), 0.0)
+            want = want.to(cfg.result_dtype)
+            want[now:] = -1
+            if not torch.equal(out, want):
+                wrong.append((replay, now))
+        comm.check()
+    return wrong
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_expert_major_graph_replays_with_other_counts(world):
+    needs(world)
+    assert ranks(world).run(expert_major_graph_job, timeout=120) == [[]] * world
+
+
+def compact_capture_job(rank, group):
+    """A compact dispatch while a graph is captured; then an exchange as usual."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    cfg = config({"payload": torch.bfloat16, "layout": "compact"}, world, "peer")
+    said = []
+    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
+
+        def exchange():
+            received, handle = comm.dispatch(x, ids, weights)
+            return comm.combine(received.rows, handle)
+
+        want = exchange()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            weights.mul_(1.0)  # an empty graph would be warned of
+            for call in (comm.dispatch, comm.dispatch_send):
+                try:
+                    call(x, ids, weights)
+                except ep.EpArgumentError as error:
+                    said.append(str(error))
+        graph.replay()
+        comm.check()
+        return said, torch.equal(exchange(), want)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_compact_refuses_to_be_captured(world):
+    needs(world)
+    for said, right_again in ranks(world).run(compact_capture_job, timeout=60):
+        assert len(said) == 2
+        assert all("CUDA graph" in text and "expert_major was wanted" in text for text in said)
+        assert right_again
+
+
+def twice_job(rank, group, layout):
+    """An expert that stands twice in a token: nobody looks for that on a GPU, and nothing may break."""
+    torch.cuda.set_device(rank)
+    world = torch.distributed.get_world_size(group)
+    cfg = config({"payload": torch.bfloat16, "layout": layout}, world, "peer")
+    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
+
+        def exchange(ids):
+            received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=20)
+            y = torch.zeros_like(received.rows) if layout == "expert_major" else received.rows
+            return received.rows_per_expert.tolist(), comm.combine(y, handle)
+
+        _, want = exchange(ids)
+        counts, _ = exchange(torch.zeros_like(ids))
+        _, again = exchange(ids)
+        comm.check()
+        return counts, torch.equal(again, want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_expert_twice_in_a_token(world, layout):
+    needs(world)
+    outcomes = ranks(world).run(twice_job, layout, timeout=60)
+    assert all(right_again for _, right_again in outcomes)
+    assert outcomes[0][0][0] == world * 20  # as much as it has room for
+    assert not any(outcomes[0][0][1:])
 
 
 def closing_job(rank, group):

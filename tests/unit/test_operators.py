@@ -7,7 +7,7 @@ from harness import ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ep_backend as ep
-from ep_backend._native import OK, ops
+from ep_backend._native import HAS_CUDA, OK, ops
 
 NAMES = [
     "window_layout",
@@ -24,47 +24,13 @@ NAMES = [
     "pack_combine",
     "pack_close",
     "unpack_combine",
-    "gather_rows",
 ]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8]
+if HAS_CUDA:
+    NAMES += ["cuda_dispatch", "cuda_combine", "cuda_index_rows", "cuda_gather_rows", "cuda_return_rows"]
 
 
 def schema(name):
     return getattr(ops, name).default._schema
-
-
-def rows(count, width, dtype):
-    g = torch.Generator().manual_seed(count)
-    raw = torch.randint(0, 256, (count, width * dtype.itemsize), generator=g, dtype=torch.uint8)
-    return raw.view(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("count", "picked"), [(1, 1), (5, 9), (7, 0), (64, 64)])
-def test_gather_rows(count, picked, dtype):
-    source = rows(count, 24, dtype)
-    index = torch.randint(0, count, (picked,), generator=torch.Generator().manual_seed(1))
-    out = rows(picked + 1, 24, dtype)[:picked]
-    ops.gather_rows(source, index, out)
-    assert torch.equal(out.view(torch.uint8), source.view(torch.uint8)[index])
-
-
-def test_gather_rows_passes_torchs_own_checks():
-    arguments = (rows(5, 8, torch.bfloat16), torch.tensor([4, 0, 0]), rows(3, 8, torch.bfloat16))
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.gather_rows.default, arguments, test_utils=checks)
-
-
-def test_gather_rows_in_a_compiled_function():
-    def permuted(x, index):
-        out = torch.empty_like(x)
-        ops.gather_rows(x * 2, index, out)
-        return out + 1
-
-    x, index = torch.randn(6, 8), torch.tensor([5, 4, 3, 2, 1, 0])
-    compiled = torch.compile(permuted, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, index), x.flip(0) * 2 + 1)
-    assert torch.equal(compiled(x[:4], index[2:]), x[:4].flip(0) * 2 + 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +40,10 @@ def test_every_operator_with_tensors_has_a_shape_function(name):
     if not any("Tensor" in str(a.type) for a in arguments):
         pytest.skip("takes no tensor")
     with FakeTensorMode():
-        values = [torch.empty(2, 2) if "Tensor" in str(a.type) else 0 for a in arguments]
+        values = [
+            torch.empty(2, 2) if "Tensor" in str(a.type) else [0] if "List" in str(a.type) else 0
+            for a in arguments
+        ]
         given = getattr(ops, name)(*values)
     assert given == (OK if schema(name).returns else None)
 
@@ -93,10 +62,16 @@ def test_every_operator_with_tensors_has_a_shape_function(name):
         ("pack_combine", ["records"]),
         ("pack_close", ["records"]),
         ("unpack_combine", ["out"]),
-        ("gather_rows", ["out"]),
+        ("cuda_dispatch", ["out_ids", "out_weights", "tokens_per_source"]),
+        ("cuda_combine", ["out"]),
+        ("cuda_index_rows", ["tile_counts", "places", "totals"]),
+        ("cuda_gather_rows", ["out_rows", "out_scales", "out_ids", "out_weights"]),
+        ("cuda_return_rows", ["rows"]),
     ],
 )
 def test_schemas_say_what_is_written(name, written):
+    if name.startswith("cuda_") and not HAS_CUDA:
+        pytest.skip("no CUDA kernels in this build")
     found = [a.name for a in schema(name).arguments if a.alias_info and a.alias_info.is_write]
     assert found == written
 

@@ -107,11 +107,4 @@ void quantize_row(uint8_t* q, float* scales, const void* src, DType src_type, in
     });
 }
 
-void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t row_bytes) {
-    for (int64_t i = 0; i < n; ++i) {
-        std::memcpy(static_cast<char*>(out) + i * row_bytes,
-                    static_cast<const char*>(rows) + index[i] * row_bytes, row_bytes);
-    }
-}
-
 }  // namespace ep::cpu

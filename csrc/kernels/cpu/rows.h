@@ -17,7 +17,4 @@ void fma_row(float* acc, float weight, const void* src, DType src_type, int64_t 
 // Blocks of 1 x 128: n values of e4m3 and n / 128 fp32 scales.
 void quantize_row(uint8_t* q, float* scales, const void* src, DType src_type, int64_t n);
 
-// out[i] = rows[index[i]]: the permutation that packs rows by destination and unpacks them again.
-void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t row_bytes);
-
 }  // namespace ep::cpu

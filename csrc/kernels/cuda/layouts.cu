@@ -1,0 +1,311 @@
+#include "layouts.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "formats.cuh"
+
+namespace ep::cuda {
+namespace {
+
+constexpr unsigned kAll = 0xFFFFFFFFu;
+constexpr int kInFlight = 4;  // 16-byte loads that a thread issues before it stores
+
+int ceil_div(int64_t n, int64_t d) {
+    return static_cast<int>((n + d - 1) / d);
+}
+
+// Slots are counted tile by tile, so that no place needs a look at all slots before it.
+struct Tiles {
+    int32_t count, slots;
+    static Tiles of(int32_t slots) {
+        const int per_tile = kThreads * ceil_div(slots, kThreads * kMaxTiles);
+        return {ceil_div(slots, per_tile), per_tile};
+    }
+};
+
+// This rank's expert in an entry of ids, -1: none.
+__device__ int local_at(const ReceivedSlots& s, int entry) {
+    const int id = s.ids[entry];
+    return id < 0 ? -1 : s.local[id];
+}
+
+// How many rows each tile has for each expert, and how many slots that have a row.
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ Tiles tiles) {
+    extern __shared__ int32_t counts[];  // [experts + 1]
+    const ReceivedSlots& s = a.slots;
+    for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        for (int e = threadIdx.x; e <= s.experts; e += kThreads) counts[e] = 0;
+        __syncthreads();
+        const int begin = tile * tiles.slots, end = min(begin + tiles.slots, s.count);
+        for (int slot = begin + static_cast<int>(threadIdx.x); slot < end; slot += kThreads) {
+            bool live = false;
+            for (int k = 0; k < s.top_k; ++k) {
+                const int e = local_at(s, slot * s.top_k + k);
+                if (e < 0) continue;
+                atomicAdd(&counts[e], 1);
+                live = true;
+            }
+            if (live) atomicAdd(&counts[s.experts], 1);
+        }
+        __syncthreads();
+        for (int e = threadIdx.x; e <= s.experts; e += kThreads)
+            a.tile_counts[tile * (s.experts + 1) + e] = counts[e];
+        __syncthreads();  // counts are used again
+    }
+}
+
+// Which list an entry's row belongs to, -1: it has none. Expert-major has a list per expert and entries of
+// ids; compact one list and an entry per slot.
+template <bool kByExpert>
+__device__ int list_of(const ReceivedSlots& s, int entry) {
+    if constexpr (kByExpert) {
+        return local_at(s, entry);
+    } else {
+        for (int k = 0; k < s.top_k; ++k)
+            if (local_at(s, entry * s.top_k + k) >= 0) return 0;
+        return -1;
+    }
+}
+
+// The place of an entry is the number of entries before it in its list: those of tiles before, of warps
+// before it in the tile, of its warp so far, and of lanes before it.
+template <bool kByExpert>
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ Tiles tiles) {
+    extern __shared__ int32_t next[];  // [kWarps, lists]
+    const ReceivedSlots& s = a.slots;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, columns = s.experts + 1;
+    const int lists = kByExpert ? s.experts : 1, per_slot = kByExpert ? s.top_k : 1;
+    int32_t* const mine = next + warp * lists;
+    for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        const int begin = tile * tiles.slots * per_slot;
+        const int end = min((tile + 1) * tiles.slots, s.count) * per_slot;
+        const int share = (end - begin + kThreads - 1) / kThreads * 32;  // entries of a warp
+        const int warp_begin = min(begin + warp * share, end), warp_end = min(warp_begin + share, end);
+        for (int i = threadIdx.x; i < kWarps * lists; i += kThreads) next[i] = 0;
+        __syncthreads();
+        for (int i = warp_begin + lane; i < warp_end; i += 32)
+            if (const int list = list_of<kByExpert>(s, i); list >= 0) atomicAdd(&mine[list], 1);
+        __syncthreads();
+        for (int list = threadIdx.x; list < lists; list += kThreads) {
+            const int32_t* const column = a.tile_counts + (kByExpert ? list : s.experts);
+            int before = 0;
+            for (int t = 0; t < tile; ++t) before += column[t * columns];
+            for (int w = 0; w < kWarps; ++w) {
+                const int count = next[w * lists + list];
+                next[w * lists + list] = before;
+                before += count;
+            }
+        }
+        __syncthreads();
+        for (int base = warp_begin; base < warp_end; base += 32) {
+            const int i = base + lane, list = i < warp_end ? list_of<kByExpert>(s, i) : -1;
+            const unsigned same = __match_any_sync(kAll, list), before = same & ((1u << lane) - 1);
+            const int at = list < 0 ? 0 : mine[list] + __popc(before);
+            __syncwarp();  // all have read what the first of each list now moves on
+            if (list >= 0 && before == 0) mine[list] += __popc(same);
+            __syncwarp();
+            if (i < warp_end) a.places[i] = list < 0 || at >= s.count ? -1 : list * s.count + at;
+        }
+        if (tile == tiles.count - 1)
+            for (int e = threadIdx.x; e < columns; e += kThreads) {
+                int total = 0;
+                for (int t = 0; t < tiles.count; ++t) total += a.tile_counts[t * columns + e];
+                a.totals[e] = min(total, s.count);
+            }
+        __syncthreads();  // next is used again
+    }
+}
+
+// A group of warps takes one slot at a time.
+struct Share {
+    int group, groups, place, step;
+    __device__ explicit Share(int warps_per_row) {
+        const int warp = threadIdx.x / 32;
+        group = warp / warps_per_row;
+        groups = kWarps / warps_per_row;
+        place = warp % warps_per_row * 32 + threadIdx.x % 32;
+        step = warps_per_row * 32;
+    }
+    __device__ int first() const { return static_cast<int>(blockIdx.x) * groups + group; }
+    __device__ int stride() const { return static_cast<int>(gridDim.x) * groups; }
+};
+
+// Whether a slot has a place at all; its whole warp asks.
+__device__ bool any_place(const int32_t* places, int count) {
+    const int lane = threadIdx.x % 32;
+    return __any_sync(kAll, lane < count && places[lane] >= 0);
+}
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs a) {
+    const ReceivedSlots& s = a.slots;
+    const Share share(a.warps_per_row);
+    const int words = static_cast<int>(a.row_bytes / 16), scale_words = static_cast<int>(a.scale_bytes / 4);
+    for (int64_t slot = share.first(); slot < s.count; slot += share.stride()) {
+        const int32_t* const places = a.places + slot * a.places_per_slot;
+        if (!any_place(places, a.places_per_slot)) continue;
+        const char* const from = a.rows + slot * a.row_bytes;
+        for (int first = share.place; first < words; first += share.step * kInFlight) {
+            uint4 word[kInFlight];
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i)
+                if (const int at = first + i * share.step; at < words)
+                    word[i] = ptx::load_row(from + static_cast<int64_t>(at) * 16);
+            for (int p = 0; p < a.places_per_slot; ++p) {
+                if (places[p] < 0) continue;
+                char* const to = a.out_rows + places[p] * a.row_bytes;
+#pragma unroll
+                for (int i = 0; i < kInFlight; ++i)
+                    if (const int at = first + i * share.step; at < words)
+                        ptx::store_row(to + static_cast<int64_t>(at) * 16, word[i]);
+            }
+        }
+        for (int i = share.place; i < scale_words; i += share.step) {
+            const uint32_t word = reinterpret_cast<const uint32_t*>(a.scales + slot * a.scale_bytes)[i];
+            for (int p = 0; p < a.places_per_slot; ++p)
+                if (places[p] >= 0)
+                    reinterpret_cast<uint32_t*>(a.out_scales + places[p] * a.scale_bytes)[i] = word;
+        }
+        if (a.out_ids == nullptr || share.place >= s.top_k) continue;
+        const int64_t entry = slot * s.top_k + share.place;
+        const int64_t to = static_cast<int64_t>(places[0]) * s.top_k + share.place;
+        const int global = s.ids[entry], id = a.local_ids && global >= 0 ? s.local[global] : global;
+        a.out_ids[to] = id < 0 ? a.pad_id : id;
+        a.out_weights[to] = id < 0 ? 0.0f : s.weights[entry];
+    }
+}
+
+template <class F>
+constexpr int kUnits = kInFlight / F::kWords;  // of eight elements
+
+template <class F>
+__device__ void load_units(const char* row, int first, int step, int end, uint4* words) {
+#pragma unroll
+    for (int i = 0; i < kUnits<F>; ++i)
+        if (const int at = first + i * step; at < end)
+#pragma unroll
+            for (int j = 0; j < F::kWords; ++j)
+                words[i * F::kWords + j] =
+                    ptx::load_row(row + (static_cast<int64_t>(at) * F::kWords + j) * 16);
+}
+
+// Rows that are sums already.
+template <class Y, class Wire>
+__device__ void return_row(const ReturnArgs& a, const char* y, char* row, const Share& share) {
+    const int eighths = a.hidden / 8;
+    for (int first = share.place; first < eighths; first += share.step * kUnits<Y>) {
+        uint4 words[kInFlight];
+        load_units<Y>(y, first, share.step, eighths, words);
+#pragma unroll
+        for (int i = 0; i < kUnits<Y>; ++i) {
+            const int at = first + i * share.step;
+            if (at >= eighths) continue;
+            if constexpr (std::is_same_v<Y, Wire>) {
+#pragma unroll
+                for (int j = 0; j < Y::kWords; ++j)
+                    ptx::store_row(row + (static_cast<int64_t>(at) * Y::kWords + j) * 16,
+                                   words[i * Y::kWords + j]);
+            } else {
+                Eight part;
+                Y::unpack(words + i * Y::kWords, part);
+                store_eight<Wire>(row, at, part);
+            }
+        }
+    }
+}
+
+// The weighted sum over this rank's experts.
+template <class Y, class Wire>
+__device__ void return_sum(const ReturnArgs& a, const int32_t* places, const float* weights, char* row,
+                           const Share& share) {
+    const int eighths = a.hidden / 8;
+    const int64_t y_bytes = static_cast<int64_t>(eighths) * Y::kWords * 16;
+    for (int first = share.place; first < eighths; first += share.step * kUnits<Y>) {
+        Eight sum[kUnits<Y>]{};
+        for (int p = 0; p < a.places_per_slot; ++p) {
+            if (places[p] < 0) continue;
+            const float weight = weights[p];
+            uint4 words[kInFlight];
+            load_units<Y>(a.y + places[p] * y_bytes, first, share.step, eighths, words);
+#pragma unroll
+            for (int i = 0; i < kUnits<Y>; ++i) {
+                if (first + i * share.step >= eighths) continue;
+                Eight part;
+                Y::unpack(words + i * Y::kWords, part);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sum[i].v[j] = __fmaf_rn(weight, part.v[j], sum[i].v[j]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kUnits<Y>; ++i)
+            if (const int at = first + i * share.step; at < eighths) store_eight<Wire>(row, at, sum[i]);
+    }
+}
+
+template <class Y, class Wire>
+__global__ void __launch_bounds__(kThreads) return_kernel(const __grid_constant__ ReturnArgs a) {
+    const Share share(a.warps_per_row);
+    const int64_t elements = a.hidden;
+    for (int64_t slot = share.first(); slot < a.count; slot += share.stride()) {
+        const int32_t* const places = a.places + slot * a.places_per_slot;
+        if (!any_place(places, a.places_per_slot)) continue;
+        char* const row = a.rows + slot * elements * (Wire::kWords * 2);
+        if (a.weights)
+            return_sum<Y, Wire>(a, places, a.weights + slot * a.places_per_slot, row, share);
+        else
+            return_row<Y, Wire>(a, a.y + places[0] * elements * (Y::kWords * 2), row, share);
+    }
+}
+
+// Ordinary launches: see layouts.h.
+Launch ordinary(int blocks, cudaStream_t stream, int64_t shared_bytes = 0) {
+    return {blocks, stream, false, kThreads, static_cast<int>(shared_bytes)};
+}
+
+// Warps for a row of so many 16-byte words: enough to load it at once, a power of two.
+int warps_for(int64_t words) {
+    int warps = 1;
+    while (warps < kWarps && int64_t{warps} * 32 * kInFlight < words) warps *= 2;
+    return warps;
+}
+int blocks_for(int32_t slots, int32_t warps_per_row, int blocks) {
+    return std::min(ceil_div(slots, kWarps / warps_per_row), blocks);
+}
+
+template <class Out>
+cudaError_t launch_return_as(const ReturnArgs& a, const Launch& how) {
+    const bool y32 = a.y_type == DType::kF32, wire32 = a.wire == DType::kF32;
+    if (y32 && wire32) return launch(return_kernel<F32, F32>, how, a);
+    if (y32) return launch(return_kernel<F32, Out>, how, a);
+    if (wire32) return launch(return_kernel<Out, F32>, how, a);
+    return launch(return_kernel<Out, Out>, how, a);
+}
+
+}  // namespace
+
+cudaError_t launch_index(const IndexArgs& a, int blocks, cudaStream_t stream) {
+    const Tiles tiles = Tiles::of(a.slots.count);
+    blocks = std::min(tiles.count, blocks);
+    const int64_t columns = a.slots.experts + 1;
+    const cudaError_t counted = launch(count_kernel, ordinary(blocks, stream, columns * 4), a, tiles);
+    if (counted != cudaSuccess) return counted;
+    const int64_t lists = a.by_expert ? a.slots.experts : 1;
+    return launch(a.by_expert ? place_kernel<true> : place_kernel<false>,
+                  ordinary(blocks, stream, kWarps * lists * 4), a, tiles);
+}
+
+cudaError_t launch_gather(GatherArgs a, int blocks, cudaStream_t stream) {
+    a.warps_per_row = warps_for(a.row_bytes / 16);
+    return launch(gather_kernel, ordinary(blocks_for(a.slots.count, a.warps_per_row, blocks), stream), a);
+}
+
+cudaError_t launch_return(ReturnArgs a, int blocks, cudaStream_t stream) {
+    a.warps_per_row = warps_for(a.hidden * element_bytes(a.y_type) / 16);
+    const Launch how = ordinary(blocks_for(a.count, a.warps_per_row, blocks), stream);
+    const bool half = a.y_type == DType::kF16 || a.wire == DType::kF16;
+    return half ? launch_return_as<F16>(a, how) : launch_return_as<BF16>(a, how);
+}
+
+}  // namespace ep::cuda
