@@ -55,7 +55,8 @@ class Ours:
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self._settings = name, settings
-        self.capturable = name == "peer"
+        # A compact dispatch waits for the GPU to know how many rows came.
+        self.capturable = name == "peer" and settings.layout != "compact"
         self._comm = Communicator(None, settings.config(name), device=settings.device)
         self.window_bytes: int | None = self._comm.window_bytes
         self._inputs: list[Inputs] = []
