@@ -37,9 +37,16 @@ inline ExchangeShape shape_of(const std::vector<int64_t>& s) {
 
 // The fields of an error word in order.
 inline std::vector<int64_t> fields_of(const ErrorWord& e) {
-    return {static_cast<int64_t>(e.status),     e.peer,      e.reporter,
-            static_cast<int64_t>(e.phase),      e.channel,   static_cast<int64_t>(e.epoch_expected),
-            static_cast<int64_t>(e.epoch_seen), e.waited_us, static_cast<int64_t>(e.missing[0]),
+    return {static_cast<int64_t>(e.status),
+            e.peer,
+            e.reporter,
+            static_cast<int64_t>(e.phase),
+            e.channel,
+            static_cast<int64_t>(e.epoch_expected),
+            static_cast<int64_t>(e.epoch_seen),
+            e.waited_us,
+            static_cast<int64_t>(e.cause),
+            static_cast<int64_t>(e.missing[0]),
             static_cast<int64_t>(e.missing[1])};
 }
 

@@ -20,7 +20,8 @@ constexpr uint64_t kEpochMask = (uint64_t{1} << 48) - 1;
 
 static_assert(kMaxWorld <= 64 * kMaskWords);
 
-// Words: 48 bits of epoch, 16 bits of count (flag), of blamed rank + 1 (abort) or of Meeting (meeting word).
+// Words: 48 bits of epoch, 16 bits of count (flag), of status and blamed rank + 1 (abort: status.h) or of
+// Meeting (meeting word).
 EP_HD constexpr uint64_t make_word(uint64_t epoch, uint32_t low) {
     return (epoch & kEpochMask) << 16 | (low & 0xFFFF);
 }

@@ -10,7 +10,7 @@ namespace ep {
 enum class Status : int32_t {
     kOk = 0,
     kTimeout = 1,      // this rank's own deadline passed
-    kAborted = 2,      // a peer's deadline passed; it blames `peer`
+    kAborted = 2,      // a peer stopped; it blames `peer`, for `cause`
     kAhead = 3,        // a flag is of a later epoch than the one awaited
     kSlotsDiffer = 4,  // a source used another T, or says it has more tokens than slots
     kPeerClosed = 5,   // a peer closed the exchange without sending the rows this rank waited for
@@ -33,7 +33,21 @@ struct ErrorWord {
     uint64_t epoch_expected = 0;
     uint64_t epoch_seen = 0;
     int64_t waited_us = 0;
+    Status cause = Status::kOk;         // of kAborted: what stopped the reporter
     uint64_t missing[kMaskWords] = {};  // ranks whose flag had not come
 };
+
+// The abort word of a rank that was stopped by `e`, and what a peer reads from it.
+EP_HD inline uint64_t abort_word_of(const ErrorWord& e) {
+    return make_word(e.epoch_expected,
+                     static_cast<uint32_t>(e.status) << 8 | static_cast<uint32_t>(e.peer + 1));
+}
+EP_HD inline void read_abort_word(uint64_t word, int32_t reporter, ErrorWord& e) {
+    e.status = Status::kAborted;
+    e.cause = static_cast<Status>(word_low(word) >> 8);
+    e.peer = static_cast<int32_t>(word_low(word) & 0xFF) - 1;
+    e.reporter = reporter;
+    e.epoch_seen = word_epoch(word);
+}
 
 }  // namespace ep

@@ -258,6 +258,7 @@ void stopped_rank() {
                     }
                     check_equal(code(status), code(Status::kAborted), "status of the rank that was stopped");
                     check_equal(ranks[rank].error().peer, stopped, "blamed rank, by itself");
+                    check_equal(code(ranks[rank].error().cause), code(Status::kTimeout), "cause");
                 }
                 ranks[rank].set_timeout(s.timeout_us);
                 check(ranks[rank].recover(60'000'000).empty(), "recover");

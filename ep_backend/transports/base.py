@@ -212,9 +212,18 @@ def _describe_bad_ids(ids: torch.Tensor, num_experts: int) -> str:
     return f"token {token} has expert {expert} twice in its top-k; each expert at most once was wanted"
 
 
+_PROTOCOL_CAUSES = {
+    _native.SLOTS_DIFFER: "not all ranks gave the same tokens_per_rank to a dispatch",
+    _native.AHEAD: "the ranks did not make the same calls",
+}
+
+
 def error_for(word: list[int], rank: int, world: int) -> EpError:
     """What an error word (csrc/common/status.h, its fields in order) means on ``rank``."""
-    status, peer, reporter, phase, channel, expected, seen, waited_us, *masks = word
+    status, peer, reporter, phase, channel, expected, seen, waited_us, cause, *masks = word
+    if status == _native.ABORTED and cause in (_native.SLOTS_DIFFER, _native.AHEAD):
+        blamed = f", and blames rank {peer}" if peer != rank else ", and blames this rank"
+        return EpProtocolError(f"rank {reporter} stopped: {_PROTOCOL_CAUSES[cause]}{blamed}")
     if status == _native.PEER_CLOSED:
         return EpProtocolError(
             f"rank {peer} ended the exchange without a combine, so rank {rank} lacks its rows"

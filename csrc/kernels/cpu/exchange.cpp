@@ -121,7 +121,7 @@ Status Exchange::fail(ErrorWord word) {
     if (error_.status != Status::kOk) return error_.status;
     error_ = word;
     if (word.status != Status::kAborted) {
-        const uint64_t abort = make_word(word.epoch_expected, static_cast<uint32_t>(word.peer + 1));
+        const uint64_t abort = abort_word_of(word);
         for (int64_t r = 0; r < settings_.shape.world; ++r)
             if (r != settings_.rank && windows_[r])  // exchanges over packed buffers map no window of a peer
                 store_release(windows_[r] + layout_.abort_word(settings_.rank), abort);
@@ -135,13 +135,10 @@ bool Exchange::told_to_stop(int64_t channel, Phase phase, int64_t waited_us) {
         const uint64_t word = load_acquire(own() + layout_.abort_word(r));
         if (word_low(word) == 0 || epoch_distance(word_epoch(word), floor_) < 0) continue;
         ErrorWord error;
-        error.status = Status::kAborted;
-        error.peer = static_cast<int32_t>(word_low(word)) - 1;
-        error.reporter = static_cast<int32_t>(r);
+        read_abort_word(word, static_cast<int32_t>(r), error);
         error.phase = phase;
         error.channel = channel;
         error.epoch_expected = channels_[channel].epoch;
-        error.epoch_seen = word_epoch(word);
         error.waited_us = waited_us;
         fail(error);
         return true;

@@ -96,7 +96,7 @@ static __device__ __noinline__ void fail(const View& v, ErrorWord word) {
         __threadfence_system();
         v.host_error->stopped = 1;
         if (word.status != Status::kAborted) {
-            const uint64_t abort = make_word(word.epoch_expected, static_cast<uint32_t>(word.peer + 1));
+            const uint64_t abort = abort_word_of(word);
             for (int r = 0; r < v.world; ++r)
                 if (r != v.rank) ptx::store_flag(v.windows[r] + v.layout.abort_word(v.rank), abort);
         }
@@ -125,10 +125,7 @@ static __device__ __noinline__ bool may_wait_on(const View& v, Phase phase, uint
         if (r == v.rank) continue;
         const uint64_t abort = ptx::load_relaxed(own(v) + v.layout.abort_word(r));
         if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.error->floor) < 0) continue;
-        error.status = Status::kAborted;
-        error.peer = static_cast<int32_t>(word_low(abort)) - 1;
-        error.reporter = r;
-        error.epoch_seen = word_epoch(abort);
+        read_abort_word(abort, r, error);
         fail(v, error);
         return false;
     }
