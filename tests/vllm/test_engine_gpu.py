@@ -33,6 +33,7 @@ pytestmark = [
 
 # Triton multiplies float32 in tf32 unless told otherwise, and that changes tokens.
 EXACT = (("TRITON_F32_DEFAULT", "ieee"),)
+UNTESTED = (("EP_BACKEND_ALLOW_UNTESTED", "1"),)
 MEMORY = ("--gpu-memory-utilization", "0.2")
 
 
@@ -46,8 +47,11 @@ CASES = {
     "eager": {"extra": ("--enforce-eager",)},
     "full decode graphs": {"extra": compiled(0, "FULL_DECODE_ONLY")},
     "compiled, full and piecewise graphs": {"extra": compiled(3, "FULL_AND_PIECEWISE")},
-    "two-batch overlap": {"extra": ("--enforce-eager", *OVERLAP)},
-    "two-batch overlap, full decode graphs": {"extra": (*compiled(0, "FULL_DECODE_ONLY"), *OVERLAP)},
+    "two-batch overlap": {"extra": ("--enforce-eager", *OVERLAP), "environ": (*EXACT, *UNTESTED)},
+    "two-batch overlap, full decode graphs": {
+        "extra": (*compiled(0, "FULL_DECODE_ONLY"), *OVERLAP),
+        "environ": (*EXACT, *UNTESTED),
+    },
     "chunked prefill": {"extra": (*compiled(0, "FULL_DECODE_ONLY"), "--max-num-batched-tokens", "16")},
     "redundant experts": {
         "extra": (*compiled(0, "FULL_DECODE_ONLY"), "--enable-eplb", "--eplb-config", EPLB)

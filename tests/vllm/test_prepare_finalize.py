@@ -83,7 +83,7 @@ def gpu_like_experts(rows, ids, weights, w13, w2, on_input, expert_map):
     return output
 
 
-FORMS = (*(["cpu"] if is_cpu_build() else []), "cuda", "cuda in halves")
+FORMS = (*(["cpu"] if is_cpu_build() else []), "cuda")
 """What the experts get: what vLLM's CPU kernel can take, or what its GPU kernels take, here without a GPU."""
 
 
@@ -113,7 +113,7 @@ def one_layer(rank, name, form):
         return made[-1]
 
     manager = SimpleNamespace(
-        device=torch.device(form.split()[0]),
+        device=torch.device(form),
         rank=rank,
         world_size=WORLD,
         scheduler_limit=40,
@@ -144,12 +144,7 @@ def one_layer(rank, name, form):
             y = gpu_like_experts(rows, row_ids, row_weights, w13[mine], w2[mine], on_input, expert_map)
         elif rows.shape[0]:
             y = vllm_cpu_experts(rows, row_ids, row_weights, w13[mine], w2[mine], on_input)
-        done = (output, y, row_weights, row_ids, on_input, TopKWeightAndReduceNoOP())
-        if form.endswith("halves"):
-            for wait in layer.finalize_async(*done):
-                wait()
-        else:
-            layer.finalize(*done)
+        layer.finalize(output, y, row_weights, row_ids, on_input, TopKWeightAndReduceNoOP())
     made[0].destroy()
     return output.float().tolist()
 

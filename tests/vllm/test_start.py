@@ -40,6 +40,7 @@ def test_a_good_launch_is_neither_refused_nor_commented():
     [
         ({"ubatches": 2}, "neither on a CPU"),
         ({"ubatches": 3, "device": "cuda"}, "--enable-dbo without --ubatch-size"),
+        ({"ubatches": 2, "device": "cuda"}, "EP_BACKEND_ALLOW_UNTESTED=1"),
         ({"elastic": True}, "without --enable-elastic-ep"),
         ({"fault_tolerance": True}, "without --enable-fault-tolerance"),
         ({"context_parallel": 2}, "--prefill-context-parallel-size 1"),
@@ -70,6 +71,11 @@ def test_cuda_graphs_need_a_transport_that_they_can_capture(changes, transport, 
     if reason is not None:
         assert "--enforce-eager" in reason
         assert reason.endswith("These GPUs are not joined.")
+
+
+def test_what_was_not_run_on_gpus_can_be_tried():
+    assert refusal(but(ubatches=2, device="cuda", allow_untested=True)) is None
+    assert refusal(but(ubatches=2, device="cpu", allow_untested=True)) is not None
 
 
 def test_the_token_limit_is_the_library_s():

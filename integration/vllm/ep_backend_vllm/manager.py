@@ -1,6 +1,5 @@
 """The all-to-all manager of the expert-parallel group: it owns the communicators and their deadlines."""
 
-import functools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -31,9 +30,9 @@ class EpManager(AgRsAll2AllManager):
     ) -> None:
         super().__init__(cpu_group, tcp_store_group)
         self.device = device
-        self._vllm_config = get_current_vllm_config()
-        self.scheduler_limit: int = self._vllm_config.scheduler_config.max_num_batched_tokens
-        self.num_channels: int = max(1, self._vllm_config.parallel_config.num_ubatches)
+        vllm_config = get_current_vllm_config()
+        self.scheduler_limit: int = vllm_config.scheduler_config.max_num_batched_tokens
+        self.num_channels: int = max(1, vllm_config.parallel_config.num_ubatches)
         # Compilation and profiling let ranks wait for minutes for each other; see engine_is_ready.
         self._timeout_s: float = env.get("EP_BACKEND_STARTUP_TIMEOUT_S")
         self._communicators: dict[EpConfig, Communicator] = {}
@@ -76,13 +75,6 @@ class EpManager(AgRsAll2AllManager):
                 "top-k ids: use a version whose CPU experts take them (0.32 does)."
             )
         return super().dispatch_router_logits(*args, **kwargs)
-
-    @functools.cached_property
-    def works_between_halves(self) -> bool:
-        """Whether there is something to do while rows travel. Asked only when the model is complete."""
-        layers = self._vllm_config.compilation_config.static_forward_context.values()
-        shared = any(getattr(layer, "shared_experts", None) is not None for layer in layers)
-        return shared or self.num_channels > 1
 
     def max_sms_used(self) -> int | None:
         """SMs to keep free for an exchange that runs beside other work: none, its halves are short."""

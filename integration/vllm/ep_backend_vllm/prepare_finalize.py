@@ -1,6 +1,5 @@
 """vLLM's prepare / finalize of a MoE layer on ep_backend's dispatch / combine (Standard format)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceContiguous,
     TopKWeightAndReduceDelegate,
 )
-from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_enabled
+from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_enabled, dbo_maybe_run_recv_hook
 
 from ep_backend import Communicator, EpConfigError, env
 from ep_backend.transports.base import Received
@@ -36,8 +35,8 @@ def make_prepare_finalize(moe: Any, manager: EpManager, *, monolithic: bool) -> 
 class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     """One received row per (token, rank); the local experts' weighted sum of each row travels back.
 
-    Dispatch and combine are one launch each; where there is work to do between the halves of one (shared
-    experts, the other micro-batch), the halves are.
+    Dispatch and combine are one launch each. With two micro-batches their halves are, and the other batch is
+    computed in between.
     """
 
     _communicator: Communicator
@@ -94,7 +93,7 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         return True
 
     def supports_async(self) -> bool:
-        return self._manager.works_between_halves
+        return self._manager.num_channels > 1
 
     def supports_dbo(self) -> bool:
         return True
@@ -166,8 +165,21 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         topk_ids: torch.Tensor,
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: mk.TopKWeightAndReduce,
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """Sends. Returns what waits for the others' sums and adds them, and a second call without work."""
+    ) -> Any:
+        """As `finalize`, and returns a call without work. With two micro-batches it sends only, and before
+        that call comes one that waits for the others' sums and adds them."""
+        if not dbo_enabled():
+            self.finalize(
+                output,
+                fused_expert_output,
+                topk_weights,
+                topk_ids,
+                apply_router_weight_on_input,
+                weight_and_reduce_impl,
+            )
+            return _nothing
+        # The other batch is about to need what its `prepare_async` left for us to wait for.
+        dbo_maybe_run_recv_hook()
         handle = self._handles[dbo_current_ubatch_id()]
         rows = _reduced(
             fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input, weight_and_reduce_impl
@@ -178,7 +190,7 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
             self._communicator.combine_recv(handle, out=output)
             self._scale_for_tests(output)
 
-        return wait, lambda: None
+        return wait, _nothing
 
     def _dispatch_arguments(
         self, a1: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, weight_on_input: bool
@@ -208,6 +220,10 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     def _scale_for_tests(self, output: torch.Tensor) -> None:
         if self._test_scale != 1:
             output.mul_(self._test_scale)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _reduced(

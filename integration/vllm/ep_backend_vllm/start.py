@@ -37,6 +37,7 @@ class Launch:
     max_tokens_per_rank: int | None  # None: not known yet
     eager: bool = True  # without CUDA graphs
     ubatches: int = 1
+    allow_untested: bool = False
     elastic: bool = False
     fault_tolerance: bool = False
     lora: bool = False
@@ -59,6 +60,8 @@ def read_launch(vllm_config: Any) -> Launch:
     """`Launch` of a VllmConfig, complete or still under construction."""
     from vllm.platforms import current_platform
 
+    from ep_backend import env
+
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     limit = vllm_config.scheduler_config.max_num_batched_tokens
     return Launch(
@@ -71,6 +74,7 @@ def read_launch(vllm_config: Any) -> Launch:
         max_tokens_per_rank=None if limit is None else max_tokens_per_rank(vllm_config),
         eager=model is None or model.enforce_eager,
         ubatches=max(1, parallel.num_ubatches),
+        allow_untested=env.get("EP_BACKEND_ALLOW_UNTESTED") == "1",
         elastic=parallel.enable_elastic_ep,
         fault_tolerance=getattr(parallel, "enable_fault_tolerance", False),
         lora=vllm_config.lora_config is not None,
@@ -90,6 +94,11 @@ def refusal(launch: Launch) -> str | None:
         return (
             "ep_backend overlaps two batches, on GPUs: use --enable-dbo without --ubatch-size there, and "
             "neither on a CPU."
+        )
+    if launch.ubatches > 1 and not launch.allow_untested:
+        return (
+            "two-batch overlap of ep_backend has been tested without GPUs only: start without --enable-dbo, "
+            "or set EP_BACKEND_ALLOW_UNTESTED=1 to try it."
         )
     if launch.elastic:
         return "ep_backend does not support elastic expert parallelism: start without --enable-elastic-ep."
@@ -156,7 +165,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """Raises ValueError with the sentence of `refusal`, or with the wrong value of a variable."""
     from ep_backend import env
 
-    reasons = (refusal(read_launch(vllm_config)), *env.wrong_values())
+    reasons = (*env.wrong_values(), refusal(read_launch(vllm_config)))
     for reason in reasons:
         if reason is not None:
             raise ValueError(reason)
