@@ -9,23 +9,32 @@ from ep_backend.bench.engines import trace
 from ep_backend.errors import EpError
 
 
-def kernel(name, start, duration):
-    return {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": duration}
+def kernel(launch, name, start, duration):
+    return {
+        "ph": "X",
+        "cat": "kernel",
+        "name": name,
+        "ts": start,
+        "dur": duration,
+        "args": {"correlation": launch},
+    }
 
 
-def launch():
-    return {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 5}
+def launch(number):
+    args = {"correlation": number}
+    return {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 5, "args": args}
 
 
 OURS = "void ep::cuda::(anonymous namespace)::dispatch_kernel<int>(ep::cuda::View)"
 EVENTS = [
-    launch(),
-    kernel("gemm", 0, 10),
-    kernel(OURS, 10, 4),
-    kernel("ncclDevKernel_AllGather", 12, 4),  # 2 us of it beside the one before
-    launch(),
-    kernel("gemm", 100, 10),
-    kernel(OURS, 112, 4),
+    launch(7),
+    kernel(7, "gemm", 0, 10),
+    kernel(7, OURS, 10, 4),
+    kernel(7, "ncclDevKernel_AllGather", 12, 4),  # 2 us of it beside the one before
+    launch(9),
+    kernel(9, "gemm", 100, 10),
+    kernel(9, OURS, 112, 4),
+    kernel(8, "sampling", 120, 50),  # of no graph
     {"ph": "M", "name": "process_name"},
 ]
 
@@ -37,10 +46,11 @@ def test_a_step_s_kernels_and_times():
         "communication_kernels": 1.5,
         "busy_us": (16 + 14) / 2,
         "communication_us": (6 + 4) / 2,
+        "first_us": 4,
     }
 
 
-@pytest.mark.parametrize("events", [[], EVENTS[:4], [launch(), launch()]])
+@pytest.mark.parametrize("events", [[], EVENTS[:4], [launch(7), launch(9)]])
 def test_less_than_two_steps_say_nothing(events):
     assert trace.read_rank(events) is None
 

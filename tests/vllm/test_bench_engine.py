@@ -298,7 +298,7 @@ def servings(monkeypatch):
             if load.concurrency == 8:
                 raise EpError("nothing was traced")
             assert load.num_prompts == load.concurrency
-            times = {"busy_us": 900.0, "communication_us": 100.0}
+            times = {"busy_us": 900.0, "communication_us": 100.0, "first_us": 9.0}
             return {"ranks": 2, "steps": 24, "kernels": 50, "communication_kernels": 8, **times}
 
     started = []

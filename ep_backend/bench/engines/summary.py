@@ -83,7 +83,7 @@ def trace_table(traces: Sequence[dict[str, Any]], title: str) -> Table:
     """What a GPU does in a decode step; see `trace.read_rank`."""
     shown = Table(title=f"{title}: a decode step of a GPU")
     shown.add_column("backend")
-    for header in ("at a time", "kernels", "communicating", "busy ms", "communication ms"):
+    for header in ("at a time", "kernels", "communicating", "busy ms", "communication ms", "first ms"):
         shown.add_column(header, justify="right")
     for step in traces:
         shown.add_row(
@@ -93,6 +93,7 @@ def trace_table(traces: Sequence[dict[str, Any]], title: str) -> Table:
             f"{step['communication_kernels']:.1f}",
             f"{step['busy_us'] / 1000:.2f}",
             f"{step['communication_us'] / 1000:.2f}",
+            f"{step['first_us'] / 1000:.2f}",
         )
     return shown
 

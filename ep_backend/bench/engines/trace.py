@@ -1,6 +1,7 @@
 """What a GPU does in a decode step, read from the traces of PyTorch's profiler.
 
-A step is one replay of a CUDA graph: only engines that decode in full graphs can be read.
+A step is one replay of a CUDA graph: only engines that decode in full graphs can be read. What an engine
+launches beside its graph, such as sampling, is not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ COMMUNICATION = ("nccl", "ep::cuda::")
 """What the names of kernels that communicate hold: NCCL's and ours."""
 
 
+Kernel = tuple[float, float, str]  # start and duration in microseconds, name
+
+
 def read(folder: Path) -> dict[str, Any]:
     """Medians over the ranks whose traces are in ``folder``: see `read_rank`. EpError if there are none."""
     files = sorted(folder.glob("**/*.json.gz"))
@@ -28,32 +32,40 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_rank(events: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of one rank's trace, per step: kernels, those that communicate, and times in microseconds.
+    """Of one rank's trace, medians over its steps: kernels, those that communicate, and microseconds.
 
     ``busy_us`` is the time in which any kernel runs, ``communication_us`` that in which one runs that
-    communicates, waiting for peers included. None if the trace has fewer than two steps.
+    communicates, waiting for peers included. ``first_us`` is the part of a step's first such kernel: it waits
+    for the rank that is the last to begin the step. None if the trace has fewer than two steps.
     """
-    kernels, steps = [], 0
+    kernels: dict[int, list[Kernel]] = {}
+    launched: list[int] = []
     for event in events:
         if event.get("ph") != "X":
             continue
         if event.get("cat") == "kernel":
-            kernels.append((float(event["ts"]), float(event["dur"]), str(event["name"])))
+            kernel = (float(event["ts"]), float(event["dur"]), str(event["name"]))
+            kernels.setdefault(event["args"]["correlation"], []).append(kernel)
         elif event.get("name") == "cudaGraphLaunch":
-            steps += 1
-    if steps < 2 or not kernels:
+            launched.append(event["args"]["correlation"])
+    steps = [_step(kernels[launch]) for launch in launched if launch in kernels]
+    if len(steps) < 2:
         return None
-    communication = [kernel for kernel in kernels if any(part in kernel[2] for part in COMMUNICATION)]
+    return {name: median(step[name] for step in steps) for name in steps[0]} | {"steps": len(steps)}
+
+
+def _step(kernels: list[Kernel]) -> dict[str, float]:
+    communication = sorted(kernel for kernel in kernels if any(part in kernel[2] for part in COMMUNICATION))
     return {
-        "steps": steps,
-        "kernels": len(kernels) / steps,
-        "communication_kernels": len(communication) / steps,
-        "busy_us": covered(kernels) / steps,
-        "communication_us": covered(communication) / steps,
+        "kernels": len(kernels),
+        "communication_kernels": len(communication),
+        "busy_us": covered(kernels),
+        "communication_us": covered(communication),
+        "first_us": communication[0][1] if communication else 0.0,
     }
 
 
-def covered(kernels: Iterable[tuple[float, float, str]]) -> float:
+def covered(kernels: Iterable[Kernel]) -> float:
     """Length of the union of (start, duration, name)."""
     total, end = 0.0, float("-inf")
     for start, duration, _ in sorted(kernels):
