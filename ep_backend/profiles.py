@@ -42,14 +42,16 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Condition(_Strict, frozen=True, kw_only=True):
     """Facts about the group that must all hold. A fact that the probe could not establish never holds.
 
-    ``gpus``: whether the ranks compute on GPUs (a mixed group is refused). ``nvlink``, ``peer_access``,
-    ``pcie_switch``: how many pairs of the group's GPUs inside a host have working NVLink; have passed the
-    data check of peer access both ways; hang under common PCIe switches. ``fabric``: handles of an NVLink
-    fabric across hosts were really exchanged. ``hca``: every host has an active InfiniBand/RoCE port.
+    ``gpus``: whether the ranks compute on GPUs (a mixed group is refused). ``several_gpus``: a host has two
+    or more that count, so that there are pairs to speak of. ``nvlink``, ``peer_access``, ``pcie_switch``: how
+    many pairs of the group's GPUs inside a host have working NVLink; have passed the data check of peer
+    access both ways; hang under common PCIe switches. ``fabric``: handles of an NVLink fabric across hosts
+    were really exchanged. ``hca``: every host has an active InfiniBand/RoCE port.
     Versions are texts like "13.0" and are compared with the lowest of the group.
     """
 
     gpus: Literal["none", "all"] | None = None
+    several_gpus: bool | None = None
     nvlink: Share | None = None
     peer_access: Share | None = None
     pcie_switch: Share | None = None
@@ -345,7 +347,13 @@ def _check_condition(condition: Condition, key: str) -> None:
         raise EpConfigError(f"{key}: is empty, it would always hold")
     if condition.gpus == "none" and any(
         fact is not None
-        for fact in (condition.nvlink, condition.peer_access, condition.pcie_switch, condition.fabric)
+        for fact in (
+            condition.several_gpus,
+            condition.nvlink,
+            condition.peer_access,
+            condition.pcie_switch,
+            condition.fabric,
+        )
     ):
         raise EpConfigError(f"{key}: asks for links between GPUs where gpus is 'none'")
     for what in ("cuda_driver", "nccl"):

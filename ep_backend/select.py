@@ -69,6 +69,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What the records of a group say together, in the words of `profiles.Condition`. None: not known."""
 
     gpus: str
+    several_gpus: bool
     nvlink: str | None
     peer_access: str | None
     pcie_switch: str | None
@@ -199,6 +200,7 @@ def gather(records: Sequence[Record]) -> Facts:
     fabric = {record.fabric_works for record in records}
     return Facts(
         gpus="all" if all(record.used_gpus() for record in records) else "none",
+        several_gpus=bool(_verdicts(hosts.values(), lambda link: True)),
         nvlink=_share(hosts.values(), lambda link: link.nvlink),
         peer_access=_share(hosts.values(), lambda link: link.peer_works),
         pcie_switch=_share(
@@ -300,6 +302,8 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
     """Why this group cannot use ``transport``, or an empty text."""
     if transport not in available:
         return f"it is not in this build, which has {' and '.join(sorted(available)) or 'none'}"
+    if transport == "peer" and facts.several_hosts:
+        return "this version maps GPU memory inside one machine only"
     if transport in ("cpu", "host") and not facts.shares_memory:
         return "the ranks share no memory"
     if transport == "cpu":
@@ -330,6 +334,16 @@ def _settings(
 
 def _share(hosts: Iterable[Sequence[Record]], judge: Any) -> str | None:
     """How many pairs of used GPUs in a host satisfy ``judge``: none, some, all; None if one is unknown."""
+    verdicts = _verdicts(hosts, judge)
+    if None in verdicts:
+        return None
+    if verdicts == {True}:
+        return "all"
+    return "some" if True in verdicts else "none"
+
+
+def _verdicts(hosts: Iterable[Sequence[Record]], judge: Any) -> set[bool | None]:
+    """What ``judge`` says of the pairs of used GPUs in each host; empty where no host has a pair."""
     verdicts: set[bool | None] = set()
     for records in hosts:
         known: dict[frozenset[str], bool | None] = {}
@@ -343,11 +357,7 @@ def _share(hosts: Iterable[Sequence[Record]], judge: Any) -> str | None:
             # One GPU of this host: how it reaches its neighbours tells what machine it is.
             verdicts.update(verdict for pair, verdict in known.items() if used[0] in pair)
         verdicts.update(known.get(frozenset((a, b))) for i, a in enumerate(used) for b in used[i + 1 :])
-    if None in verdicts:
-        return None
-    if verdicts == {True}:
-        return "all"
-    return "some" if True in verdicts else "none"
+    return verdicts
 
 
 def _lowest(texts: Iterable[str]) -> str | None:

@@ -51,6 +51,20 @@ def test_env_as_json(capsys):
     assert answer["machine"]["cpus"] >= 1
 
 
+@pytest.mark.parametrize("profile", [p for p in profiles.shipped() if p.name != "cpu"], ids=lambda p: p.name)
+def test_env_and_list_show_every_profile(capsys, profile):
+    for name in profile.names:
+        status, out, _ = run(capsys, "env", "--json", "--profile", name)
+        answer = json.loads(out)
+        assert (status, answer["profile"], answer["transport"]) == (0, profile.name, "collective")
+        shown = {item["name"]: (item["value"], item["source"]) for item in answer["environment"]}
+        for variable, setting in profile.environment.items():
+            assert shown[variable] == (setting.value, setting.source)
+    _, out, _ = run(capsys, "profiles", "list")
+    assert f"{profile.name}{' (also: ' if profile.aliases else ''}{', '.join(profile.aliases)}" in out
+    assert profile.description in out
+
+
 def test_env_for_a_shell_can_be_evaluated(capsys, monkeypatch):
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     status, out, _ = run(capsys, "env", "--shell", "--profile", "hgx")

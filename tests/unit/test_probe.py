@@ -116,6 +116,24 @@ def test_nvlink_that_does_not_work(machine):
     assert decide([record]).profile is None
 
 
+def test_nvlink_bridges_between_pairs(machine):
+    module = fake_nvml(4, peer=0)
+    module.nvmlDeviceGetP2PStatus = lambda a, b, index: 0 if a // 2 == b // 2 else 5
+    record = machine(module)
+    assert sum(link.nvlink is True for link in record.links) == 2
+    assert decide([record]).profile == "nvlink_pairs"
+
+
+def test_two_pcie_machines_with_ports(machine):
+    port = {"sys/class/infiniband/mlx5_0/ports/1/state": "4: ACTIVE\n"}
+    records = [
+        machine(fake_nvml(status=5, state=0), files={"proc/sys/kernel/random/boot_id": boot_id, **port})
+        for boot_id in ("first", "second")
+    ]
+    assert decide(records).profile == "pcie_rdma"
+    assert decide(records[:1]).profile is None, "peer access inside one machine is not known"
+
+
 @pytest.mark.parametrize("name", [n for n in vars(fake_nvml()) if n.startswith("nvmlDevice")])
 def test_any_question_may_go_unanswered(machine, name):
     record = machine(fake_nvml(broken=(name,)))

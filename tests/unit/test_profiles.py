@@ -97,6 +97,7 @@ MISTAKES = [
     (["transport", "inside"], ["cpu"], "'cpu' moves CPU tensors"),
     (["recognition", "require"], {"gpus": "none"}, "'peer' and 'host' need GPUs"),
     (["recognition", "require"], {"gpus": "none", "nvlink": "all"}, "links between GPUs where"),
+    (["recognition", "require"], {"gpus": "none", "several_gpus": True}, "links between GPUs where"),
     (["conditional", 0, "when"], {"nccl_at_least": "2.28", "nccl_below": "2.28.0"}, "below 2.28.0"),
     (["conditional", 0, "environment"], {}, "conditional[0]: has no effect"),
     (["environment"], {"NCCL_P2P_DISABLE": SETTING, "NCCL_P2P_LEVEL": {**SETTING, "value": "PIX"}},
@@ -136,7 +137,15 @@ def test_broken_files(content, message):
 
 def test_shipped_profiles_are_valid_and_complete():
     known = profiles.shipped()
-    assert {"cpu", "nvswitch"} <= {profile.name for profile in known}
+    assert [profile.name for profile in known] == [
+        "cpu",
+        "nvl72",
+        "nvswitch",
+        "nvlink_pairs",
+        "pcie_rdma",
+        "pcie_p2p",
+        "pcie_blackwell",
+    ]
     orders = [profile.recognition.order for profile in known if profile.recognition]
     assert len(set(orders)) == len(orders) == len(known), "each is recognised, at its own place in the order"
     for file, content in profiles.shipped_files():
@@ -144,7 +153,21 @@ def test_shipped_profiles_are_valid_and_complete():
 
 
 @pytest.mark.parametrize(
-    ("name", "found"), [("cpu", "cpu"), ("nvswitch", "nvswitch"), ("dgx", "nvswitch"), ("hgx", "nvswitch")]
+    ("name", "found"),
+    [
+        ("cpu", "cpu"),
+        ("nvl72", "nvl72"),
+        ("mnnvl", "nvl72"),
+        ("nvswitch", "nvswitch"),
+        ("dgx", "nvswitch"),
+        ("hgx", "nvswitch"),
+        ("nvlink_pairs", "nvlink_pairs"),
+        ("pcie_rdma", "pcie_rdma"),
+        ("pcie_p2p", "pcie_p2p"),
+        ("pcie_blackwell", "pcie_blackwell"),
+        ("pcie_no_p2p", "pcie_blackwell"),
+        ("workstation_blackwell", "pcie_blackwell"),
+    ],
 )
 def test_aliases(name, found):
     assert profiles.find(name, profiles.shipped()).name == found

@@ -45,6 +45,28 @@ def gpu_machine(count=4, host="node0", nvlink=lambda a, b: True, used=None, **ch
     return [Record(**{**fields, "device": uuids[rank], **changes}) for rank in ranks]
 
 
+def pcie_machine(count=8, works=True, ancestor="PXB", **changes):
+    """Records of ranks on a machine without NVLink. ``works``: whether the data check of a pair passed."""
+    records = gpu_machine(count, nvlink=lambda a, b: False, **changes)
+    return with_peer_access(records, works, ancestor)
+
+
+def with_peer_access(records, works, ancestor):
+    links = tuple(
+        msgspec.structs.replace(link, peer_works=works, ancestor=ancestor) for link in records[0].links
+    )
+    return [msgspec.structs.replace(record, links=links) for record in records]
+
+
+def pairs(a, b):
+    """NVLink bridges between GPUs 0 and 1, 2 and 3, ..."""
+    return a // 2 == b // 2
+
+
+def two(machine, *arguments, **changes):
+    return machine(*arguments, **changes) + machine(*arguments, host="node1", **changes)
+
+
 # --- profiles and transports ---
 
 
@@ -98,7 +120,7 @@ def test_nvswitch_with_a_build_that_has_everything():
 def test_only_the_gpus_of_the_group_count():
     in_pairs = gpu_machine(4, nvlink=lambda a, b: a // 2 == b // 2)
     assert gather(in_pairs).nvlink == "some"
-    assert decide(in_pairs).profile is None
+    assert decide(in_pairs).profile == "nvlink_pairs"
     one_pair = gpu_machine(4, nvlink=lambda a, b: a // 2 == b // 2, used=[2, 3])
     assert gather(one_pair).nvlink == "all"
     assert decide(one_pair).profile == "nvswitch"
@@ -115,6 +137,14 @@ def test_without_links_no_profile_fits():
         decision = decide(gpu_machine(4, nvlink=lambda a, b, verdict=verdict: verdict))
         assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
         assert f"nvlink must be all and is {word}" in decision.reason
+
+
+def test_pcie_machines_whose_peer_access_nobody_checked_fit_no_profile():
+    """What every PCIe machine is while the probe runs no data check: neither good nor bad is assumed."""
+    decision = decide(pcie_machine(4, works=None))
+    assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
+    for name, word in (("pcie_p2p", "all"), ("pcie_blackwell", "none")):
+        assert f"{name}: peer_access must be {word} and is unknown" in decision.reason
 
 
 def test_gpus_that_nobody_describes_are_not_taken_for_a_cpu_machine():
@@ -139,6 +169,132 @@ def test_the_worse_of_two_answers_counts():
 def test_cpu_tensors_on_a_gpu_machine():
     decision = decide([msgspec.structs.replace(record, device="cpu") for record in gpu_machine(2)])
     assert (decision.profile, decision.transport) == ("cpu", "cpu")
+
+
+# --- every kind of machine ---
+
+HCA = {"hcas": ("mlx5_0:1",)}
+NO_IB = {"NCCL_IB_DISABLE": "1"}
+FABRIC = {"NCCL_CUMEM_ENABLE": "1", "NCCL_MNNVL_ENABLE": "1", "NVSHMEM_CUMEM_HANDLE_TYPE": "FABRIC"}
+NVSWITCH = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
+PCIE = {"NCCL_NVLS_ENABLE": "0"}
+OLD = {"cuda_driver": "12.8"}
+OLD_HOST = {"NCCL_CUMEM_HOST_ENABLE": "0"}
+
+# Name, records, profile, transport now and in a build that has all, environment, and words of the reason.
+MACHINES = [
+    ("laptop", [cpu_rank()] * 2, "cpu", "cpu", "cpu", {}, "gpus is none"),
+    ("DGX", gpu_machine(8, **HCA), "nvswitch", "peer", "peer", NVSWITCH, "nvlink is all"),
+    ("two DGX", two(gpu_machine, 8, **HCA), "nvswitch", "collective", "hier", NVSWITCH, "across 2 machines"),
+    ("NVL72 tray", gpu_machine(4, fabric_works=True), "nvl72", "peer", "peer", FABRIC, "fabric is true"),
+    ("NVL72 trays", two(gpu_machine, 4, fabric_works=True), "nvl72", "collective", "collective", FABRIC,
+     "peer, because this version maps GPU memory inside one machine only"),
+    ("2 NVLink pairs", gpu_machine(4, nvlink=pairs), "nvlink_pairs", "collective", "host",
+     {"NCCL_P2P_LEVEL": "NVL", **NO_IB}, "nvlink is some"),
+    ("2 NVLink pairs and a port", gpu_machine(4, nvlink=pairs, **HCA), "nvlink_pairs", "collective", "host",
+     {"NCCL_P2P_LEVEL": "NVL"}, "nvlink is some"),
+    ("8 H100 PCIe", pcie_machine(8), "pcie_p2p", "peer", "peer",
+     {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "nvlink is none, peer_access is all"),
+    ("8 H100 PCIe and a port", pcie_machine(8, **HCA), "pcie_p2p", "peer", "peer",
+     {"NCCL_P2P_LEVEL": "PHB", **PCIE}, "nvlink is none, peer_access is all"),
+    ("two H100 PCIe machines without ports", two(pcie_machine, 8), "pcie_p2p", "collective", "collective",
+     {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "across 2 machines"),
+    ("two H100 PCIe machines with ports", two(pcie_machine, 8, **HCA), "pcie_rdma", "collective", "hier",
+     {"NCCL_P2P_LEVEL": "PHB", **PCIE}, "several_hosts is true, hca is true"),
+    ("two machines with ports, nothing checked", two(pcie_machine, 4, works=None, **HCA), "pcie_rdma",
+     "collective", "hier", PCIE, "hca is true"),
+    ("two machines with ports, no peer access, old driver",
+     two(pcie_machine, 4, works=False, **HCA, **OLD), "pcie_rdma", "collective", "hier",
+     {"NCCL_P2P_LEVEL": "LOC", **PCIE, **OLD_HOST}, "hca is true"),
+    ("two machines with a port and one GPU each", two(pcie_machine, 1, **HCA, **OLD), "pcie_rdma",
+     "collective", "hier", PCIE, "hca is true"),
+    ("RTX PRO 6000 Blackwell workstation", pcie_machine(2, works=False, ancestor="PHB"), "pcie_blackwell",
+     "collective", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "peer_access is none"),
+    ("the same with an old driver", pcie_machine(2, works=False, **OLD), "pcie_blackwell",
+     "collective", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB, **OLD_HOST}, "peer_access is none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("records", "profile", "now", "later", "environment", "reason"),
+    [machine[1:] for machine in MACHINES],
+    ids=[machine[0] for machine in MACHINES],
+)
+def test_every_kind_of_machine(records, profile, now, later, environment, reason):
+    decision = decide(records)
+    assert (decision.profile, decision.transport) == (profile, now)
+    assert {item.name: item.value for item in decision.env} == environment
+    assert decision.reason.startswith(f"Profile {profile}: ")
+    assert reason in decision.reason
+    arguments = {(item.engine, item.name): item.value for item in decision.engine}
+    assert arguments[("vllm", "--all2all-backend")] == "ep_backend"
+    if now != later:
+        assert "passed over: " in decision.reason
+    assert decide(records, available=EVERYTHING).transport == later
+
+
+def test_every_profile_is_reached():
+    assert {machine[2] for machine in MACHINES} == {profile.name for profile in KNOWN}
+
+
+def one_bad_pair(records):
+    """The same machine with one pair whose data check failed."""
+    links = list(records[0].links)
+    links[0] = msgspec.structs.replace(links[0], peer_works=False)
+    return [msgspec.structs.replace(record, links=tuple(links)) for record in records]
+
+
+@pytest.mark.parametrize(
+    ("not_this", "records", "instead"),
+    [
+        ("cpu", [cpu_rank(visible=("nvidia0",))], None),
+        ("nvl72", gpu_machine(4), "nvswitch"),
+        ("nvl72", gpu_machine(4, fabric_works=False), "nvswitch"),
+        ("nvl72", gpu_machine(4, fabric_works=True)[:3] + gpu_machine(4)[3:], "nvswitch"),
+        ("nvswitch", gpu_machine(4, nvlink=lambda a, b: (a, b) != (0, 3)), "nvlink_pairs"),
+        ("nvlink_pairs", gpu_machine(4, nvlink=pairs, used=[0, 1]), "nvswitch"),
+        ("nvlink_pairs", gpu_machine(4, nvlink=pairs, used=[1, 2]), None),
+        ("pcie_p2p", one_bad_pair(pcie_machine(4)), None),
+        ("pcie_p2p", with_peer_access(gpu_machine(4, nvlink=pairs), True, "PIX"), "nvlink_pairs"),
+        ("pcie_rdma", pcie_machine(4, **HCA) + pcie_machine(4, host="node1"), "pcie_p2p"),
+        ("pcie_rdma", two(gpu_machine, 4, nvlink=lambda a, b: None, **HCA), None),
+        ("pcie_blackwell", pcie_machine(1, works=False), None),
+        ("pcie_blackwell", one_bad_pair(pcie_machine(4)), None),
+    ],
+)
+def test_what_a_profile_is_not(not_this, records, instead):
+    decision = decide(records)
+    assert decision.profile == instead
+    fits = [p.name for p in KNOWN if not unmet(p.recognition.require, gather(records))]
+    assert not_this not in fits
+
+
+def test_recognition_is_unambiguous():
+    """Where two profiles fit, one stands before the other for a reason that its file gives."""
+    before = {
+        ("nvl72", name) for name in ("nvswitch", "nvlink_pairs", "pcie_rdma", "pcie_p2p", "pcie_blackwell")
+    }
+    before |= {("pcie_rdma", "pcie_p2p"), ("pcie_rdma", "pcie_blackwell")}
+    shares, truths = ("none", "some", "all", None), (False, True)
+    base = gather(gpu_machine(2))
+    for gpus, nvlink, peer, fabric, several, hca, hosts in itertools.product(
+        ("none", "all"), shares, shares, (False, True, None), truths, truths, truths
+    ):
+        facts = msgspec.structs.replace(
+            base, gpus=gpus, nvlink=nvlink, peer_access=peer, fabric=fabric, several_gpus=several, hca=hca,
+            several_hosts=hosts,
+        )  # fmt: skip
+        fits = [p.name for p in KNOWN if not unmet(p.recognition.require, facts)]
+        assert set(itertools.combinations(fits, 2)) <= before
+
+
+def test_a_level_of_the_user_replaces_that_of_the_profile():
+    decision = decide(pcie_machine(2, works=False))
+    environ = {"NCCL_P2P_LEVEL": "PIX"}
+    (conflict,) = apply_env(decision, environ)
+    assert environ["NCCL_P2P_LEVEL"] == "PIX"
+    assert "NCCL_P2P_DISABLE" not in environ
+    assert "NCCL_P2P_LEVEL=PIX is kept" in str(conflict)
 
 
 # --- what the user asks for ---
@@ -218,6 +374,7 @@ def test_the_transport_can_be_forced():
         ([cpu_rank()], "hier", "not in this build, which has collective and cpu"),
         ([cpu_rank(), cpu_rank(boot_id="b1")], "cpu", "the ranks share no memory"),
         (gpu_machine(2), "cpu", "it moves CPU tensors and rank 0 computes on GPU-node0-0"),
+        (gpu_machine(2) + gpu_machine(2, host="node1"), "peer", "inside one machine only"),
     ],
 )
 def test_a_forced_transport_that_cannot_be_had(records, wish, message):
@@ -309,13 +466,6 @@ def test_every_fact_that_a_condition_can_ask_for_is_gathered():
     facts = gather([cpu_rank()])
     for name in profiles.Condition.__struct_fields__:
         assert hasattr(facts, name.removesuffix("_below").removesuffix("_at_least"))
-
-
-def with_peer_access(records, works, ancestor):
-    links = tuple(
-        msgspec.structs.replace(link, peer_works=works, ancestor=ancestor) for link in records[0].links
-    )
-    return [msgspec.structs.replace(record, links=links) for record in records]
 
 
 def test_peer_access_counts_only_when_it_was_seen_to_work():
