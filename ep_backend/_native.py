@@ -35,9 +35,19 @@ LAYOUTS = {"rank_major": 0, "compact": 1, "expert_major": 2}
 MAX_WORLD = 72
 
 # csrc/common/status.h
-OK, TIMEOUT, ABORTED, AHEAD, SLOTS_DIFFER, PEER_CLOSED, BAD_ID, DUPLICATE_ID, WRONG_STATE, RECOVERING = range(
-    10
-)
+(
+    OK,
+    TIMEOUT,
+    ABORTED,
+    AHEAD,
+    SLOTS_DIFFER,
+    PEER_CLOSED,
+    BAD_ID,
+    DUPLICATE_ID,
+    WRONG_STATE,
+    RECOVERING,
+    WAITING,
+) = range(11)
 PHASES = ("dispatch", "combine")
 
 

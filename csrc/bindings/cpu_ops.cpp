@@ -46,6 +46,7 @@ std::vector<int64_t> window_layout(std::vector<int64_t> shape) {
 int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                         int64_t payload, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                         std::vector<int64_t> expert_rank, std::vector<int64_t> windows) {
+    constexpr int64_t kPatienceUs = 100'000;  // Python acts on signals between two calls only
     const cpu::Settings settings{shape_of(shape),
                                  rank,
                                  hidden,
@@ -54,7 +55,8 @@ int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden
                                  local_ids,
                                  static_cast<int32_t>(pad_id),
                                  static_cast<uint64_t>(epoch),
-                                 timeout_us};
+                                 timeout_us,
+                                 kPatienceUs};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
     cpu::Placement placement(rank, settings.shape.world, {expert_rank.begin(), expert_rank.end()});

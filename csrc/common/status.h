@@ -18,6 +18,7 @@ enum class Status : int32_t {
     kDuplicateId = 7,  // an expert stands twice in a token's top-k; nothing was sent
     kWrongState = 8,  // the channel is not at the point of the exchange that the call needs; nothing was sent
     kRecovering = 9,  // recover() has been called here, and not all ranks have come to it
+    kWaiting = 10,    // the wait goes on: call again
 };
 
 enum class Phase : int32_t { kDispatch = 0, kCombine = 1 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -170,6 +171,15 @@ class NativeExchange:
             weights = torch.empty([*lead, top_k], dtype=torch.float32)
         ops.dispatch_read(self.handle, channel, LAYOUTS[config.layout], rows, scales, ids, weights)
         return Received(rows, scales, ids, weights, tokens, per_expert)
+
+    def until_done(self, call: Callable[[], int], ids: torch.Tensor | None = None) -> None:
+        """Call what may wait until it has waited enough, then `raise_for` its status.
+
+        A long wait returns now and then, so that a signal such as Ctrl-C ends it.
+        """
+        while (status := call()) == _native.WAITING:
+            pass
+        self.raise_for(status, ids)
 
     def raise_for(self, status: int, ids: torch.Tensor | None = None) -> None:
         """Turn a status of the C++ code into the error it means; nothing for success."""

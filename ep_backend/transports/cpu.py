@@ -37,13 +37,11 @@ class CpuTransport(Transport):
         (self._windows, self._exchange), _ = rendezvous.together(group, join)
 
     def dispatch_send(self, call: DispatchCall) -> None:
-        status = ops.dispatch_send(
-            self._exchange.handle, call.channel, call.x, call.scales, call.ids, call.weights, call.slots
-        )
-        self._exchange.raise_for(status, call.ids)
+        arguments = (call.channel, call.x, call.scales, call.ids, call.weights, call.slots)
+        self._exchange.until_done(lambda: ops.dispatch_send(self._exchange.handle, *arguments), call.ids)
 
     def dispatch_recv(self, channel: int, slots: int) -> Received:
-        self._exchange.raise_for(ops.dispatch_wait(self._exchange.handle, channel))
+        self._exchange.until_done(lambda: ops.dispatch_wait(self._exchange.handle, channel))
         return self._exchange.received(channel, slots)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
@@ -51,10 +49,10 @@ class CpuTransport(Transport):
         self._exchange.raise_for(ops.combine_send(self._exchange.handle, channel, layout, y))
 
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
-        self._exchange.raise_for(ops.combine_recv(self._exchange.handle, channel, out))
+        self._exchange.until_done(lambda: ops.combine_recv(self._exchange.handle, channel, out))
 
     def close_exchange(self, channel: int) -> None:
-        self._exchange.raise_for(ops.exchange_close(self._exchange.handle, channel))
+        self._exchange.until_done(lambda: ops.exchange_close(self._exchange.handle, channel))
 
     def check(self) -> None:
         self._exchange.check()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -232,3 +233,28 @@ def test_interrupt():
     kind, seconds = outcomes[0].value
     assert kind == "KeyboardInterrupt"
     assert seconds < 4 + MARGIN_S
+
+
+def interrupted(rank, group):
+    """Seconds that rank 0 waited for rank 1, which does not come, until Ctrl-C ended the wait."""
+    comm = make(group)
+    exchange(comm, 0)
+    dist.barrier(group)
+    if rank == 1:
+        dist.barrier(group)
+        return None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        exchange(comm, 1)
+    waited = time.monotonic() - start
+    dist.barrier(group)
+    comm.destroy()
+    return waited
+
+
+def test_ctrl_c_ends_a_wait():
+    with fresh_ranks(2) as group:
+        waited, _ = group.run(interrupted, timeout=60)
+    assert 0.4 < waited < MARGIN_S  # the deadline is 30 s

@@ -11,8 +11,6 @@
 namespace ep::cpu {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 int64_t microseconds_since(Clock::time_point start) {
     return std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count();
 }
@@ -163,7 +161,9 @@ Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
     error.channel = channel;
     error.epoch_expected = epoch;
 
-    const auto start = Clock::now();
+    const auto called = Clock::now();
+    const auto start = channels_[channel].waiting_since.value_or(called);
+    channels_[channel].waiting_since.reset();
     for (int64_t round = 0;; ++round) {
         bool moved = false;
         // The clock comes first: a rank that was stopped for long finds what has come meanwhile before it
@@ -203,6 +203,10 @@ Status Exchange::wait_flags(int64_t channel, Phase phase, uint32_t* lows) {
             error.waited_us = waited;
             std::copy(missing.words, missing.words + kMaskWords, error.missing);
             return fail(error);
+        }
+        if (settings_.patience_us && microseconds_since(called) > settings_.patience_us) {
+            channels_[channel].waiting_since = start;
+            return Status::kWaiting;
         }
         back_off(round);
     }

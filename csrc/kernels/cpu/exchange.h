@@ -9,7 +9,9 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../../common/layout.h"
@@ -22,6 +24,8 @@ namespace ep::cpu {
 // Part of the interface with ep_backend/_native.py.
 enum class Layout : int32_t { kRankMajor = 0, kCompact = 1, kExpertMajor = 2 };
 
+using Clock = std::chrono::steady_clock;
+
 constexpr int64_t kPackedFlagBytes = 16;  // before the combine rows of a source in a packed buffer
 
 struct Settings {
@@ -31,9 +35,13 @@ struct Settings {
     DType wire;      // format of a row on the way back
     DType payload;   // format of a dispatched row in the window
     bool local_ids;  // received ids: index among this rank's experts, else global
-    int32_t pad_id;  // received id of none: of a row without a local expert, of a foreign expert if ids are local
+    int32_t
+        pad_id;  // received id of none: of a row without a local expert, of a foreign expert if ids are local
     uint64_t epoch;  // epoch of the exchange before the first
     int64_t timeout_us;
+    // A call that waits returns kWaiting after so long, for the caller to look after other things and call it
+    // again; 0: it returns when the wait is over.
+    int64_t patience_us = 0;
 };
 
 struct DispatchInput {
@@ -102,7 +110,8 @@ class Exchange {
         Stage stage = Stage::kIdle;
         int64_t tokens = 0;
         int64_t slots = 0;
-        std::vector<int32_t> ids;  // own top-k ids: which ranks return a row
+        std::vector<int32_t> ids;                        // own top-k ids: which ranks return a row
+        std::optional<Clock::time_point> waiting_since;  // of a wait that has returned kWaiting
         bool open() const { return stage != Stage::kIdle; }
     };
 
