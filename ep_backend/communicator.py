@@ -338,7 +338,7 @@ class Communicator:
         most = config.max_tokens_per_rank
         slots = most if tokens_per_rank is None else tokens_per_rank
         if not isinstance(slots, int) or not 1 <= slots <= most:
-            raise EpArgumentError(f"tokens_per_rank is {slots!r}; 1 to {most} was wanted")
+            raise EpArgumentError(f"tokens_per_rank is {slots!r}; a whole number from 1 to {most} was wanted")
         if isinstance(x, torch.Tensor) and x.dim() != 2:
             raise EpArgumentError(f"x is {list(x.shape)}; [M, {config.row_width}] was wanted")
         tokens = x.shape[0] if isinstance(x, torch.Tensor) else 0
@@ -403,7 +403,8 @@ class Communicator:
     def _check(
         self, name: str, t: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
     ) -> None:
-        wanted = f"{list(shape)} {' or '.join(map(str, dtypes))} on {self.device} was wanted"
+        types = " or ".join(dict.fromkeys(map(str, dtypes)))
+        wanted = f"{list(shape)} {types} on {self.device} was wanted"
         if not isinstance(t, torch.Tensor):
             raise EpArgumentError(f"{name} is {_named(t)}; a tensor {wanted}")
         if t.layout != torch.strided:

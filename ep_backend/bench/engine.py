@@ -40,6 +40,14 @@ SIZES = {
 }
 
 
+def _defaults(name: str) -> str:
+    values = {device: getattr(size, name) for device, size in SIZES.items()}
+    return "; ".join(
+        f"{','.join(map(str, value)) if isinstance(value, tuple) else value} on {device}"
+        for device, value in values.items()
+    )
+
+
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench-engine",
@@ -56,13 +64,24 @@ def add_parser(subparsers: Any) -> None:
         help=f"random weights in a known shape: {', '.join(models.ARCHITECTURES)}",
     )
     parser.add_argument(
-        "--backends", default=summary.OURS, metavar="A[,B...]", help="all-to-all backends to compare"
+        "--backends",
+        default=summary.OURS,
+        metavar="A[,B...]",
+        help="all-to-all backends to compare (%(default)s)",
     )
     parser.add_argument(
-        "--concurrency", type=list_of(whole(1)), metavar="N[,N...]", help="requests in flight"
+        "--concurrency",
+        type=list_of(whole(1)),
+        metavar="N[,N...]",
+        help=f"requests in flight ({_defaults('concurrency')})",
     )
-    parser.add_argument("--input-len", type=whole(1), metavar="TOKENS")
-    parser.add_argument("--output-len", type=whole(1), metavar="TOKENS")
+    for name, what in (("input_len", "of a prompt"), ("output_len", "of an answer")):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=whole(1),
+            metavar="TOKENS",
+            help=f"length {what} ({_defaults(name)})",
+        )
     parser.add_argument(
         "--num-prompts", type=whole(1), metavar="N", help="requests per measurement (4 per client)"
     )
@@ -74,17 +93,33 @@ def add_parser(subparsers: Any) -> None:
         help="requests per second (all at once)",
     )
     parser.add_argument(
-        "--rounds", type=whole(1), default=1, metavar="N", help="times each backend is served, in turn"
+        "--rounds",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="times each backend is served, in turn (%(default)s)",
     )
-    parser.add_argument("--data-parallel-size", type=whole(1), default=2, metavar="N")
     parser.add_argument(
-        "--tensor-parallel-size", type=whole(1), default=1, metavar="N", help="ranks in each of them"
+        "--data-parallel-size", type=whole(1), default=2, metavar="N", help="copies (%(default)s)"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="ranks in each of them (%(default)s)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     parser.add_argument("--port", type=port, default=0, metavar="PORT", help="port of 127.0.0.1 to serve on")
     parser.add_argument("--max-model-len", type=whole(1), metavar="TOKENS")
-    parser.add_argument("--start-timeout", type=float, default=600.0, metavar="SECONDS")
+    parser.add_argument(
+        "--start-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a server may take to be ready (%(default)g)",
+    )
     parser.add_argument(
         "--engine-args", type=shlex.split, default=[], metavar="'ARGS'", help="more engine arguments"
     )

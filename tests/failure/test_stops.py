@@ -119,7 +119,7 @@ def stall(rank, group, victim, layout):
         if rank != victim:
             early.append(refused(comm.recover))
         if rank == (victim + 1) % len(pids):
-            time.sleep(DEADLINE_S)  # all others have their errors by now
+            time.sleep(2 * DEADLINE_S)  # all others have their errors, and have tried to recover, by now
             os.kill(pids[victim], signal.SIGCONT)
         comm.set_timeout(30)
         comm.recover()

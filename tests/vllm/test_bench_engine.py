@@ -105,7 +105,8 @@ def test_a_server_that_is_never_ready_is_reported_in_time(tmp_path):
     assert time.monotonic() - begin < 30
 
 
-def test_ready_is_a_200(tmp_path):
+def test_ready_is_a_200_whatever_proxy_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     answers = [503, 200]
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -124,6 +125,30 @@ def test_ready_is_a_200(tmp_path):
         process.wait_until_healthy(session, f"http://127.0.0.1:{server.server_port}/health", 30, print)
     server.shutdown()
     assert answers == []
+
+
+def test_a_server_ends_when_the_bench_is_killed(tmp_path):
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from ep_backend.bench.engines.process import Session\n"
+        "with Session(['sleep', '60'], os.environ, Path(sys.argv[1])) as session:\n"
+        "    print(session.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bench:
+        server = int(bench.stdout.readline())
+        assert alive(server)
+        bench.kill()
+    wait_for(lambda: not alive(server))
+
+
+def test_the_client_asks_no_proxy(monkeypatch):
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("no_proxy", "example.org")
+    environ = vllm.serve_environment(vllm.Serving(model=Path("m"), backend="ep_backend", device="cuda"))
+    assert environ["NO_PROXY"] == environ["no_proxy"] == "example.org,127.0.0.1"
 
 
 def test_sigterm_to_the_bench_stops_its_servers(tmp_path):

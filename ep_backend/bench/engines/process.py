@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from types import TracebackType
 from ep_backend.errors import EpError
 
 TERM_GRACE_S = 15.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ServerError(EpError):
@@ -45,6 +47,7 @@ class Session:
                 stderr=subprocess.STDOUT,
                 env=self._environ,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         return self
 
@@ -127,11 +130,20 @@ class Session:
         return False
 
 
+# The server is on this machine; a proxy of the environment is for others.
+open_local = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _end_with_parent() -> None:
+    """In the new process: ask the kernel for a SIGTERM when whoever started it is gone, even by kill -9."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def wait_until_healthy(
@@ -144,7 +156,7 @@ def wait_until_healthy(
         if session.returncode() is not None:
             raise session.error(f"the server ended with status {session.returncode()} before it was ready")
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with open_local(url, timeout=5) as answer:
                 if answer.status == 200:
                     return time.monotonic() - begin
         except (urllib.error.URLError, OSError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_backend.bench.engines import trace
-from ep_backend.bench.engines.process import Session, free_port, wait_until_healthy
+from ep_backend.bench.engines.process import Session, free_port, open_local, wait_until_healthy
 from ep_backend.errors import EpConfigError
 
 TRACE_AFTER, TRACED_STEPS = 40, 24  # engine steps: prompts are over by then, answers are not
@@ -167,6 +167,8 @@ def serve_command(serving: Serving, port: int) -> list[str]:
 def serve_environment(serving: Serving) -> dict[str, str]:
     """The caller's environment, with what an offline run needs where the caller has set nothing."""
     defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    # The client asks a server on this machine; a proxy is for others.
+    no_proxy = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
     if serving.device == "cpu":
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
         # Binding is for whole machines; several ranks on few cores would all be bound to the same ones.
@@ -174,7 +176,8 @@ def serve_environment(serving: Serving) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
         ranks = serving.data_parallel_size * serving.tensor_parallel_size
         defaults["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
-    return {**defaults, **os.environ, **dict(serving.environ)}
+    proxies = {"no_proxy": no_proxy, "NO_PROXY": no_proxy}
+    return {**defaults, **os.environ, **proxies, **dict(serving.environ)}
 
 
 class Server:
@@ -187,9 +190,10 @@ class Server:
         self._folder = folder
         self._progress = progress
         self._clients = 0
-        self.session = Session(
-            serve_command(serving, self.port), serve_environment(serving), folder / "server.log"
-        )
+        # vLLM leaves the sockets between its processes behind.
+        self._sockets = tempfile.TemporaryDirectory(prefix="ep-backend-")
+        environ = {"VLLM_RPC_BASE_PATH": self._sockets.name, **serve_environment(serving)}
+        self.session = Session(serve_command(serving, self.port), environ, folder / "server.log")
 
     def __enter__(self) -> Server:
         self._progress(f"starting vLLM with {self.serving.backend}; log: {self.session.log}")
@@ -199,13 +203,16 @@ class Server:
                 self.session, f"{self.url}/health", self.serving.start_timeout_s, self._progress
             )
         except BaseException:
-            self.session.stop()
+            self.__exit__()
             raise
         self._progress(f"  ready after {seconds:.0f} s")
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.session.stop()
+        try:
+            self.session.stop()
+        finally:
+            self._sockets.cleanup()
 
     def complete(self, prompts: list[str], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
         """Greedy completions, one `choices` entry of the OpenAI API per prompt, in order."""
@@ -220,7 +227,7 @@ class Server:
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
+            with open_local(request, timeout=300) as answer:
                 choices = json.load(answer)["choices"]
         except OSError as error:
             raise self.session.error(f"the server did not answer a completion ({error})") from None
