@@ -65,6 +65,12 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
             moe.hidden_dim,
             device,
         )
+        if type(self._format) is not Plain:
+            logger.warning_once(
+                "ep_backend: quantised rows (%s experts) have been tested without an engine only: compare some "
+                "answers with those of --all2all-backend allgather_reducescatter before you rely on them.",
+                type(fused_experts).__name__,
+            )
         self._communicator = self._manager.get_handle(
             {
                 "num_experts": moe.num_experts,  # physical experts, the redundant ones of EPLB included
