@@ -67,8 +67,8 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         )
         if type(self._format) is not Plain:
             logger.warning_once(
-                "ep_backend: quantised rows (%s experts) have been tested without an engine only: compare some "
-                "answers with those of --all2all-backend allgather_reducescatter before you rely on them.",
+                "ep_backend: quantised rows (%s) have been tested without an engine only: compare answers "
+                "with those of --all2all-backend allgather_reducescatter before you rely on them.",
                 type(fused_experts).__name__,
             )
         self._communicator = self._manager.get_handle(
