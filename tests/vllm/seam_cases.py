@@ -158,6 +158,21 @@ def test_manager_is_replaced_in_the_cpu_communicator(config, group):
     assert other.all2all_manager is None
 
 
+def test_cuda_graphs_need_a_transport_that_they_can_capture(group):
+    from ep_backend_vllm.manager import EpManager
+
+    manager = EpManager(group, device=CPU)
+    fields = {"num_experts": 2, "top_k": 1, "hidden_size": 8, "max_tokens_per_rank": 1}
+    manager._captures = True
+    with pytest.raises(
+        ValueError, match=r"cannot capture transport cpu: add --enforce-eager, or use .* Profile"
+    ):
+        manager.get_handle(fields)
+    manager._captures = False
+    assert manager.get_handle(fields).transport == "cpu"
+    manager.destroy()
+
+
 def test_a_base_that_rejects_unknown_names_never_sees_ours(group):
     """The CUDA communicator raises on names that it does not know."""
     from ep_backend_vllm import communicator

@@ -7,13 +7,11 @@ from ep_backend_vllm.start import (
     MAX_TOKENS_PER_RANK,
     Launch,
     refusal,
-    transport_refusal,
     unused_note,
     version_note,
 )
 
 from ep_backend import EpConfig, EpConfigError
-from ep_backend.select import Decision
 
 GOOD = Launch(
     expert_parallel=True,
@@ -53,24 +51,6 @@ def test_refusals_say_what_to_use_instead(changes, instead):
     assert instead in (refusal(but(**changes)) or "")
     unused = but(**changes, expert_parallel=False)
     assert refusal(unused) is None, "an option cannot hurt where the all-to-all is never called"
-
-
-@pytest.mark.parametrize(
-    ("changes", "transport", "refused"),
-    [
-        ({"device": "cuda", "eager": False}, "peer", False),
-        ({"device": "cuda", "eager": False}, "collective", True),
-        ({"device": "cuda", "eager": True}, "collective", False),
-        ({"device": "cpu", "eager": False}, "cpu", False),
-    ],
-)
-def test_cuda_graphs_need_a_transport_that_they_can_capture(changes, transport, refused):
-    decision = Decision(profile=None, transport=transport, env=(), reason="These GPUs are not joined.")
-    reason = transport_refusal(but(**changes), decision)
-    assert (reason is not None) == refused
-    if reason is not None:
-        assert "--enforce-eager" in reason
-        assert reason.endswith("These GPUs are not joined.")
 
 
 def test_what_was_not_run_on_gpus_can_be_tried():

@@ -207,6 +207,4 @@ __device__ void leave(const View& v, bool fenced, F&& write) {
     if (*reinterpret_cast<volatile uint32_t*>(&v.error->stopped) == 0) write(*v.word);
 }
 
-#define STAMP(i)
-
 }  // namespace ep::cuda

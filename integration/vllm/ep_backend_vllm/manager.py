@@ -15,6 +15,9 @@ from ep_backend import Communicator, EpConfig, EpConfigError, env
 
 logger = init_logger("vllm.ep_backend")
 
+CAPTURABLE = ("peer",)
+"""Transports that a CUDA graph can capture."""
+
 _living: "weakref.WeakSet[EpManager]" = weakref.WeakSet()
 
 
@@ -33,6 +36,7 @@ class EpManager(AgRsAll2AllManager):
         vllm_config = get_current_vllm_config()
         self.scheduler_limit: int = vllm_config.scheduler_config.max_num_batched_tokens
         self.num_channels: int = max(1, vllm_config.parallel_config.num_ubatches)
+        self._captures = device.type == "cuda" and bool(vllm_config.compilation_config.cudagraph_mode)
         # Compilation and profiling let ranks wait for minutes for each other; see engine_is_ready.
         self._timeout_s: float = env.get("EP_BACKEND_STARTUP_TIMEOUT_S")
         self._communicators: dict[EpConfig, Communicator] = {}
@@ -51,6 +55,11 @@ class EpManager(AgRsAll2AllManager):
 
     def _create(self, config: EpConfig) -> Communicator:
         communicator = Communicator(self.cpu_group, config, device=self.device)
+        if self._captures and communicator.transport not in CAPTURABLE:
+            raise EpConfigError(
+                f"CUDA graphs cannot capture transport {communicator.transport}: add --enforce-eager, or use "
+                f"--all2all-backend allgather_reducescatter. {communicator.decision.reason}"
+            )
         logger.info(
             "ep_backend: rank %d of %d, transport %s, windows %.1f MiB "
             "(%d experts, top-%d, hidden %d, %s, at most %d tokens per rank), deadline of a wait %g s",

@@ -6,19 +6,14 @@ The decisions are pure functions of `Launch`, so that every sentence can be test
 import functools
 import multiprocessing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.logger import init_logger
 
 from . import TESTED_VERSIONS
 
-if TYPE_CHECKING:
-    from ep_backend.select import Decision
-
 logger = init_logger("vllm.ep_backend")
 
-CAPTURABLE = ("peer",)
-"""Transports that a CUDA graph can capture."""
 
 MAX_TOKENS_PER_RANK = 16384
 """Upper bound of EpConfig.max_tokens_per_rank."""
@@ -35,7 +30,6 @@ class Launch:
     is_moe: bool | None  # None: not known yet
     device: str  # "cpu", "cuda", ...
     max_tokens_per_rank: int | None  # None: not known yet
-    eager: bool = True  # without CUDA graphs
     ubatches: int = 1
     allow_untested: bool = False
     elastic: bool = False
@@ -72,7 +66,6 @@ def read_launch(vllm_config: Any) -> Launch:
         is_moe=None if model is None else bool(model.is_moe),
         device=current_platform.device_type,
         max_tokens_per_rank=None if limit is None else max_tokens_per_rank(vllm_config),
-        eager=model is None or model.enforce_eager,
         ubatches=max(1, parallel.num_ubatches),
         allow_untested=env.get("EP_BACKEND_ALLOW_UNTESTED") == "1",
         elastic=parallel.enable_elastic_ep,
@@ -120,16 +113,6 @@ def refusal(launch: Launch) -> str | None:
             f"schedule {tokens}: add --max-num-batched-tokens {MAX_TOKENS_PER_RANK}."
         )
     return None
-
-
-def transport_refusal(launch: Launch, decision: "Decision") -> str | None:
-    """Why the transport that the machine allows cannot serve this engine and what to use instead, or None."""
-    if launch.device != "cuda" or launch.eager or decision.transport in CAPTURABLE:
-        return None
-    return (
-        f"CUDA graphs cannot capture transport {decision.transport}, which is what this machine allows: add "
-        f"--enforce-eager, or use --all2all-backend allgather_reducescatter. {decision.reason}"
-    )
 
 
 def unused_note(launch: Launch) -> str | None:
@@ -185,24 +168,21 @@ def _announce_once(launch: Launch) -> None:
 
     from ep_backend import env
 
-    if multiprocessing.parent_process() is not None:
-        return  # the first process has said it, and the others inherit its environment
+    # The engine's other processes inherit what there is to say about.
+    notes = multiprocessing.parent_process() is None
     for note in (version_note(vllm.__version__), unused_note(launch), *env.misspelt()):
-        if note is not None:
+        if notes and note is not None:
             logger.warning(note)
     if launch.calls_all_to_all:
-        _prepare_machine(launch)
+        _set_environment(launch.device)
 
 
-def _prepare_machine(launch: Launch) -> None:
-    """Apply the machine profile's settings. Workers inherit them; NCCL has not started anywhere yet. Raises
-    ValueError with the sentence of `transport_refusal`."""
+def _set_environment(device: str) -> None:
+    """Apply the machine profile's settings. Workers inherit them; NCCL has not started anywhere yet."""
     from ep_backend.probe import probe
     from ep_backend.select import apply_env, decide
 
-    decision = decide([probe("cpu" if launch.device == "cpu" else None)])
-    if reason := transport_refusal(launch, decision):
-        raise ValueError(reason)
+    decision = decide([probe("cpu" if device == "cpu" else None)])
     for conflict in apply_env(decision):
         logger.warning("ep_backend: %s", conflict)
     if decision.env:
