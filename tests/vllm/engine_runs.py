@@ -1,7 +1,13 @@
 """Greedy tokens of the tiny model through an engine, and what counts as wrong about them."""
 
+import os
+import re
+import signal
+import threading
+import time
 from pathlib import Path
 
+from ep_backend.bench.engines.process import ServerError
 from ep_backend.bench.engines.vllm import Server, Serving
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
@@ -32,6 +38,42 @@ def generate(folder, prompts, **changes):
         records.append({"tokens": choice["token_ids"], "gaps": [b - a for a, b in best_two]})
     assert all(len(record["tokens"]) == NEW_TOKENS for record in records)
     return records, log
+
+
+def log_of_a_stalled_rank(folder, stalled, max_tokens):
+    """The server's log after rank 1 was stopped within a step and the engine has ended.
+
+    Between two steps vLLM itself waits, with a deadline of its own; so the rank is stopped again, a little
+    later, until it was stopped in time. Prompts for every rank keep all of them in steps.
+    """
+    with Server(stalled, folder, print) as server:
+        server.complete(["The"], 4)
+        worker = int(re.search(r"Worker_DP1_EP1 pid=(\d+)", server.session.log.read_text()).group(1))
+        failures = []
+
+        def ask():
+            try:
+                server.complete(["The", "A"] * stalled.data_parallel_size, max_tokens, ignore_eos=True)
+            except ServerError as error:
+                failures.append(error)
+
+        for attempt in range(20):
+            asking = threading.Thread(target=ask)
+            asking.start()
+            time.sleep(0.3 + 0.037 * attempt)
+            os.kill(worker, signal.SIGSTOP)
+            asking.join(15)
+            if failures:
+                break
+            os.kill(worker, signal.SIGCONT)
+            asking.join(60)
+            assert not asking.is_alive(), "the request must go on when the rank does"
+        assert failures, "the request must fail, not hang"
+        deadline = time.monotonic() + 60
+        while "EngineDeadError" not in (log := server.session.log.read_text(errors="replace")):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    return log
 
 
 def went_through_ep_backend(log, world=2):

@@ -6,11 +6,7 @@ token here. In bfloat16 it may swap two tokens whose logits are nearly equal, an
 differ.
 """
 
-import os
 import re
-import signal
-import threading
-import time
 
 import pytest
 from engine_runs import (
@@ -19,12 +15,12 @@ from engine_runs import (
     differences_bf16,
     differences_fp32,
     generate,
+    log_of_a_stalled_rank,
     serving,
     went_through_ep_backend,
 )
 
-from ep_backend.bench.engines.process import ServerError
-from ep_backend.bench.engines.vllm import Server, is_cpu_build
+from ep_backend.bench.engines.vllm import is_cpu_build
 
 pytestmark = pytest.mark.skipif(not is_cpu_build(), reason="this vLLM is not the CPU build")
 
@@ -72,37 +68,9 @@ def test_a_wrong_combine_is_noticed(tmp_path, reference, dtype, differences):
 @pytest.mark.engine_long
 @pytest.mark.timeout(600)
 def test_a_stalled_rank_ends_the_engine_with_a_message(tmp_path):
-    """A rank that stops within a step. Between two steps vLLM itself waits, with a deadline of its own;
-    so the rank is stopped again, a little later, until it was stopped in time."""
     stalled = serving(environ=(("EP_BACKEND_TIMEOUT_S", "5"),))
-    with Server(stalled, tmp_path, print) as server:
-        server.complete(["The"], 4)
-        worker = int(re.search(r"Worker_DP1_EP1 pid=(\d+)", server.session.log.read_text()).group(1))
-        failures = []
-
-        def ask():
-            try:
-                server.complete(["The", "A"], 150)
-            except ServerError as error:
-                failures.append(error)
-
-        for attempt in range(20):
-            asking = threading.Thread(target=ask)
-            asking.start()
-            time.sleep(0.3 + 0.037 * attempt)
-            os.kill(worker, signal.SIGSTOP)
-            asking.join(15)
-            if failures:
-                break
-            os.kill(worker, signal.SIGCONT)
-            asking.join(60)
-            assert not asking.is_alive(), "the request must go on when the rank does"
-        assert failures, "the request must fail, not hang"
-        wait_for_end = time.monotonic() + 60
-        while "EngineDeadError" not in server.session.log.read_text(errors="replace"):
-            assert time.monotonic() < wait_for_end
-            time.sleep(0.5)
-        log = server.session.log.read_text(errors="replace")
+    log = log_of_a_stalled_rank(tmp_path, stalled, max_tokens=150)
+    assert "EngineDeadError" in log
     assert re.search(r"EpTimeoutError: rank 0 waited \d+\.\d s in (dispatch|combine) for rank 1", log)
 
 
