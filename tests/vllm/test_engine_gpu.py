@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import random_models
 import torch
 from engine_runs import (
     ALONE,
@@ -28,7 +29,8 @@ pytestmark = [
 # Triton multiplies float32 in tf32 unless told otherwise, and that changes tokens.
 EXACT = (("TRITON_F32_DEFAULT", "ieee"),)
 UNTESTED = (("EP_BACKEND_ALLOW_UNTESTED", "1"),)
-MEMORY = ("--gpu-memory-utilization", "0.2")
+# Little, and not measured: other programs may use these GPUs.
+MEMORY = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "1G")
 
 
 def compiled(mode, graphs):
@@ -119,3 +121,34 @@ def test_a_stalled_rank_ends_the_engine_with_a_message(tmp_path, name):
     options = on_gpus(environ=(("EP_BACKEND_TIMEOUT_S", "5"),), **CASES[name])
     log = log_of_a_stalled_rank(tmp_path, serving(**options), max_tokens=400)
     assert re.search(r"EpTimeoutError: rank \d waited \d+\.\d s in (dispatch|combine) for rank 1", log)
+
+
+RANDOM = {
+    "bfloat16": {"format": "torch.bfloat16"},
+    "shared experts": {"architecture": "qwen1.5-moe-a2.7b", "dtype": "float32", "format": "torch.float32"},
+    "block fp8, triton": {"fp8": "block", "experts": "triton", "format": "fp8_block128"},
+    "block fp8, deep_gemm": {"fp8": "block", "experts": "deep_gemm", "format": "fp8_block128"},
+    "block fp8, vLLM's choice of experts": {"fp8": "block", "format": ""},
+    "per-token fp8": {"fp8": "token", "format": "torch.uint8"},
+}
+
+
+@pytest.mark.engine_long
+@pytest.mark.parametrize("name", RANDOM)
+def test_tokens_equal_those_of_allgather_reducescatter(tmp_path, name):
+    """Random weights: in float32 the same tokens; with fewer bits they may differ at near ties."""
+    case = RANDOM[name]
+    dtype, architecture = case.get("dtype", "bfloat16"), case.get("architecture", "qwen3-30b-a3b")
+    model = random_models.write(tmp_path / "model", architecture, case.get("fp8"))
+    experts = ("--moe-backend", case["experts"]) if "experts" in case else ()
+    answers = {}
+    for backend in ("ep_backend", "allgather_reducescatter"):
+        options = on_gpus(
+            model=model, dtype=dtype, backend=backend, extra=(*compiled(0, "FULL_DECODE_ONLY"), *experts)
+        )
+        answers[backend], log = generate(tmp_path / backend, random_models.prompts(), **options)
+        assert went_through_ep_backend(log, WORLD) == (backend == "ep_backend")
+        if backend == "ep_backend":
+            assert f"{case['format']}, at most" in log
+    differences = differences_fp32 if dtype == "float32" else differences_bf16
+    assert differences(answers["ep_backend"], answers["allgather_reducescatter"]) == []
