@@ -81,6 +81,7 @@ _RETURNS_STATUS = (
     "pack_combine",
     "pack_close",
     "unpack_combine",
+    "host_sum",
 )
 _RETURNS_NOTHING: tuple[str, ...] = ("dispatch_read", "pack_dispatch")
 if HAS_CUDA:

@@ -130,13 +130,6 @@ VARIABLES: tuple[Variable, ...] = (
         choices=("auto", "0", "1"),
     ),
     _read(
-        "EP_BACKEND_ALLOW_UNTESTED",
-        "str",
-        "0",
-        "1: engines start with options that have not been run on GPUs yet, instead of refusing them.",
-        choices=_SWITCH,
-    ),
-    _read(
         "EP_BACKEND_TEST_SCALE_COMBINE",
         "float",
         1.0,

@@ -28,9 +28,10 @@ class EpTimeoutError(EpError, TimeoutError):
     """A peer did not answer before the deadline. The communicator is stopped until ``recover()`` or a new
     one.
 
-    Attributes: ``rank`` (who raises), ``peer`` (who is blamed; -1 if it is not known), ``phase`` ("dispatch"
-    or "combine"), ``channel``, ``epoch_expected``, ``epoch_seen``, ``waited_s`` (seconds), ``reported_by``
-    (the rank whose deadline passed first), ``missing`` (all ranks whose flag had not come).
+    Attributes: ``rank`` (who raises), ``peer`` (who is blamed; -1 if it is not known), ``phase``
+    ("dispatch", "combine" or "a host sum"), ``channel``, ``epoch_expected``, ``epoch_seen``, ``waited_s``
+    (seconds), ``reported_by`` (the rank whose deadline passed first), ``missing`` (all ranks whose flag had
+    not come).
     """
 
     def __init__(

@@ -20,9 +20,10 @@ build() {  # SANITIZER TARGET
 }
 
 for sanitizer in thread address,undefined; do
-    build "$sanitizer" exchange_threads
+    build "$sanitizer" cpp_tests
     echo "== $sanitizer"
     "${fixed[@]}" timeout 300 "$folder/exchange_threads"
+    "${fixed[@]}" timeout 120 "$folder/host_sum_threads"
 done
 
 # A check that cannot fail proves nothing: flags that are stored before their rows must be reported.

@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "../kernels/cpu/exchange.h"
+#include "../kernels/cpu/host_sum.h"
 #include "formats.h"
 #include "ops.h"
 
@@ -10,6 +11,14 @@ namespace {
 
 using cpu::Exchange;
 using torch::headeronly::ScalarType;
+
+constexpr int64_t kPatienceUs = 100'000;  // Python acts on signals between two calls only
+
+std::vector<char*> pointers_of(const std::vector<int64_t>& addresses) {
+    std::vector<char*> pointers;
+    for (int64_t address : addresses) pointers.push_back(reinterpret_cast<char*>(address));
+    return pointers;
+}
 
 Exchange& at(int64_t exchange) {
     return *reinterpret_cast<Exchange*>(exchange);
@@ -46,7 +55,6 @@ std::vector<int64_t> window_layout(std::vector<int64_t> shape) {
 int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                         int64_t payload, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                         std::vector<int64_t> expert_rank, std::vector<int64_t> windows) {
-    constexpr int64_t kPatienceUs = 100'000;  // Python acts on signals between two calls only
     const cpu::Settings settings{shape_of(shape),
                                  rank,
                                  hidden,
@@ -57,10 +65,8 @@ int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden
                                  static_cast<uint64_t>(epoch),
                                  timeout_us,
                                  kPatienceUs};
-    std::vector<char*> pointers;
-    for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
     cpu::Placement placement(rank, settings.shape.world, {expert_rank.begin(), expert_rank.end()});
-    return reinterpret_cast<int64_t>(new Exchange(settings, std::move(placement), std::move(pointers)));
+    return reinterpret_cast<int64_t>(new Exchange(settings, std::move(placement), pointers_of(windows)));
 }
 
 void exchange_destroy(int64_t exchange) {
@@ -152,6 +158,24 @@ int64_t pack_close(int64_t exchange, int64_t channel, Tensor rows_per_source, Te
 int64_t unpack_combine(int64_t exchange, int64_t channel, Tensor records, Tensor out) {
     return static_cast<int64_t>(
         at(exchange).unpack_combine(channel, pointer<char>(records), out.data_ptr(), format_of(out)));
+}
+
+int64_t host_sum_bytes(int64_t capacity) {
+    return cpu::HostSum::board_bytes(capacity);
+}
+int64_t host_sum_create(int64_t rank, int64_t capacity, int64_t spin_us, std::vector<int64_t> boards) {
+    return reinterpret_cast<int64_t>(new cpu::HostSum(rank, capacity, spin_us, pointers_of(boards)));
+}
+void host_sum_destroy(int64_t host_sum) {
+    delete reinterpret_cast<cpu::HostSum*>(host_sum);
+}
+int64_t host_sum(int64_t host_sum, Tensor values, int64_t timeout_us) {
+    auto& sum = *reinterpret_cast<cpu::HostSum*>(host_sum);
+    return static_cast<int64_t>(sum.sum(pointer<int32_t>(values), values.numel(), timeout_us, kPatienceUs));
+}
+std::vector<int64_t> host_sum_error(int64_t host_sum) {
+    const auto& sum = *reinterpret_cast<cpu::HostSum*>(host_sum);
+    return {sum.blamed(), sum.waited_us()};
 }
 
 }  // namespace ep::ops

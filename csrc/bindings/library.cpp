@@ -43,6 +43,12 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("pack_combine(int exchange, int channel, int layout, Tensor y, Tensor(a!) records) -> int");
     m.def("pack_close(int exchange, int channel, Tensor rows_per_source, Tensor(a!) records) -> int");
     m.def("unpack_combine(int exchange, int channel, Tensor records, Tensor(a!) out) -> int");
+
+    m.def("host_sum_bytes(int capacity) -> int");
+    m.def("host_sum_create(int rank, int capacity, int spin_us, int[] boards) -> int");
+    m.def("host_sum_destroy(int host_sum) -> ()");
+    m.def("host_sum(int host_sum, Tensor(a!) values, int timeout_us) -> int");
+    m.def("host_sum_error(int host_sum) -> int[]");
 }
 
 // Operators without tensors have no device to choose a kernel by.
@@ -56,6 +62,10 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("exchange_close", TORCH_BOX(&ep::ops::exchange_close));
     m.impl("dispatch_wait", TORCH_BOX(&ep::ops::dispatch_wait));
     m.impl("dispatch_record_bytes", TORCH_BOX(&ep::ops::dispatch_record_bytes));
+    m.impl("host_sum_bytes", TORCH_BOX(&ep::ops::host_sum_bytes));
+    m.impl("host_sum_create", TORCH_BOX(&ep::ops::host_sum_create));
+    m.impl("host_sum_destroy", TORCH_BOX(&ep::ops::host_sum_destroy));
+    m.impl("host_sum_error", TORCH_BOX(&ep::ops::host_sum_error));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CPU, m) {
@@ -71,4 +81,5 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CPU, m) {
     m.impl("pack_combine", TORCH_BOX(&ep::ops::pack_combine));
     m.impl("pack_close", TORCH_BOX(&ep::ops::pack_close));
     m.impl("unpack_combine", TORCH_BOX(&ep::ops::unpack_combine));
+    m.impl("host_sum", TORCH_BOX(&ep::ops::host_sum));
 }

@@ -48,4 +48,12 @@ int64_t pack_combine(int64_t exchange, int64_t channel, int64_t layout, Tensor y
 int64_t pack_close(int64_t exchange, int64_t channel, Tensor rows_per_source, Tensor records);
 int64_t unpack_combine(int64_t exchange, int64_t channel, Tensor records, Tensor out);
 
+// Of every rank's board, in bytes.
+int64_t host_sum_bytes(int64_t capacity);
+int64_t host_sum_create(int64_t rank, int64_t capacity, int64_t spin_us, std::vector<int64_t> boards);
+void host_sum_destroy(int64_t host_sum);
+int64_t host_sum(int64_t host_sum, Tensor values, int64_t timeout_us);
+// {rank to blame, microseconds waited} of the last call.
+std::vector<int64_t> host_sum_error(int64_t host_sum);
+
 }  // namespace ep::ops

@@ -24,6 +24,7 @@ NAMES = [
     "pack_combine",
     "pack_close",
     "unpack_combine",
+    "host_sum",
 ]
 if HAS_CUDA:
     NAMES += ["cuda_dispatch", "cuda_combine", "cuda_index_rows", "cuda_gather_rows", "cuda_return_rows"]

@@ -77,7 +77,9 @@ def log_of_a_stalled_rank(folder, stalled, max_tokens):
 
 
 def went_through_ep_backend(log, world=2):
-    return all(f"ep_backend: rank {rank} of {world}, transport" in log for rank in range(world))
+    exchanged = [f"ep_backend: rank {rank} of {world}, transport" in log for rank in range(world)]
+    agreed = "ep_backend: the data-parallel ranks agree on each step through shared memory" in log
+    return all(exchanged) and agreed
 
 
 def first_difference(got, want):

@@ -28,7 +28,6 @@ pytestmark = [
 
 # Triton multiplies float32 in tf32 unless told otherwise, and that changes tokens.
 EXACT = (("TRITON_F32_DEFAULT", "ieee"),)
-UNTESTED = (("EP_BACKEND_ALLOW_UNTESTED", "1"),)
 # Little, and not measured: other programs may use these GPUs.
 MEMORY = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "1G")
 
@@ -43,11 +42,8 @@ CASES = {
     "eager": {"extra": ("--enforce-eager",)},
     "full decode graphs": {"extra": compiled(0, "FULL_DECODE_ONLY")},
     "compiled, full and piecewise graphs": {"extra": compiled(3, "FULL_AND_PIECEWISE")},
-    "two-batch overlap": {"extra": ("--enforce-eager", *OVERLAP), "environ": (*EXACT, *UNTESTED)},
-    "two-batch overlap, full decode graphs": {
-        "extra": (*compiled(0, "FULL_DECODE_ONLY"), *OVERLAP),
-        "environ": (*EXACT, *UNTESTED),
-    },
+    "two-batch overlap": {"extra": ("--enforce-eager", *OVERLAP)},
+    "two-batch overlap, full decode graphs": {"extra": (*compiled(0, "FULL_DECODE_ONLY"), *OVERLAP)},
     "chunked prefill": {"extra": (*compiled(0, "FULL_DECODE_ONLY"), "--max-num-batched-tokens", "16")},
     "redundant experts": {
         "extra": (*compiled(0, "FULL_DECODE_ONLY"), "--enable-eplb", "--eplb-config", EPLB)
@@ -82,6 +78,7 @@ def test_float32_tokens_equal_transformers(tmp_path, reference, name):
     got, log = generate(tmp_path, prompts, **on_gpus(dtype="float32", **CASES[name]))
     assert went_through_ep_backend(log, WORLD)
     assert "transport peer" in log
+    assert ("computed as two batches" in log) == ("overlap" in name)
     assert differences_fp32(got, want) == []
 
 
@@ -123,12 +120,31 @@ def test_a_stalled_rank_ends_the_engine_with_a_message(tmp_path, name):
     assert re.search(r"EpTimeoutError: rank \d waited \d+\.\d s in (dispatch|combine) for rank 1", log)
 
 
+NO_DEEP_GEMM = (("VLLM_USE_DEEP_GEMM", "0"),)
+# DeepGEMM compiles a kernel when it is first needed; compiling all that might be takes minutes.
+DEEP_GEMM = (("VLLM_DEEP_GEMM_WARMUP", "skip"),)
+FLOAT_SCALES = (("VLLM_USE_DEEP_GEMM_E8M0", "0"),)
 RANDOM = {
     "bfloat16": {"format": "torch.bfloat16"},
     "shared experts": {"architecture": "qwen1.5-moe-a2.7b", "dtype": "float32", "format": "torch.float32"},
-    "block fp8, triton": {"fp8": "block", "experts": "triton", "format": "fp8_block128"},
-    "block fp8, deep_gemm": {"fp8": "block", "experts": "deep_gemm", "format": "fp8_block128"},
-    "block fp8, vLLM's choice of experts": {"fp8": "block", "format": ""},
+    "block fp8, triton": {
+        "fp8": "block",
+        "experts": "triton",
+        "format": "fp8_block128",
+        "environ": NO_DEEP_GEMM,
+    },
+    "block fp8, deep_gemm": {
+        "fp8": "block",
+        "experts": "deep_gemm",
+        "format": "fp8_block128",
+        "environ": (*DEEP_GEMM, *FLOAT_SCALES),
+    },
+    "block fp8, deep_gemm, scales rounded": {
+        "fp8": "block",
+        "experts": "deep_gemm",
+        "format": "torch.uint8",
+        "environ": DEEP_GEMM,
+    },
     "per-token fp8": {"fp8": "token", "format": "torch.uint8"},
 }
 
@@ -139,14 +155,18 @@ def test_tokens_equal_those_of_allgather_reducescatter(tmp_path, name):
     """Random weights: in float32 the same tokens; with fewer bits they may differ at near ties."""
     case = RANDOM[name]
     dtype, architecture = case.get("dtype", "bfloat16"), case.get("architecture", "qwen3-30b-a3b")
-    model = random_models.write(tmp_path / "model", architecture, case.get("fp8"))
     experts = ("--moe-backend", case["experts"]) if "experts" in case else ()
+    options = on_gpus(
+        model=random_models.write(tmp_path / "model", architecture, case.get("fp8")),
+        dtype=dtype,
+        extra=(*compiled(0, "FULL_DECODE_ONLY"), "--max-num-batched-tokens", "512", *experts),
+        environ=(*EXACT, *case.get("environ", ())),
+    )
     answers = {}
     for backend in ("ep_backend", "allgather_reducescatter"):
-        options = on_gpus(
-            model=model, dtype=dtype, backend=backend, extra=(*compiled(0, "FULL_DECODE_ONLY"), *experts)
+        answers[backend], log = generate(
+            tmp_path / backend, random_models.prompts(), **{**options, "backend": backend}
         )
-        answers[backend], log = generate(tmp_path / backend, random_models.prompts(), **options)
         assert went_through_ep_backend(log, WORLD) == (backend == "ep_backend")
         if backend == "ep_backend":
             assert f"{case['format']}, at most" in log

@@ -38,7 +38,6 @@ def test_a_good_launch_is_neither_refused_nor_commented():
     [
         ({"ubatches": 2}, "neither on a CPU"),
         ({"ubatches": 3, "device": "cuda"}, "--enable-dbo without --ubatch-size"),
-        ({"ubatches": 2, "device": "cuda"}, "EP_BACKEND_ALLOW_UNTESTED=1"),
         ({"elastic": True}, "without --enable-elastic-ep"),
         ({"fault_tolerance": True}, "without --enable-fault-tolerance"),
         ({"context_parallel": 2}, "--prefill-context-parallel-size 1"),
@@ -53,9 +52,8 @@ def test_refusals_say_what_to_use_instead(changes, instead):
     assert refusal(unused) is None, "an option cannot hurt where the all-to-all is never called"
 
 
-def test_what_was_not_run_on_gpus_can_be_tried():
-    assert refusal(but(ubatches=2, device="cuda", allow_untested=True)) is None
-    assert refusal(but(ubatches=2, device="cpu", allow_untested=True)) is not None
+def test_two_batches_may_overlap_on_gpus():
+    assert refusal(but(ubatches=2, device="cuda")) is None
 
 
 def test_the_token_limit_is_the_library_s():

@@ -31,6 +31,7 @@ CONFIGS = {
     "static per-tensor fp8": quant_config(a1_scale=torch.tensor([0.5])),
     "block fp8": quant_config(block_shape=[128, 128]),
     "block fp8, packed scales": quant_config(block_shape=[128, 128], a1_gscale="packed"),
+    "block fp8, scales rounded": quant_config(block_shape=[128, 128], a1_gscale="rounded"),
     "nvfp4": quant_config(quant_dtype="nvfp4", a1_gscale=torch.tensor([2.0]), is_scale_swizzled=True),
     "mxfp8": quant_config(quant_dtype="mxfp8", block_shape=[1, 32]),
 }
@@ -51,18 +52,31 @@ def stand_in(a, scale, *, quant_dtype, per_act_token_quant, block_shape, is_scal
         return a.to(FP8), a.abs().amax(1, keepdim=True).float()
     if block_shape is None:
         return a.to(FP8), torch.ones(1) if scale is None else scale
-    return a.to(FP8), a.unflatten(1, (-1, 128)).abs().amax(2).float()
+    return a.to(FP8), a.unflatten(1, (-1, 128)).abs().amax(2).float() / 448
+
+
+def rounded(a, scale, **kwargs):
+    """As vLLM does for DeepGEMM: powers of two, still float32."""
+    rows, scales = stand_in(a, None, **kwargs)
+    return rows, scales.log2().ceil().exp2()
 
 
 def packed(a, scale, **kwargs):
     """As on Blackwell: four scales in an int32."""
     rows, scales = stand_in(a, None, **kwargs)
-    return rows, scales.to(torch.int32)
+    return rows, (scales * 448).to(torch.int32)
+
+
+QUANTISERS = {"packed": packed, "rounded": rounded}
+
+
+def quantiser(config):
+    return QUANTISERS.get(config.a1_gscale, stand_in) if isinstance(config.a1_gscale, str) else stand_in
 
 
 def chosen(monkeypatch, config, deferred=False):
-    quantise = packed if config is not None and config.a1_gscale == "packed" else stand_in
-    monkeypatch.setattr(token_format, "moe_kernel_quantize_input", quantise)
+    if config is not None:
+        monkeypatch.setattr(token_format, "moe_kernel_quantize_input", quantiser(config))
     return token_format.choose_format(config, deferred, torch.bfloat16, HIDDEN, CPU)
 
 
@@ -85,6 +99,7 @@ def test_dispatch_quantises_fp8_blocks(monkeypatch):
         ("per-token fp8", HIDDEN, 4),
         ("static per-tensor fp8", HIDDEN, 0),
         ("block fp8, packed scales", HIDDEN, 8),
+        ("block fp8, scales rounded", HIDDEN, 8),
         ("nvfp4", HIDDEN // 2, HIDDEN // 16),
         ("mxfp8", HIDDEN, HIDDEN // 32),
     ],
@@ -118,7 +133,7 @@ def experts_get(rank, group, name):
     from ep_backend import Communicator, EpConfig
 
     config = CONFIGS[name]
-    token_format.moe_kernel_quantize_input = packed if name.endswith("packed scales") else stand_in
+    token_format.moe_kernel_quantize_input = quantiser(config)
     flashinfer.nvfp4_block_scale_interleave = lambda scales: scales.flip(1)
     on_cpu = token_format.choose_format(config, False, torch.bfloat16, HIDDEN, CPU)
     prepare_finalize.choose_format = lambda *args: on_cpu
@@ -165,12 +180,14 @@ def inputs(rank):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["per-token fp8", "block fp8, packed scales", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "name", ["per-token fp8", "block fp8, packed scales", "block fp8, scales rounded", "nvfp4", "mxfp8"]
+)
 def test_experts_get_what_the_senders_quantised(name):
     with fresh_ranks(2) as group:
         answers = group.run(experts_get, name, timeout=200)
     config = CONFIGS[name]
-    quantise = packed if name.endswith("packed scales") else stand_in
+    quantise = quantiser(config)
     for rank, (rows, scales, mine, output) in enumerate(answers):
         assert mine.any()
         slots = len(mine) // 2

@@ -1,36 +1,15 @@
 // State, waiting and failing; see exchange.h.
 #include "exchange.h"
 
-#include <time.h>
-
 #include <algorithm>
-#include <chrono>
 
 #include "../../common/memory_order.h"
 
 namespace ep::cpu {
 namespace {
 
-int64_t microseconds_since(Clock::time_point start) {
-    return std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count();
-}
-
 uint64_t meeting(uint64_t epoch, Meeting how_far) {
     return make_word(epoch, static_cast<uint32_t>(how_far));
-}
-
-// More ranks than cores is normal on a CPU, so waiting must leave the core to the peer that is waited for. A
-// nap does; sched_yield does not when others want the core too (docs/benchmarking.md, "How a rank waits").
-void back_off(int64_t round) {
-    constexpr int64_t kSpins = 64, kLongestNapUs = 100;
-    if (round < kSpins) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    } else {
-        const timespec nap{0, std::min<int64_t>(round - kSpins + 1, kLongestNapUs) * 1000};
-        nanosleep(&nap, nullptr);
-    }
 }
 
 }  // namespace

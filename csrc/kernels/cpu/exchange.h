@@ -9,7 +9,6 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -18,13 +17,12 @@
 #include "../../common/status.h"
 #include "placement.h"
 #include "rows.h"
+#include "waiting.h"
 
 namespace ep::cpu {
 
 // Part of the interface with ep_backend/_native.py.
 enum class Layout : int32_t { kRankMajor = 0, kCompact = 1, kExpertMajor = 2 };
-
-using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kPackedFlagBytes = 16;  // before the combine rows of a source in a packed buffer
 

@@ -33,10 +33,12 @@ class _WithEpManager:
         super().__init__(*args, **kwargs)
         self._base_is_built = True
         if self.use_all2all:
+            from .agreement import agree_through_shared_memory
             from .install import install
             from .manager import EpManager
 
             install(get_current_vllm_config())
+            agree_through_shared_memory()
             self.all2all_manager = EpManager(
                 self.cpu_group, kwargs.get("tcp_store_group"), device=self.device
             )

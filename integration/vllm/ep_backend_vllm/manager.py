@@ -13,6 +13,8 @@ from vllm.logger import init_logger
 
 from ep_backend import Communicator, EpConfig, EpConfigError, env
 
+from . import agreement
+
 logger = init_logger("vllm.ep_backend")
 
 CAPTURABLE = ("peer",)
@@ -106,4 +108,5 @@ class EpManager(AgRsAll2AllManager):
         for communicator in self._communicators.values():
             communicator.destroy()
         self._communicators.clear()
+        agreement.forget()
         super().destroy()

@@ -138,6 +138,7 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         if not dbo_enabled():
             arrived, self._handles[0] = self._communicator.dispatch(**call)
             return lambda: self._received(arrived)
+        logger.info_once("ep_backend: this step is computed as two batches that overlap")
         channel = dbo_current_ubatch_id()
         handle = self._handles[channel] = self._communicator.dispatch_send(**call, channel=channel)
         received: list[Received] = []

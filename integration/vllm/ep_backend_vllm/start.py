@@ -31,7 +31,6 @@ class Launch:
     device: str  # "cpu", "cuda", ...
     max_tokens_per_rank: int | None  # None: not known yet
     ubatches: int = 1
-    allow_untested: bool = False
     elastic: bool = False
     fault_tolerance: bool = False
     lora: bool = False
@@ -54,8 +53,6 @@ def read_launch(vllm_config: Any) -> Launch:
     """`Launch` of a VllmConfig, complete or still under construction."""
     from vllm.platforms import current_platform
 
-    from ep_backend import env
-
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     limit = vllm_config.scheduler_config.max_num_batched_tokens
     return Launch(
@@ -67,7 +64,6 @@ def read_launch(vllm_config: Any) -> Launch:
         device=current_platform.device_type,
         max_tokens_per_rank=None if limit is None else max_tokens_per_rank(vllm_config),
         ubatches=max(1, parallel.num_ubatches),
-        allow_untested=env.get("EP_BACKEND_ALLOW_UNTESTED") == "1",
         elastic=parallel.enable_elastic_ep,
         fault_tolerance=getattr(parallel, "enable_fault_tolerance", False),
         lora=vllm_config.lora_config is not None,
@@ -87,11 +83,6 @@ def refusal(launch: Launch) -> str | None:
         return (
             "ep_backend overlaps two batches, on GPUs: use --enable-dbo without --ubatch-size there, and "
             "neither on a CPU."
-        )
-    if launch.ubatches > 1 and not launch.allow_untested:
-        return (
-            "two-batch overlap of ep_backend has been tested without GPUs only: start without --enable-dbo, "
-            "or set EP_BACKEND_ALLOW_UNTESTED=1 to try it."
         )
     if launch.elastic:
         return "ep_backend does not support elastic expert parallelism: start without --enable-elastic-ep."
