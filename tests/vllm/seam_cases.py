@@ -250,6 +250,7 @@ def test_prepare_finalize_is_ours_only_for_our_name(config, group):
             experts_per_token=2,
             hidden_dim=64,
             in_dtype=torch.bfloat16,
+            max_num_tokens=8,
         )
 
     make = utils.maybe_make_prepare_finalize

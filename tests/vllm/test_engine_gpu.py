@@ -145,7 +145,13 @@ RANDOM = {
         "format": "torch.uint8",
         "environ": DEEP_GEMM,
     },
-    "per-token fp8": {"fp8": "token", "format": "torch.uint8"},
+    "per-token fp8, triton": {"fp8": "token", "experts": "triton", "format": "torch.uint8"},
+    "per-token fp8, CUTLASS": {
+        "fp8": "token",
+        "experts": "cutlass",
+        "experts_of_the_other": "triton",  # its scratch memory is too small for CUTLASS
+        "format": "torch.uint8",
+    },
 }
 
 
@@ -155,18 +161,23 @@ def test_tokens_equal_those_of_allgather_reducescatter(tmp_path, name):
     """Random weights: in float32 the same tokens; with fewer bits they may differ at near ties."""
     case = RANDOM[name]
     dtype, architecture = case.get("dtype", "bfloat16"), case.get("architecture", "qwen3-30b-a3b")
-    experts = ("--moe-backend", case["experts"]) if "experts" in case else ()
-    options = on_gpus(
-        model=random_models.write(tmp_path / "model", architecture, case.get("fp8")),
-        dtype=dtype,
-        extra=(*compiled(0, "FULL_DECODE_ONLY"), "--max-num-batched-tokens", "512", *experts),
-        environ=(*EXACT, *case.get("environ", ())),
-    )
+    model = random_models.write(tmp_path / "model", architecture, case.get("fp8"))
+    ours = case.get("experts", "auto")
     answers = {}
-    for backend in ("ep_backend", "allgather_reducescatter"):
-        answers[backend], log = generate(
-            tmp_path / backend, random_models.prompts(), **{**options, "backend": backend}
+    for backend, experts in (
+        ("ep_backend", ours),
+        ("allgather_reducescatter", case.get("experts_of_the_other", ours)),
+    ):
+        extra = (
+            *compiled(0, "FULL_DECODE_ONLY"),
+            "--max-num-batched-tokens",
+            "512",
+            "--moe-backend",
+            experts,
         )
+        environ = (*EXACT, *case.get("environ", ()))
+        options = on_gpus(model=model, dtype=dtype, backend=backend, extra=extra, environ=environ)
+        answers[backend], log = generate(tmp_path / backend, random_models.prompts(), **options)
         assert went_through_ep_backend(log, WORLD) == (backend == "ep_backend")
         if backend == "ep_backend":
             assert f"{case['format']}, at most" in log

@@ -56,6 +56,7 @@ def overlapped(rank, group):
         experts_per_token=TOP_K,
         hidden_dim=HIDDEN,
         in_dtype=torch.float32,
+        max_num_tokens=8,
     )
     experts = SimpleNamespace(
         moe_config=moe,

@@ -126,6 +126,7 @@ def one_layer(rank, name, form):
         experts_per_token=top_k,
         hidden_dim=HIDDEN,
         in_dtype=dtype,
+        max_num_tokens=8,
     )
     layer = make_prepare_finalize(moe, manager, monolithic=False)
     layer.post_init_setup(SimpleNamespace(quant_config=None, expects_unquantized_inputs=True))

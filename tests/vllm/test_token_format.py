@@ -157,6 +157,7 @@ def experts_get(rank, group, name):
         experts_per_token=2,
         hidden_dim=HIDDEN,
         in_dtype=torch.bfloat16,
+        max_num_tokens=8,
     )
     layer = prepare_finalize.make_prepare_finalize(moe, manager, monolithic=False)
     layer.post_init_setup(SimpleNamespace(quant_config=config, expects_unquantized_inputs=False))

@@ -71,12 +71,15 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
                 "with those of --all2all-backend allgather_reducescatter before you rely on them.",
                 type(fused_experts).__name__,
             )
+        slots = -(-self._manager.scheduler_limit // moe.moe_parallel_config.sp_size)
+        # CUTLASS experts make their scratch memory for this many rows; vLLM counts those of one rank only.
+        moe.max_num_tokens = max(moe.max_num_tokens, self._manager.world_size * slots)
         self._communicator = self._manager.get_handle(
             {
                 "num_experts": moe.num_experts,  # physical experts, the redundant ones of EPLB included
                 "top_k": moe.experts_per_token,
                 "hidden_size": moe.hidden_dim,
-                "max_tokens_per_rank": -(-self._manager.scheduler_limit // moe.moe_parallel_config.sp_size),
+                "max_tokens_per_rank": slots,
                 **self._format.fields,
                 **expert_rows.config_fields(device, self._manager.rank, moe.num_experts),
             }
