@@ -72,13 +72,14 @@ def machine(monkeypatch, tmp_path):
         "ep_backend.probe._versions", lambda root, environ, problems: {"versions": {"torch": "2.13.0"}}
     )
 
-    def run(module=None, environ=None, device=None, deadline_s=5.0, files=None):
+    def run(module=None, environ=None, device=None, deadline_s=5.0, files=None, **more):
         monkeypatch.setitem(sys.modules, "pynvml", module)
         for name, text in (files or {}).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        return probe(device, environ=environ or {}, deadline_s=deadline_s, root=tmp_path)
+        more = {"checks": "never", **more}
+        return probe(device, environ=environ or {}, deadline_s=deadline_s, root=tmp_path, **more)
 
     return run
 
