@@ -134,10 +134,10 @@ def _follow(
     except TimeoutError:
         waited = time.monotonic() - since
         if not heard:
-            return f"the process that tries it said nothing within {waited:.3g} s"
+            return f"the process that tries it said nothing within {waited:.2g} s"
         if at is None or waited < limits.answer_s / 2:
             return "the time for it was up"
-        _failed(at, f"no answer within {waited:.3g} s", outcome)
+        _failed(at, f"no answer within {waited:.2g} s", outcome)
         return ""
     finally:
         status = worker.end()
