@@ -134,6 +134,8 @@ def _with_checks(
     )
     gpus = {gpu.uuid: gpu for gpu in record.gpus}
     for direction in results.directions:
+        if not {direction.source, direction.target} <= gpus.keys():
+            continue
         if note := checks.staged(direction, gpus[direction.source], gpus[direction.target]):
             problems.append(note)
     return msgspec.structs.replace(

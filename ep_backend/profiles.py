@@ -100,7 +100,8 @@ class Transport(_Strict, frozen=True, kw_only=True):
 
 
 class SmBudget(_Strict, frozen=True, kw_only=True):
-    """Streaming multiprocessors that dispatch and combine may use, where a measurement beats the formula."""
+    """Most streaming multiprocessors that dispatch and combine may use; ``num_sms`` of a communicator goes
+    first."""
 
     sms: int
     source: str

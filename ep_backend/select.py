@@ -46,7 +46,7 @@ class Argument(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: the formula."""
+    """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit."""
 
     profile: str | None
     transport: str

@@ -26,11 +26,14 @@ MOST_WORKERS = 4  # each takes seconds to start
 _LONGEST_LINE = 1 << 16
 # Ended by somebody, a batch system or the kernel short of memory: says nothing about the GPUs.
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# The package may have been found through a path that a child does not inherit.
-_CODE = (
-    "import sys; sys.path.append(sys.argv[1]); "
-    "from ep_backend.checks.worker import main; sys.exit(main(sys.argv[2]))"
-)
+# A child finds the package where this process found it, and still its own standard library first.
+_CODE = """
+import sys
+places = [n for n, path in enumerate(sys.path) if path.endswith("-packages")]
+sys.path.insert(min(places, default=len(sys.path)), sys.argv[1])
+from ep_backend.checks.worker import main
+sys.exit(main(sys.argv[2]))
+"""
 
 Pair = tuple[str, str]
 
@@ -183,7 +186,11 @@ class _Worker:
     def __init__(self, request: Request, environ: Mapping[str, str], command: Sequence[str] | None) -> None:
         # The kernels of a pair wait for each other, so a launch must not wait for its kernel.
         inherited = {name: text for name, text in environ.items() if name != "CUDA_LAUNCH_BLOCKING"}
-        changes = {"CUDA_VISIBLE_DEVICES": ",".join(request.gpus), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        changes = {
+            "CUDA_VISIBLE_DEVICES": ",".join(request.gpus),
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+            "PYTHONSAFEPATH": "1",  # whatever lies in the working folder
+        }
         if command is None:
             command = (sys.executable, "-c", _CODE, str(Path(__file__).parents[2]))
         self._process = subprocess.Popen(

@@ -466,6 +466,12 @@ def test_a_veto_that_cannot_be_read_is_a_problem(machine, tried):
     assert record.links[0].nvlink is True
 
 
+def test_directions_of_gpus_that_are_not_here_change_nothing(machine, tried):
+    elsewhere = Direction(source="GPU-0a", target="GPU-gone", works=False, store_bytes_per_s=1.0)
+    tried(checks.Results(directions=(elsewhere,)))
+    assert machine(pcie(), checks="auto").links[0].peer_works is None
+
+
 def test_slow_peer_access_is_spoken_of(machine, tried):
     slow = {"store_bytes_per_s": 3.6e9}
     tried(checks.Results(directions=(direction(0, 1, True, **slow), direction(1, 0, True, **slow))))
