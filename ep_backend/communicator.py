@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ep_backend import _native, rendezvous
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
+from ep_backend.facts import neighbours, unchecked
 from ep_backend.probe import Record, probe
 from ep_backend.profiles import version
 from ep_backend.select import Decision, decide
@@ -122,10 +123,19 @@ class Communicator:
                     f"rank 0 and rank {rank} have different configurations: {'; '.join(different)}"
                 )
         records = [record for _, record in told]
+        if self._may_use_peer(records) and unchecked(records):
+            # Now that it is known which GPUs the group uses, they can be tried out: one rank of a machine
+            # does it, the others wait for what it finds.
+            group_gpus = neighbours(records, self.rank)
+            _, records = rendezvous.together(
+                group, lambda: probe(self.device, neighbours=group_gpus), lambda record: record
+            )
         self.decision: Decision = decide(records, config.transport, available=available(self.device))
         if self.decision.transport == PeerTransport.name:
             _check_drivers(records)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
+        if config.num_sms is None:
+            config = replace(config, num_sms=self.decision.sms)
         self._transport = TRANSPORTS[self.decision.transport](group, config, self.device)
         self._handles: list[Handle | None] = [None] * config.num_channels
         self._alive = True
@@ -145,6 +155,12 @@ class Communicator:
         elif self.device.type != "cpu":
             raise EpConfigError(f"device is {self.device}; cpu or cuda was wanted")
         return self.config.expert_ranks(self.world_size)
+
+    def _may_use_peer(self, records: list[Record]) -> bool:
+        wish = self.config.transport
+        if wish == "auto":
+            wish = records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip()
+        return wish in ("auto", PeerTransport.name) and PeerTransport.name in available(self.device)
 
     @property
     def transport(self) -> str:

@@ -123,6 +123,13 @@ VARIABLES: tuple[Variable, ...] = (
         "Hardware profile: auto recognises the machine; a name, an alias or a TOML file's path forces one.",
     ),
     _read(
+        "EP_BACKEND_PEER_ACCESS",
+        "str",
+        "auto",
+        "auto: peer access between GPUs counts where it works; 0: as if it had failed everywhere.",
+        choices=("auto", "0"),
+    ),
+    _read(
         "EP_BACKEND_CUDA",
         "str",
         "auto",

@@ -1,9 +1,11 @@
 """What one rank finds out about its machine: `probe() -> Record`.
 
-The probe never raises and never takes longer than its deadline allows: what cannot be found out is left
-empty, with a sentence in ``Record.problems``. It does not import torch and does not initialise CUDA.
-Everything is keyed by GPU UUID, since ordinals mean different GPUs in different processes. Decisions are made
-elsewhere, from the records of all ranks (`ep_backend.select`).
+The probe never raises and has two deadlines: one for its questions to the driver, and a longer one for trying
+out peer access between GPUs, which it does only where the choice of a profile depends on it and nothing is
+remembered from before (`ep_backend.checks`). What cannot be found out is left empty, with a sentence in
+``Record.problems``. It does not import torch and does not initialise CUDA. Everything is keyed by GPU UUID,
+since ordinals mean different GPUs in different processes. Decisions are made elsewhere, from the records of
+all ranks (`ep_backend.select`).
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from ep_backend import __version__, env, nvml, profiles
+from ep_backend import __version__, checks, devices, env, nvml, profiles, surroundings
+from ep_backend.errors import EpConfigError
 
-DEADLINE_S = 5.0
+DEADLINE_S = 5.0  # for questions to the driver
+CHECKS_DEADLINE_S = checks.DEADLINE_S
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +48,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     visible: tuple[str, ...] = ()  # UUIDs of the GPUs this process may use
     links: tuple[nvml.Link, ...] = ()  # every pair of ``gpus`` that could be asked about
     hcas: tuple[str, ...] = ()  # active InfiniBand/RoCE ports, as "device:port"
-    fabric_works: bool | None = None  # a fabric handle was really exported and imported; None: not tried
+    directions: tuple[checks.Direction, ...] = ()  # what was tried out between ``gpus``
+    # A fabric handle of each GPU that counts was really exported and imported; None: not tried
+    fabric_works: bool | None = None
+    iommu: str = ""  # off, passthrough, translated; empty: not known
+    container: str = ""  # docker, podman, kubernetes, other; empty: none
     environment: dict[str, str] = {}  # registered variables that steer the choice, as they were found
     profiles_digest: str = ""  # of the profile files this rank would read
     problems: tuple[str, ...] = ()
@@ -62,12 +70,19 @@ def probe(
     environ: Mapping[str, str] | None = None,
     deadline_s: float = DEADLINE_S,
     root: str | Path = "/",
+    checks: Literal["auto", "fresh", "never"] = "auto",
+    checks_deadline_s: float = CHECKS_DEADLINE_S,
+    neighbours: Sequence[str] = (),
 ) -> Record:
     """Find out what this rank's machine is. Never raises.
 
     ``device``: what the rank computes on, if known ("cpu", "cuda", "cuda:1" or a torch.device).
-    ``deadline_s`` bounds the time spent on questions to the driver. ``environ`` and ``root`` (of /proc, /sys,
-    /dev) are for tests.
+    ``deadline_s`` bounds the time spent on questions to the driver, ``checks_deadline_s`` that spent on
+    trying out peer access. ``checks``: "auto" takes what is remembered, and tries out what is not where the
+    choice of a profile depends on it: some pair of the GPUs that count has no NVLink, or NVML reports a
+    fabric; "fresh" tries out all GPUs of the machine now; "never" neither. ``neighbours``: UUIDs of GPUs of
+    this machine that count because other ranks use them. ``environ`` and ``root`` (of /proc, /sys, /dev) are
+    for tests.
     """
     environ = dict(os.environ) if environ is None else environ
     problems: list[str] = []
@@ -87,12 +102,85 @@ def probe(
     answer = _bounded(about_gpus, deadline_s, problems)
     if answer is None:  # nothing more is asked of a driver that hangs
         answer = {"device": wanted} if wanted else _use((), Path(root), environ, torch_version, problems)
+        checks = "never"
     found.update(answer)
-    return Record(**found, problems=tuple(problems))
+    return _with_checks(
+        Record(**found, problems=tuple(problems)), checks, checks_deadline_s, neighbours, environ
+    )
+
+
+def _with_checks(
+    record: Record, mode: str, deadline_s: float, neighbours: Sequence[str], environ: Mapping[str, str]
+) -> Record:
+    """The record with what was tried out between the GPUs, and with the user's veto."""
+    problems = list(record.problems)
+    try:
+        vetoed = env.get("EP_BACKEND_PEER_ACCESS", environ) == "0"
+    except EpConfigError as error:  # `ep_backend.select` refuses it
+        problems.append(str(error))
+        vetoed = False
+    used = list(dict.fromkeys([*record.used_gpus(), *neighbours]))
+    results = checks.Results()
+    if mode == "fresh":
+        results = _results(record, None, None, True, deadline_s, environ)
+    elif mode == "auto" and not vetoed:
+        among = used if _depends_on_checks(record.links, used) else ()
+        results = _results(record, among, used, False, deadline_s, environ)
+    links = tuple(
+        msgspec.structs.replace(link, nvlink=False, peer_works=False)
+        if vetoed
+        else msgspec.structs.replace(link, peer_works=_both_ways(link, results.directions))
+        for link in record.links
+    )
+    gpus = {gpu.uuid: gpu for gpu in record.gpus}
+    for direction in results.directions:
+        if not {direction.source, direction.target} <= gpus.keys():
+            continue
+        if note := checks.staged(direction, gpus[direction.source], gpus[direction.target]):
+            problems.append(note)
+    return msgspec.structs.replace(
+        record,
+        links=links,
+        directions=results.directions,
+        fabric_works=False if vetoed else results.fabric_works,
+        problems=(*problems, *results.problems),
+    )
+
+
+def _results(
+    record: Record,
+    among: Sequence[str] | None,
+    fabric: Sequence[str] | None,
+    fresh: bool,
+    deadline_s: float,
+    environ: Mapping[str, str],
+) -> checks.Results:
+    return checks.results(
+        record.gpus, record.links, record.driver, record.boot_id, among=among, fabric=fabric, fresh=fresh,
+        deadline_s=deadline_s, environ=environ,
+    )  # fmt: skip
+
+
+def _depends_on_checks(links: Sequence[nvml.Link], used: Sequence[str]) -> bool:
+    """Whether the GPUs that count are known to lack NVLink somewhere: then peer access decides."""
+    verdicts = {link.nvlink for link in links if link.a in used and link.b in used}
+    return False in verdicts and None not in verdicts
+
+
+def _both_ways(link: nvml.Link, directions: Sequence[checks.Direction]) -> bool | None:
+    verdicts = [
+        direction.works
+        for direction in directions
+        if (direction.source, direction.target) in ((link.a, link.b), (link.b, link.a))
+    ]
+    if False in verdicts:
+        return False
+    return True if verdicts.count(True) == 2 else None
 
 
 def _host(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"host": socket.gethostname(), "cpus": len(os.sched_getaffinity(0))}
+    found["container"] = surroundings.container(root, environ)
     try:
         found["boot_id"] = (root / "proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError as error:
@@ -151,6 +239,7 @@ def _choices(root: Path, environ: Mapping[str, str], problems: list[str]) -> dic
     steering = {v.name for v in env.VARIABLES if v.kind == "set"} | {
         "EP_BACKEND_PROFILE",
         "EP_BACKEND_TRANSPORT",
+        "EP_BACKEND_PEER_ACCESS",
     }
     return {
         "environment": {name: environ[name] for name in sorted(steering) if environ.get(name, "").strip()},
@@ -163,15 +252,22 @@ def _gpus(
 ) -> dict[str, Any]:
     found = nvml.query(problems)
     if not found["gpus"]:
-        found["gpus"] = _gpus_of_proc(root)
+        found["gpus"] = devices.of_proc(root)
         if found["gpus"]:
             problems.append(
                 "GPUs are present but NVML does not describe them, so their links are unknown"
                 " (is the package nvidia-ml-py installed?)"
             )
+    found["gpus"] = tuple(
+        msgspec.structs.replace(gpu, numa_node=surroundings.numa_node(root, gpu.bus_id))
+        for gpu in found["gpus"]
+    )
+    found["iommu"] = surroundings.iommu(root, (gpu.bus_id for gpu in found["gpus"] if gpu.bus_id))
     found.update(_use(found["gpus"], root, environ, torch_version, problems))
     if wanted:
-        found["device"] = "cpu" if wanted == "cpu" else _uuid_of(wanted, found.get("visible", ()), problems)
+        found["device"] = (
+            "cpu" if wanted == "cpu" else devices.uuid_of(wanted, found.get("visible", ()), problems)
+        )
     return found
 
 
@@ -192,63 +288,7 @@ def _use(
             f"torch {torch_version} is built for CPUs only: the GPUs of this machine are not used"
         )
         return {}
-    return {"visible": _visible(names, environ, problems)}
-
-
-def _gpus_of_proc(root: Path) -> tuple[nvml.Gpu, ...]:
-    """GPUs as the kernel driver lists them: all that is known without NVML."""
-    gpus = []
-    for information in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        fields = dict(re.findall(r"^([^:\n]+):\s*(.*?)\s*$", information.read_text(), re.MULTILINE))
-        if fields.get("GPU UUID"):
-            gpus.append(
-                nvml.Gpu(uuid=fields["GPU UUID"], name=fields.get("Model", ""), bus_id=information.parts[-2])
-            )
-    return tuple(gpus)
-
-
-def _visible(names: Sequence[str], environ: Mapping[str, str], problems: list[str]) -> tuple[str, ...]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does: in its order, ending at the first entry that names nothing."""
-    listed = environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return tuple(names)
-    visible: list[str] = []
-    for entry in filter(None, (part.strip() for part in listed.split(","))):
-        if entry.startswith("MIG-"):
-            visible.append(
-                entry
-            )  # a slice of a GPU: it has no links to others, and no further description here
-            continue
-        if entry.isdecimal():
-            matches = [names[int(entry)]] if int(entry) < len(names) else []
-        else:
-            matches = [name for name in names if name.startswith(entry)]
-        if len(matches) != 1:
-            problems.append(
-                f"CUDA_VISIBLE_DEVICES: {entry!r} names no GPU here; it and what follows it is not used"
-            )
-            break
-        visible.append(matches[0])
-    return tuple(visible)
-
-
-def _uuid_of(device: str, visible: tuple[str, ...], problems: list[str]) -> str:
-    kind, _, ordinal = device.partition(":")
-    if kind != "cuda":
-        problems.append(f"device {device!r} is neither cpu nor cuda")
-        return device
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        # CUDA may number the GPUs otherwise than NVML does; once it runs, it can be asked.
-        index = int(ordinal) if ordinal else torch.cuda.current_device()
-        uuid = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
-        if uuid:
-            return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-    index = int(ordinal or 0)
-    if index < len(visible):
-        return visible[index]
-    problems.append(f"device {device!r} is not among the {len(visible)} GPUs that this process may use")
-    return device
+    return {"visible": devices.visible(names, environ, problems)}
 
 
 def _bounded(

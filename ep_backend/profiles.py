@@ -33,6 +33,7 @@ ENGINES = ("vllm", "sglang")
 _LARGEST_FILE = 1 << 20
 
 Share = Literal["none", "some", "all"]
+Level = Literal["LOC", "PIX", "PXB", "PHB", "SYS"]
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,15 +46,18 @@ class Condition(_Strict, frozen=True, kw_only=True):
     ``gpus``: whether the ranks compute on GPUs (a mixed group is refused). ``several_gpus``: a host has two
     or more that count, so that there are pairs to speak of. ``nvlink``, ``peer_access``, ``pcie_switch``: how
     many pairs of the group's GPUs inside a host have working NVLink; have passed the data check of peer
-    access both ways; hang under common PCIe switches. ``fabric``: handles of an NVLink fabric across hosts
-    were really exchanged. ``hca``: every host has an active InfiniBand/RoCE port.
-    Versions are texts like "13.0" and are compared with the lowest of the group.
+    access both ways; hang under common PCIe switches. ``peer_level``: the longest path, as NCCL_P2P_LEVEL
+    counts, within which every pair has passed it (LOC: not even the nearest). ``fabric``: the group's GPUs
+    are in one NVLink fabric across hosts, and handles were really exchanged. ``hca``: every host has an
+    active InfiniBand/RoCE port. Versions are texts like "13.0" and are compared with the lowest of the
+    group.
     """
 
     gpus: Literal["none", "all"] | None = None
     several_gpus: bool | None = None
     nvlink: Share | None = None
     peer_access: Share | None = None
+    peer_level: Level | None = None
     pcie_switch: Share | None = None
     several_hosts: bool | None = None
     hca: bool | None = None
@@ -96,7 +100,8 @@ class Transport(_Strict, frozen=True, kw_only=True):
 
 
 class SmBudget(_Strict, frozen=True, kw_only=True):
-    """Streaming multiprocessors that dispatch and combine may use, where a measurement beats the formula."""
+    """Most streaming multiprocessors that dispatch and combine may use; ``num_sms`` of a communicator goes
+    first."""
 
     sms: int
     source: str
@@ -351,6 +356,7 @@ def _check_condition(condition: Condition, key: str) -> None:
             condition.several_gpus,
             condition.nvlink,
             condition.peer_access,
+            condition.peer_level,
             condition.pcie_switch,
             condition.fabric,
         )

@@ -14,12 +14,16 @@ import msgspec
 
 from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
+from ep_backend.facts import Facts, gather, unmet, word
 from ep_backend.probe import Record
-from ep_backend.profiles import Condition, Profile, Setting
+from ep_backend.profiles import Profile, Setting
 
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
 AVAILABLE = frozenset({"cpu", "collective", "peer"})
+# What NVIDIA asks for where NCCL shares memory of the host:
+# https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html#shared-memory
+NCCL_SHARED_MEMORY = 1 << 30
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -42,7 +46,7 @@ class Argument(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: the formula."""
+    """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit."""
 
     profile: str | None
     transport: str
@@ -63,23 +67,6 @@ class Conflict(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         kept = f"{self.name}={self.found} is kept as it was found"
         return f"{kept}; the profile would set {self.wanted}. {self.why}"
-
-
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the records of a group say together, in the words of `profiles.Condition`. None: not known."""
-
-    gpus: str
-    several_gpus: bool
-    nvlink: str | None
-    peer_access: str | None
-    pcie_switch: str | None
-    several_hosts: bool
-    hca: bool
-    fabric: bool | None
-    cuda_driver: str | None
-    nccl: str | None
-    shares_memory: bool  # all ranks see the same /dev/shm of one kernel
-    hosts: int
 
 
 def decide(
@@ -120,6 +107,7 @@ def select(
     "auto". ``profile``: a profile's name or alias, or "auto". Raises EpConfigError.
     """
     check_agreement(records)
+    refused = env.get("EP_BACKEND_PEER_ACCESS", records[0].environment) == "0"
     facts = gather(records)
     known = profiles.in_order(known)
     if profile == "auto":
@@ -136,7 +124,7 @@ def select(
         profile=chosen.name if chosen else None,
         transport=transport,
         env=tuple(EnvValue(n, s.value, s.why, s.source) for n, s in sorted(environment.items())),
-        reason=f"{why_profile} {why_transport}",
+        reason=" ".join([why_profile, why_transport, *_remarks(facts, transport, refused, why_transport)]),
         engine=tuple(
             Argument(e, n, s.value, s.why, s.source)
             for e in profiles.ENGINES
@@ -191,54 +179,6 @@ def check_agreement(records: Sequence[Record]) -> None:
         raise EpConfigError(f"the ranks of the group are not set up alike: {'; '.join(differences)}")
 
 
-def gather(records: Sequence[Record]) -> Facts:
-    """Facts about the group. Only the GPUs that the group uses count, and the links between them."""
-    hosts: dict[str, list[Record]] = {}
-    for record in records:
-        hosts.setdefault(record.boot_id or record.host, []).append(record)
-    shared = {(record.boot_id or record.host, record.shared_memory) for record in records}
-    fabric = {record.fabric_works for record in records}
-    return Facts(
-        gpus="all" if all(record.used_gpus() for record in records) else "none",
-        several_gpus=bool(_verdicts(hosts.values(), lambda link: True)),
-        nvlink=_share(hosts.values(), lambda link: link.nvlink),
-        peer_access=_share(hosts.values(), lambda link: link.peer_works),
-        pcie_switch=_share(
-            hosts.values(), lambda link: link.ancestor in ("LOC", "PIX", "PXB") if link.ancestor else None
-        ),
-        several_hosts=len(hosts) > 1,
-        hca=all(any(record.hcas for record in host) for host in hosts.values()),
-        fabric=False if False in fabric else None if None in fabric else True,
-        cuda_driver=_lowest(record.cuda_driver for record in records),
-        nccl=_lowest(record.versions.get("nccl", "") for record in records),
-        shares_memory=len(shared) == 1,
-        hosts=len(hosts),
-    )
-
-
-def unmet(condition: Condition, facts: Facts) -> list[str]:
-    """The parts of ``condition`` that do not hold, in words; an empty list means that it holds."""
-    missing = []
-    for name in Condition.__struct_fields__:
-        wanted = getattr(condition, name)
-        if wanted is None:
-            continue
-        if name.endswith(("_below", "_at_least")):
-            what, below = (
-                (name[: -len("_below")], True)
-                if name.endswith("_below")
-                else (name[: -len("_at_least")], False)
-            )
-            found = getattr(facts, what)
-            ok = found is not None and (profiles.version(found) < profiles.version(wanted)) == below
-        else:
-            found = getattr(facts, name)
-            ok = found == wanted
-        if not ok:
-            missing.append(f"{name} must be {_word(wanted)} and is {_word(found)}")
-    return missing
-
-
 def _recognise(known: Sequence[Profile], facts: Facts) -> tuple[Profile | None, str]:
     misses = []
     for profile in known:
@@ -248,7 +188,7 @@ def _recognise(known: Sequence[Profile], facts: Facts) -> tuple[Profile | None, 
         if not missing:
             fits = profile.recognition.require
             held = [
-                f"{n} is {_word(getattr(fits, n))}"
+                f"{n} is {word(getattr(fits, n))}"
                 for n in fits.__struct_fields__
                 if getattr(fits, n) is not None
             ]
@@ -298,6 +238,30 @@ def _transport(
     raise EpConfigError(f"no transport can serve this group {place}: {'; '.join(dict.fromkeys(passed))}")
 
 
+def _remarks(facts: Facts, transport: str, refused: bool, said: str) -> list[str]:
+    """What the reader should know beside the choice and has not been told."""
+    remarks = []
+    if refused and facts.gpus == "all":
+        remarks.append("EP_BACKEND_PEER_ACCESS=0: no peer access is used.")
+    elif facts.failed_pairs and _failure(facts) not in said:
+        remarks.append(f"T{_failure(facts)[1:]}.")
+    space = facts.shared_memory_bytes
+    through_host = transport == "collective" and facts.gpus == "all" and facts.several_gpus
+    if through_host and facts.nvlink != "all" and space is not None and space < NCCL_SHARED_MEMORY:
+        remarks.append(
+            f"/dev/shm has {space >> 20} MiB and NCCL may need more to reach GPUs through the host"
+            " (containers: start them with --ipc=host or --shm-size=1g)."
+        )
+    return remarks
+
+
+def _failure(facts: Facts) -> str:
+    pairs = facts.failed_pairs
+    named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
+    more = f", and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
+    return f"the data check of peer access failed between {named}{more}"
+
+
 def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available: frozenset[str]) -> str:
     """Why this group cannot use ``transport``, or an empty text."""
     if transport not in available:
@@ -312,7 +276,17 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
                 return f"it moves CPU tensors and rank {rank} computes on {record.device}"
     if transport in ("host", "peer") and facts.gpus == "none":
         return "it moves GPU tensors and no rank computes on a GPU"
-    return ""
+    return _no_peer_access(records, facts) if transport in ("peer", "hier") else ""
+
+
+def _no_peer_access(records: Sequence[Record], facts: Facts) -> str:
+    if records[0].environment.get("EP_BACKEND_PEER_ACCESS", "").strip() == "0":
+        return "EP_BACKEND_PEER_ACCESS=0 forbids it"
+    for rank, record in enumerate(records):
+        sliced = [gpu.uuid for gpu in record.gpus if gpu.mig and gpu.uuid in record.used_gpus()]
+        if len(records) > 1 and (sliced or any(uuid.startswith("MIG-") for uuid in record.used_gpus())):
+            return f"rank {rank} uses a slice of a GPU (MIG), which reaches no other"
+    return _failure(facts) if facts.failed_pairs else ""
 
 
 def _settings(
@@ -330,42 +304,6 @@ def _settings(
             for name in profiles.ENGINES:
                 engine[name].update(getattr(block.engine, name))
     return environment, engine
-
-
-def _share(hosts: Iterable[Sequence[Record]], judge: Any) -> str | None:
-    """How many pairs of used GPUs in a host satisfy ``judge``: none, some, all; None if one is unknown."""
-    verdicts = _verdicts(hosts, judge)
-    if None in verdicts:
-        return None
-    if verdicts == {True}:
-        return "all"
-    return "some" if True in verdicts else "none"
-
-
-def _verdicts(hosts: Iterable[Sequence[Record]], judge: Any) -> set[bool | None]:
-    """What ``judge`` says of the pairs of used GPUs in each host; empty where no host has a pair."""
-    verdicts: set[bool | None] = set()
-    for records in hosts:
-        known: dict[frozenset[str], bool | None] = {}
-        for link in (link for record in records for link in record.links):
-            verdict = judge(link)
-            pair = frozenset((link.a, link.b))
-            # Ranks of one host may differ in what they were told; the worse answer counts.
-            known[pair] = verdict if known.get(pair, True) is not False else False
-        used = sorted({uuid for record in records for uuid in record.used_gpus()})
-        if len(used) == 1:
-            # One GPU of this host: how it reaches its neighbours tells what machine it is.
-            verdicts.update(verdict for pair, verdict in known.items() if used[0] in pair)
-        verdicts.update(known.get(frozenset((a, b))) for i, a in enumerate(used) for b in used[i + 1 :])
-    return verdicts
-
-
-def _lowest(texts: Iterable[str]) -> str | None:
-    return min((text for text in texts if text), key=profiles.version, default=None)
-
-
-def _word(value: Any) -> str:
-    return {None: "unknown", True: "true", False: "false"}.get(value, str(value))
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_ops.h"
+#include "pair_ops.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def(
@@ -29,6 +30,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "places, bool local_ids, int pad_id, int blocks, Tensor(a!) out_rows, Tensor(b!)? out_scales, "
         "Tensor(c!)? out_ids, Tensor(d!)? out_weights) -> ()");
     m.def("cuda_return_rows(Tensor y, Tensor places, Tensor? weights, int blocks, Tensor(a!) rows) -> ()");
+
+    m.def("gpu_pair_attributes(int source, int target) -> int[]");
+    m.def("gpu_pair_create(int source, int target, int bytes) -> int");
+    m.def("gpu_pair_destroy(int pair) -> ()");
+    m.def(
+        "gpu_pair_store(int pair, int seed, int expected, int rounds, bool announce, int timeout_us) -> "
+        "int[]");
+    m.def("gpu_pair_latency(int pair, int rounds, int timeout_us) -> float");
+    m.def("gpu_pair_bandwidth(int pair, bool copy_engine) -> float");
+    m.def("gpu_fabric_handle(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
@@ -38,6 +49,13 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("cuda_exchange_max_epoch", TORCH_BOX(&ep::ops::cuda_exchange_max_epoch));
     m.impl("cuda_exchange_recover", TORCH_BOX(&ep::ops::cuda_exchange_recover));
     m.impl("cuda_exchange_set_timeout", TORCH_BOX(&ep::ops::cuda_exchange_set_timeout));
+    m.impl("gpu_pair_attributes", TORCH_BOX(&ep::ops::gpu_pair_attributes));
+    m.impl("gpu_pair_create", TORCH_BOX(&ep::ops::gpu_pair_create));
+    m.impl("gpu_pair_destroy", TORCH_BOX(&ep::ops::gpu_pair_destroy));
+    m.impl("gpu_pair_store", TORCH_BOX(&ep::ops::gpu_pair_store));
+    m.impl("gpu_pair_latency", TORCH_BOX(&ep::ops::gpu_pair_latency));
+    m.impl("gpu_pair_bandwidth", TORCH_BOX(&ep::ops::gpu_pair_bandwidth));
+    m.impl("gpu_fabric_handle", TORCH_BOX(&ep::ops::gpu_fabric_handle));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {

@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from ep_backend import __version__, nvml
+from ep_backend import __version__, checks, nvml, surroundings
+from ep_backend.checks import Direction
 from ep_backend.probe import Record, probe
 from ep_backend.select import decide
 
@@ -21,8 +22,18 @@ class FakeError(Exception):
         self.value = value
 
 
-def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, broken=()):
-    """A stand-in for the module pynvml. ``broken``: functions that answer "not supported"."""
+class FabricInfo(types.SimpleNamespace):
+    """nvmlGpuFabricInfo_v2_t, as the module makes it: not filled yet."""
+
+    def __init__(self):
+        super().__init__(clusterUuid=[0] * 16, status=0, cliqueId=0, state=0)
+
+
+def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, broken=(), fabric=None):
+    """A stand-in for the module pynvml. ``broken``: functions that answer "not supported".
+
+    ``fabric``: (state, status, cluster, clique) of every GPU.
+    """
     module = types.ModuleType("pynvml")
     module.NVMLError = FakeError
     module.NVML_ERROR_LIBRARY_NOT_FOUND, module.NVML_ERROR_DRIVER_NOT_LOADED = 12, 9
@@ -38,6 +49,14 @@ def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, bro
             raise FakeError(3)
         return state
 
+    def fabric_info(handle, info):
+        if fabric is None:
+            raise FakeError(3)
+        info.state, info.status, info.clusterUuid, info.cliqueId = fabric
+        return 0
+
+    module.NVML_P2P_CAPS_INDEX_READ = (0,)  # a mistake of the real module
+    module.c_nvmlGpuFabricInfoV_t = FabricInfo
     answers = {
         "nvmlInit": init,
         "nvmlShutdown": lambda: None,
@@ -53,7 +72,13 @@ def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, bro
         "nvmlDeviceGetMigMode": lambda handle: (0, 0),
         "nvmlDeviceGetNvLinkState": link_state,
         "nvmlDeviceGetNvLinkRemoteDeviceType": lambda handle, link: peer,
-        "nvmlDeviceGetP2PStatus": lambda a, b, index: status,
+        "nvmlDeviceGetP2PStatus": lambda a, b, index: status if index in (0, 1, 2) else 5,
+        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=141 << 30),
+        "nvmlDeviceGetBAR1MemoryInfo": lambda handle: types.SimpleNamespace(bar1Total=256 << 20),
+        "nvmlDeviceGetMaxPcieLinkGeneration": lambda handle: 5,
+        "nvmlDeviceGetMaxPcieLinkWidth": lambda handle: 16,
+        "nvmlDeviceGetVirtualizationMode": lambda handle: 1,
+        "nvmlDeviceGetGpuFabricInfoV": fabric_info,
         "nvmlDeviceGetTopologyCommonAncestor": lambda a, b: 40,
     }
 
@@ -72,13 +97,14 @@ def machine(monkeypatch, tmp_path):
         "ep_backend.probe._versions", lambda root, environ, problems: {"versions": {"torch": "2.13.0"}}
     )
 
-    def run(module=None, environ=None, device=None, deadline_s=5.0, files=None):
+    def run(module=None, environ=None, device=None, deadline_s=5.0, files=None, **more):
         monkeypatch.setitem(sys.modules, "pynvml", module)
         for name, text in (files or {}).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        return probe(device, environ=environ or {}, deadline_s=deadline_s, root=tmp_path)
+        more = {"checks": "never", **more}
+        return probe(device, environ=environ or {}, deadline_s=deadline_s, root=tmp_path, **more)
 
     return run
 
@@ -102,11 +128,59 @@ def test_gpus_and_links(machine):
     record = machine(fake_nvml())
     assert (record.driver, record.cuda_driver) == ("580.65.06", "13.2")
     assert record.gpus[0] == nvml.Gpu(
-        uuid="GPU-0a", name=PRODUCT, bus_id="00000000:01:00.0", mig=False, nvlinks=2, nvlink_peer="switch"
+        uuid="GPU-0a",
+        name=PRODUCT,
+        bus_id="00000000:01:00.0",
+        mig=False,
+        nvlinks=2,
+        nvlink_peer="switch",
+        memory_bytes=141 << 30,
+        bar1_bytes=256 << 20,
+        pcie_generation=5,
+        pcie_width=16,
+        virtualization="passthrough",
     )
-    assert record.links == (nvml.Link(a="GPU-0a", b="GPU-1a", nvlink=True, ancestor="NODE"),)
+    link = nvml.Link(
+        a="GPU-0a",
+        b="GPU-1a",
+        nvlink=True,
+        nvml_read=True,
+        nvml_write=True,
+        nvml_atomics=False,
+        ancestor="NODE",
+    )
+    assert record.links == (link,)
     assert record.visible == record.used_gpus() == ("GPU-0a", "GPU-1a")
     assert decide([record]).profile == "nvswitch"
+
+
+CLUSTER = list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("fabric", "state", "cluster", "clique"),
+    [
+        ((3, 0, CLUSTER, 5), "completed", "00010203-0405-0607-0809-0a0b0c0d0e0f", 5),
+        ((3, 0, [0] * 16, 5), "completed", "", None),  # H100 without a fabric
+        ((3, 999, CLUSTER, 5), "failed", "00010203-0405-0607-0809-0a0b0c0d0e0f", 5),
+        ((2, 0, [0] * 16, 0), "in progress", "", None),
+        ((0, 0, [0] * 16, 0), "not supported", "", None),
+        (None, "", "", None),
+    ],
+)
+def test_the_fabric_that_nvml_reports(machine, fabric, state, cluster, clique):
+    gpu = machine(fake_nvml(fabric=fabric)).gpus[0]
+    assert (gpu.fabric_state, gpu.fabric_cluster, gpu.fabric_clique) == (state, cluster, clique)
+    assert checks.has_fabric(gpu) == (state == "completed" and cluster != "")
+
+
+def test_an_older_module_knows_fewer_questions(machine):
+    module = fake_nvml()
+    for name in ("c_nvmlGpuFabricInfoV_t", "nvmlDeviceGetVirtualizationMode", "nvmlDeviceGetMemoryInfo"):
+        delattr(module, name)
+    gpu = machine(module).gpus[0]
+    assert (gpu.memory_bytes, gpu.virtualization, gpu.fabric_state) == (None, "", "")
+    assert gpu.pcie_generation == 5
 
 
 def test_nvlink_that_does_not_work(machine):
@@ -264,3 +338,192 @@ def test_a_part_that_breaks_does_not_take_the_others_along(machine, monkeypatch)
     assert record.cpus == 0
     assert len(record.gpus) == 2
     assert any(problem.startswith("host: ZeroDivisionError") for problem in record.problems)
+
+
+# --- peer access ---
+
+
+def direction(a, b, works, **more):
+    return Direction(source=f"GPU-{a}a", target=f"GPU-{b}a", works=works, **more)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """`checks.results` replaced: what it is asked for, and what it answers."""
+    asked = []
+
+    def answer(results):
+        def fake(gpus, links, driver, boot_id, **more):
+            asked.append({"driver": driver, "boot_id": boot_id, **more})
+            return results
+
+        monkeypatch.setattr(checks, "results", fake)
+        return asked
+
+    return answer
+
+
+def pcie(count=2):
+    return fake_nvml(count, status=5, state=0)
+
+
+def test_pcie_machines_try_out_what_they_use(machine, tried):
+    asked = tried(checks.Results(directions=(direction(0, 1, True), direction(1, 0, True))))
+    record = machine(
+        pcie(), checks="auto", checks_deadline_s=7, files={"proc/sys/kernel/random/boot_id": "b"}
+    )
+    (call,) = asked
+    assert (call["among"], call["fresh"], call["deadline_s"]) == (["GPU-0a", "GPU-1a"], False, 7)
+    assert (call["driver"], call["boot_id"]) == ("580.65.06", "b")
+    assert record.links[0].peer_works is True
+    assert len(record.directions) == 2
+    assert decide([record]).profile == "pcie_p2p"
+
+
+@pytest.mark.parametrize(
+    ("directions", "works", "profile"),
+    [
+        ((direction(0, 1, True), direction(1, 0, False)), False, "pcie_blackwell"),
+        ((direction(0, 1, None), direction(1, 0, False)), False, "pcie_blackwell"),
+        ((direction(0, 1, True), direction(1, 0, None)), None, None),
+        ((direction(0, 1, True),), None, None),
+        ((), None, None),
+    ],
+)
+def test_both_ways_must_work(machine, tried, directions, works, profile):
+    tried(checks.Results(directions=directions, problems=("a problem",)))
+    record = machine(pcie(), checks="auto")
+    assert record.links[0].peer_works is works
+    assert "a problem" in record.problems
+    assert decide([record]).profile == profile
+
+
+def test_nvlink_everywhere_starts_nothing_and_takes_what_is_known(machine, tried):
+    asked = tried(checks.Results(directions=(direction(0, 1, True), direction(1, 0, False))))
+    record = machine(fake_nvml(), checks="auto")
+    assert (asked[0]["among"], asked[0]["fresh"]) == ((), False)
+    decision = decide([record])
+    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
+    assert "data check of peer access failed between GPU-0a and GPU-1a" in decision.reason
+
+
+def test_unknown_links_start_nothing(machine, tried):
+    asked = tried(checks.Results())
+    machine(fake_nvml(broken=("nvmlDeviceGetP2PStatus",)), checks="auto")
+    assert asked[0]["among"] == ()
+
+
+def test_a_rank_with_a_device_tries_out_the_gpus_of_its_group(machine, tried):
+    asked = tried(checks.Results())
+    machine(pcie(4), checks="auto", device="cuda:1")
+    machine(pcie(4), checks="auto", device="cuda:1", neighbours=("GPU-1a", "GPU-3a"))
+    machine(pcie(4), {"CUDA_VISIBLE_DEVICES": "GPU-2a"}, checks="auto", neighbours=("GPU-3a",))
+    machine(pcie(4), {"CUDA_VISIBLE_DEVICES": "3,GPU-2a"}, checks="auto")
+    assert [call["among"] for call in asked] == [
+        (), ["GPU-1a", "GPU-3a"], ["GPU-2a", "GPU-3a"], ["GPU-3a", "GPU-2a"],
+    ]  # fmt: skip
+
+
+def test_fresh_and_never(machine, tried):
+    asked = tried(checks.Results())
+    machine(fake_nvml(), checks="fresh")
+    assert (asked[0]["among"], asked[0]["fabric"], asked[0]["fresh"]) == (None, None, True)
+    machine(pcie(), checks="never")
+    assert len(asked) == 1
+    machine(fake_nvml(hang_s=30), checks="auto", deadline_s=0.2, files={"dev/nvidia0": ""})
+    assert len(asked) == 1, "a driver that hangs is asked nothing more"
+
+
+def test_a_fabric_counts_when_its_handles_work(machine, tried):
+    module = fake_nvml(fabric=(3, 0, CLUSTER, 5))
+    for works, profile in ((True, "nvl72"), (False, "nvswitch"), (None, "nvswitch")):
+        asked = tried(checks.Results(fabric_works=works))
+        record = machine(module, checks="auto", device="cuda:0")
+        assert asked[-1]["fabric"] == ["GPU-0a"]
+        assert (record.fabric_works, decide([record]).profile) == (works, profile)
+
+
+@pytest.mark.parametrize("module", [fake_nvml, lambda: fake_nvml(fabric=(3, 0, CLUSTER, 5)), pcie])
+def test_the_users_veto(machine, tried, module):
+    good = checks.Results(directions=(direction(0, 1, True), direction(1, 0, True)), fabric_works=True)
+    asked = tried(good)
+    veto = {"EP_BACKEND_PEER_ACCESS": "0"}
+    record = machine(module(), veto, checks="auto")
+    assert asked == []
+    assert (record.links[0].nvlink, record.links[0].peer_works, record.fabric_works) == (False, False, False)
+    assert record.environment == veto
+    decision = decide([record])
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    record = machine(module(), veto, checks="fresh")
+    assert record.directions == good.directions, "what was measured is shown all the same"
+    assert decide([record]) == decision
+
+
+def test_a_veto_that_cannot_be_read_is_a_problem(machine, tried):
+    tried(checks.Results())
+    record = machine(fake_nvml(), {"EP_BACKEND_PEER_ACCESS": "no"}, checks="auto")
+    assert any("wanted one of auto, 0" in problem for problem in record.problems)
+    assert record.links[0].nvlink is True
+
+
+def test_directions_of_gpus_that_are_not_here_change_nothing(machine, tried):
+    elsewhere = Direction(source="GPU-0a", target="GPU-gone", works=False, store_bytes_per_s=1.0)
+    tried(checks.Results(directions=(elsewhere,)))
+    assert machine(pcie(), checks="auto").links[0].peer_works is None
+
+
+def test_slow_peer_access_is_spoken_of(machine, tried):
+    slow = {"store_bytes_per_s": 3.6e9}
+    tried(checks.Results(directions=(direction(0, 1, True, **slow), direction(1, 0, True, **slow))))
+    record = machine(pcie(), checks="auto")
+    assert sum("stage peer access through the host" in problem for problem in record.problems) == 2
+
+
+# --- what the files say ---
+
+DEVICE = "sys/bus/pci/devices/0000:01:00.0"
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ({f"{DEVICE}/iommu_group/type": "DMA\n"}, "translated"),
+        ({f"{DEVICE}/iommu_group/type": "DMA-FQ\n"}, "translated"),
+        ({f"{DEVICE}/iommu_group/type": "identity\n"}, "passthrough"),
+        ({f"{DEVICE}/iommu_group/type": "unheard of\n"}, ""),
+        ({f"{DEVICE}/vendor": "0x10de"}, "off"),
+        ({}, ""),
+    ],
+)
+def test_iommu(machine, files, kind):
+    assert machine(fake_nvml(1), files=files).iommu == kind
+
+
+def test_one_translated_gpu_counts(tmp_path):
+    for bus_id, kind in (("0000:01:00.0", "identity"), ("0000:02:00.0", "DMA")):
+        path = tmp_path / "sys/bus/pci/devices" / bus_id / "iommu_group" / "type"
+        path.parent.mkdir(parents=True)
+        path.write_text(kind)
+    assert surroundings.iommu(tmp_path, ["00000000:01:00.0", "00000000:02:00.0"]) == "translated"
+
+
+@pytest.mark.parametrize(("text", "node"), [("1\n", 1), ("-1\n", None), ("x", None)])
+def test_numa_node(machine, text, node):
+    assert machine(fake_nvml(1), files={f"{DEVICE}/numa_node": text}).gpus[0].numa_node == node
+
+
+@pytest.mark.parametrize(
+    ("files", "environ", "kind"),
+    [
+        ({".dockerenv": ""}, {}, "docker"),
+        ({".dockerenv": ""}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "kubernetes"),
+        ({"run/.containerenv": ""}, {}, "podman"),
+        ({"proc/1/cgroup": "0::/kubepods/besteffort/pod1"}, {}, "kubernetes"),
+        ({"proc/1/cgroup": "4:cpu:/docker/123"}, {}, "docker"),
+        ({"proc/1/cgroup": "0::/lxc/box"}, {}, "other"),
+        ({"proc/1/cgroup": "0::/init.scope"}, {}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_container(machine, files, environ, kind):
+    assert machine(files=files, environ=environ).container == kind

@@ -74,6 +74,7 @@ MISTAKES = [
     # values
     (["recognition", "require", "gpus"], "al", "gpus: unknown value 'al'; did you mean 'all'?"),
     (["recognition", "require"], {}, "recognition.require: is empty"),
+    (["conditional", 0, "when", "peer_level"], "PBX", "peer_level: unknown value 'PBX'; did you mean 'PXB'?"),
     (["transport", "inside"], ["pear"], "transport.inside: unknown transport 'pear'; did you mean 'peer'?"),
     (["transport", "inside"], [], "transport.inside: needs at least one"),
     (["transport", "across"], ["collective", "collective"], "transport.across: a transport is listed twice"),
@@ -144,6 +145,7 @@ def test_shipped_profiles_are_valid_and_complete():
         "nvlink_pairs",
         "pcie_rdma",
         "pcie_p2p",
+        "pcie_partial",
         "pcie_blackwell",
     ]
     orders = [profile.recognition.order for profile in known if profile.recognition]
@@ -164,6 +166,7 @@ def test_shipped_profiles_are_valid_and_complete():
         ("nvlink_pairs", "nvlink_pairs"),
         ("pcie_rdma", "pcie_rdma"),
         ("pcie_p2p", "pcie_p2p"),
+        ("pcie_partial", "pcie_partial"),
         ("pcie_blackwell", "pcie_blackwell"),
         ("pcie_no_p2p", "pcie_blackwell"),
         ("workstation_blackwell", "pcie_blackwell"),

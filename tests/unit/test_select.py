@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ep_backend import profiles
 from ep_backend.errors import EpConfigError
+from ep_backend.facts import neighbours, unchecked
 from ep_backend.nvml import Gpu, Link
 from ep_backend.probe import Record
 from ep_backend.select import apply_env, check_agreement, decide, gather, select, unmet
@@ -58,9 +59,40 @@ def with_peer_access(records, works, ancestor):
     return [msgspec.structs.replace(record, links=links) for record in records]
 
 
+def fabric_machine(count=4, cluster="c1", clique=1, **changes):
+    """Records of ranks on a machine whose GPUs belong to an NVLink fabric across machines."""
+    records = gpu_machine(count, **{"fabric_works": True, **changes})
+    gpus = tuple(
+        msgspec.structs.replace(gpu, fabric_cluster=cluster, fabric_clique=clique, fabric_state="completed")
+        for gpu in records[0].gpus
+    )
+    return [msgspec.structs.replace(record, gpus=gpus) for record in records]
+
+
 def pairs(a, b):
     """NVLink bridges between GPUs 0 and 1, 2 and 3, ..."""
     return a // 2 == b // 2
+
+
+def one_bad_pair(records):
+    """The same machine with one pair whose data check failed."""
+    links = list(records[0].links)
+    links[0] = msgspec.structs.replace(links[0], peer_works=False)
+    return [msgspec.structs.replace(record, links=tuple(links)) for record in records]
+
+
+def partial_machine(count=4, near="PIX", **changes):
+    """Peer access works between GPUs 0 and 1, 2 and 3, ..., which are near to each other, and only there."""
+    records = pcie_machine(count, **changes)
+    links = tuple(
+        msgspec.structs.replace(
+            link,
+            peer_works=pairs(*(int(uuid[-1]) for uuid in (link.a, link.b))),
+            ancestor=near if pairs(*(int(uuid[-1]) for uuid in (link.a, link.b))) else "SYS",
+        )
+        for link in records[0].links
+    )
+    return [msgspec.structs.replace(record, links=links) for record in records]
 
 
 def two(machine, *arguments, **changes):
@@ -140,7 +172,7 @@ def test_without_links_no_profile_fits():
 
 
 def test_pcie_machines_whose_peer_access_nobody_checked_fit_no_profile():
-    """What every PCIe machine is while the probe runs no data check: neither good nor bad is assumed."""
+    """What a PCIe machine is where the data check could not run: neither good nor bad is assumed."""
     decision = decide(pcie_machine(4, works=None))
     assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
     for name, word in (("pcie_p2p", "all"), ("pcie_blackwell", "none")):
@@ -186,8 +218,8 @@ MACHINES = [
     ("laptop", [cpu_rank()] * 2, "cpu", "cpu", "cpu", {}, "gpus is none"),
     ("DGX", gpu_machine(8, **HCA), "nvswitch", "peer", "peer", NVSWITCH, "nvlink is all"),
     ("two DGX", two(gpu_machine, 8, **HCA), "nvswitch", "collective", "hier", NVSWITCH, "across 2 machines"),
-    ("NVL72 tray", gpu_machine(4, fabric_works=True), "nvl72", "peer", "peer", FABRIC, "fabric is true"),
-    ("NVL72 trays", two(gpu_machine, 4, fabric_works=True), "nvl72", "collective", "collective", FABRIC,
+    ("NVL72 tray", fabric_machine(), "nvl72", "peer", "peer", FABRIC, "fabric is true"),
+    ("NVL72 trays", two(fabric_machine, 4), "nvl72", "collective", "collective", FABRIC,
      "peer, because this version maps GPU memory inside one machine only"),
     ("2 NVLink pairs", gpu_machine(4, nvlink=pairs), "nvlink_pairs", "collective", "host",
      {"NCCL_P2P_LEVEL": "NVL", **NO_IB}, "nvlink is some"),
@@ -204,10 +236,19 @@ MACHINES = [
     ("two machines with ports, nothing checked", two(pcie_machine, 4, works=None, **HCA), "pcie_rdma",
      "collective", "hier", PCIE, "hca is true"),
     ("two machines with ports, no peer access, old driver",
-     two(pcie_machine, 4, works=False, **HCA, **OLD), "pcie_rdma", "collective", "hier",
+     two(pcie_machine, 4, works=False, **HCA, **OLD), "pcie_rdma", "collective", "collective",
      {"NCCL_P2P_LEVEL": "LOC", **PCIE, **OLD_HOST}, "hca is true"),
     ("two machines with a port and one GPU each", two(pcie_machine, 1, **HCA, **OLD), "pcie_rdma",
      "collective", "hier", PCIE, "hca is true"),
+    ("two machines with ports, peer access behind switches only",
+     two(partial_machine, 4, **HCA), "pcie_rdma", "collective", "collective",
+     {"NCCL_P2P_LEVEL": "PIX", **PCIE}, "hca is true"),
+    ("peer access behind switches only", partial_machine(4), "pcie_partial", "collective", "host",
+     {"NCCL_P2P_LEVEL": "PIX", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-2"),
+    ("peer access in one NUMA node only, old driver", partial_machine(4, near="NODE", **OLD), "pcie_partial",
+     "collective", "host", {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB, **OLD_HOST}, "peer_access is some"),
+    ("one bad pair among eight", one_bad_pair(pcie_machine(8)), "pcie_partial", "collective", "host",
+     {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-1."),
     ("RTX PRO 6000 Blackwell workstation", pcie_machine(2, works=False, ancestor="PHB"), "pcie_blackwell",
      "collective", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "peer_access is none"),
     ("the same with an old driver", pcie_machine(2, works=False, **OLD), "pcie_blackwell",
@@ -237,29 +278,29 @@ def test_every_profile_is_reached():
     assert {machine[2] for machine in MACHINES} == {profile.name for profile in KNOWN}
 
 
-def one_bad_pair(records):
-    """The same machine with one pair whose data check failed."""
-    links = list(records[0].links)
-    links[0] = msgspec.structs.replace(links[0], peer_works=False)
-    return [msgspec.structs.replace(record, links=tuple(links)) for record in records]
-
-
 @pytest.mark.parametrize(
     ("not_this", "records", "instead"),
     [
         ("cpu", [cpu_rank(visible=("nvidia0",))], None),
         ("nvl72", gpu_machine(4), "nvswitch"),
-        ("nvl72", gpu_machine(4, fabric_works=False), "nvswitch"),
-        ("nvl72", gpu_machine(4, fabric_works=True)[:3] + gpu_machine(4)[3:], "nvswitch"),
+        ("nvl72", fabric_machine(fabric_works=False), "nvswitch"),
+        ("nvl72", fabric_machine(fabric_works=None), "nvswitch"),
+        ("nvl72", fabric_machine()[:3] + gpu_machine(4)[3:], "nvswitch"),
+        ("nvl72", fabric_machine() + fabric_machine(host="node1", clique=2), "nvswitch"),
+        ("nvl72", fabric_machine() + fabric_machine(host="node1", cluster="c2"), "nvswitch"),
+        # H100 machines may say that their fabric is complete, and name none (all zeros)
+        ("nvl72", fabric_machine(cluster="", clique=None), "nvswitch"),
         ("nvswitch", gpu_machine(4, nvlink=lambda a, b: (a, b) != (0, 3)), "nvlink_pairs"),
         ("nvlink_pairs", gpu_machine(4, nvlink=pairs, used=[0, 1]), "nvswitch"),
         ("nvlink_pairs", gpu_machine(4, nvlink=pairs, used=[1, 2]), None),
-        ("pcie_p2p", one_bad_pair(pcie_machine(4)), None),
+        ("pcie_p2p", one_bad_pair(pcie_machine(4)), "pcie_partial"),
+        ("pcie_partial", [r for r in partial_machine(4) if r.device[-1] in "01"], "pcie_p2p"),
+        ("pcie_partial", [r for r in partial_machine(4) if r.device[-1] in "02"], "pcie_blackwell"),
         ("pcie_p2p", with_peer_access(gpu_machine(4, nvlink=pairs), True, "PIX"), "nvlink_pairs"),
         ("pcie_rdma", pcie_machine(4, **HCA) + pcie_machine(4, host="node1"), "pcie_p2p"),
         ("pcie_rdma", two(gpu_machine, 4, nvlink=lambda a, b: None, **HCA), None),
         ("pcie_blackwell", pcie_machine(1, works=False), None),
-        ("pcie_blackwell", one_bad_pair(pcie_machine(4)), None),
+        ("pcie_blackwell", one_bad_pair(pcie_machine(4)), "pcie_partial"),
     ],
 )
 def test_what_a_profile_is_not(not_this, records, instead):
@@ -272,9 +313,10 @@ def test_what_a_profile_is_not(not_this, records, instead):
 def test_recognition_is_unambiguous():
     """Where two profiles fit, one stands before the other for a reason that its file gives."""
     before = {
-        ("nvl72", name) for name in ("nvswitch", "nvlink_pairs", "pcie_rdma", "pcie_p2p", "pcie_blackwell")
+        ("nvl72", name)
+        for name in ("nvswitch", "nvlink_pairs", "pcie_rdma", "pcie_p2p", "pcie_partial", "pcie_blackwell")
     }
-    before |= {("pcie_rdma", "pcie_p2p"), ("pcie_rdma", "pcie_blackwell")}
+    before |= {("pcie_rdma", name) for name in ("pcie_p2p", "pcie_partial", "pcie_blackwell")}
     shares, truths = ("none", "some", "all", None), (False, True)
     base = gather(gpu_machine(2))
     for gpus, nvlink, peer, fabric, several, hca, hosts in itertools.product(
@@ -476,6 +518,144 @@ def test_peer_access_counts_only_when_it_was_seen_to_work():
     assert gather(with_peer_access(machine, True, "PXB")).pcie_switch == "all"
     assert gather(with_peer_access(machine, True, "SYS")).pcie_switch == "none"
     assert gather(with_peer_access(machine, True, "")).pcie_switch is None
+
+
+@pytest.mark.parametrize(
+    ("works", "ancestors", "level"),
+    [
+        ((True, True, False), ("PIX", "PIX", "SYS"), "PIX"),
+        ((True, True, True), ("PIX", "PXB", "NODE"), "PHB"),
+        ((True, False, False), ("PXB", "SYS", "SYS"), "PXB"),
+        ((True, False, True), ("LOC", "PHB", "SYS"), "PIX"),
+        ((True, True, False), ("PIX", "PIX", "PIX"), "LOC"),
+        ((False, False, False), ("PIX", "PIX", "PIX"), "LOC"),
+        ((True, None, False), ("PIX", "PIX", "SYS"), None),
+        ((True, True, False), ("PIX", "", "SYS"), None),
+    ],
+)
+def test_the_level_within_which_every_pair_works(works, ancestors, level):
+    records = gpu_machine(3, nvlink=lambda a, b: False)
+    links = tuple(
+        msgspec.structs.replace(link, peer_works=w, ancestor=a)
+        for link, w, a in zip(records[0].links, works, ancestors, strict=True)
+    )
+    assert gather([msgspec.structs.replace(record, links=links) for record in records]).peer_level == level
+
+
+# --- what was tried out ---
+
+
+def test_peer_access_that_is_advertised_and_broken():
+    """The driver promises it everywhere; the data check saw otherwise, and counts."""
+    records = with_peer_access(gpu_machine(2, nvlink=lambda a, b: False), False, "PHB")
+    promised = tuple(msgspec.structs.replace(r, nvml_read=True, nvml_write=True) for r in records[0].links)
+    records = [msgspec.structs.replace(record, links=promised) for record in records]
+    decision = decide(records)
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    assert "data check of peer access failed between GPU-node0-0 and GPU-node0-1" in decision.reason
+    with pytest.raises(EpConfigError, match="asks for transport 'peer', but the data check of peer access"):
+        decide(records, "peer")
+
+
+def test_nvlink_whose_data_check_failed_is_not_used():
+    decision = decide(one_bad_pair(gpu_machine(8)))
+    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
+    assert decision.reason.count("failed between GPU-node0-0 and GPU-node0-1") == 1
+    elsewhere = one_bad_pair(gpu_machine(8, used=[2, 3, 4]))
+    assert decide(elsewhere).transport == "peer", "the group does not use that pair"
+    assert decide(one_bad_pair(gpu_machine(8, used=[0]))).transport == "peer"
+
+
+def test_many_failed_pairs_are_not_all_named():
+    reason = decide(pcie_machine(8, works=False)).reason
+    assert "and 25 more pairs" in reason
+    assert reason.count("GPU-node0-0") == 3
+
+
+@pytest.mark.parametrize("machine", [gpu_machine, pcie_machine, fabric_machine])
+def test_peer_access_can_be_refused_by_the_user(machine):
+    """What the probe makes of EP_BACKEND_PEER_ACCESS=0, and the words for it."""
+    asked = {"environment": {"EP_BACKEND_PEER_ACCESS": "0"}}
+    records = [
+        msgspec.structs.replace(
+            record,
+            links=tuple(msgspec.structs.replace(li, nvlink=False, peer_works=False) for li in record.links),
+            fabric_works=False,
+        )
+        for record in machine(4, **asked)
+    ]
+    decision = decide(records)
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    assert "EP_BACKEND_PEER_ACCESS=0: no peer access is used." in decision.reason
+    with pytest.raises(EpConfigError, match="EP_BACKEND_PEER_ACCESS=0 forbids it"):
+        decide(records, "peer")
+    with pytest.raises(EpConfigError, match="EP_BACKEND_PEER_ACCESS: 0 on ranks 0-2, nothing on rank 3"):
+        decide([*records[:3], msgspec.structs.replace(records[3], environment={})])
+
+
+def test_a_wrong_wish_about_peer_access_is_an_error():
+    with pytest.raises(
+        EpConfigError, match="EP_BACKEND_PEER_ACCESS='no' is not usable: wanted one of auto, 0"
+    ):
+        decide(gpu_machine(2, environment={"EP_BACKEND_PEER_ACCESS": "no"}))
+
+
+def test_slices_of_gpus_have_no_peers():
+    sliced = [msgspec.structs.replace(r, gpus=tuple(Gpu(uuid=g.uuid, mig=True) for g in r.gpus))
+              for r in gpu_machine(2)]  # fmt: skip
+    for records in (sliced, gpu_machine(2, device="MIG-1", used=[0, 1])):
+        with pytest.raises(EpConfigError, match="rank 0 uses a slice of a GPU"):
+            decide(records, "peer")
+        assert decide(records).transport == "collective"
+    assert decide(sliced[:1], "peer").transport == "peer", "alone it needs no peer"
+
+
+def test_what_one_rank_found_out_counts_for_all():
+    checked, blind = pcie_machine(4), pcie_machine(4, works=None)
+    for records in ([checked[0], *blind[1:]], [*blind[:3], checked[3]]):
+        assert decide(records).profile == "pcie_p2p"
+    failed = pcie_machine(4, works=False)
+    assert decide([checked[0], failed[1], *blind[2:]]).profile == "pcie_blackwell"
+
+
+@pytest.mark.parametrize(
+    ("records", "wanted"),
+    [
+        ([cpu_rank()] * 2, False),
+        (gpu_machine(4), False),
+        (pcie_machine(4, works=None), True),
+        (pcie_machine(4), False),
+        (pcie_machine(4, works=False), False),
+        (pcie_machine(4, works=None, used=[1]), False),
+        (gpu_machine(4, nvlink=lambda a, b: None), False),
+        (gpu_machine(4, nvlink=pairs), True),
+        (gpu_machine(4, nvlink=pairs, used=[0, 1]), False),
+        (gpu_machine(4) + pcie_machine(2, works=None, host="node1"), True),
+    ],
+)
+def test_when_a_group_tries_out_its_gpus(records, wanted):
+    assert unchecked(records) == wanted
+
+
+def test_neighbours_are_the_gpus_of_the_group_on_the_same_host():
+    records = gpu_machine(4, used=[0, 2]) + gpu_machine(4, host="node1", used=[1])
+    assert neighbours(records, 1) == ("GPU-node0-0", "GPU-node0-2")
+    assert neighbours(records, 2) == ("GPU-node1-1",)
+
+
+@pytest.mark.parametrize(
+    ("records", "warned"),
+    [
+        (pcie_machine(2, works=False, shared_memory_bytes=64 << 20), True),
+        (pcie_machine(2, works=False, shared_memory_bytes=8 << 30), False),
+        (pcie_machine(2, works=False), False),
+        (pcie_machine(2, shared_memory_bytes=64 << 20), False),
+        (gpu_machine(2, shared_memory_bytes=64 << 20), False),
+        ([cpu_rank(shared_memory_bytes=64 << 20)] * 2, False),
+    ],
+)
+def test_a_tiny_dev_shm_is_spoken_of_where_it_matters(records, warned):
+    assert ("/dev/shm has 64 MiB" in decide(records).reason) == warned
 
 
 # --- purity and plain data ---

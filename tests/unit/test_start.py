@@ -12,7 +12,9 @@ from harness import fresh_ranks, ranks
 
 import ep_backend as ep
 from ep_backend.communicator import _check_drivers
+from ep_backend.nvml import Link
 from ep_backend.probe import Record
+from ep_backend.transports.cpu import CpuTransport
 
 CONFIG = ep.EpConfig(num_experts=6, top_k=2, hidden_size=128, max_tokens_per_rank=4, timeout_s=3.0)
 STEPS = [step([2, 4, 0])]
@@ -209,6 +211,64 @@ def test_one_rank_cannot_start(target, transport, culprit):
         assert "injected" in message or "cannot share memory" in message
     assert "injected" in answers[culprit][0]
     check_steps(CONFIG, STEPS, [results for _, results in answers])
+
+
+def pcie_job(rank, group, found, config):
+    """Made-up GPUs on PCIe, of which only the second probe says ``found``; rows stay on the CPU."""
+    asked = []
+
+    def probe(device, *, neighbours=None):
+        asked.append(neighbours)
+        works = None if neighbours is None else found if rank == 0 else None
+        link = Link(a="GPU-0", b="GPU-1", nvlink=False, ancestor="PHB", peer_works=works)
+        return Record(host="h", boot_id="b", device=f"GPU-{rank}", links=(link,))
+
+    both = mock.patch("ep_backend.communicator.available", return_value=frozenset({"collective", "peer"}))
+    with mock.patch("ep_backend.communicator.probe", probe), both, ep.Communicator(group, config) as comm:
+        return asked, comm.decision.profile, comm.transport, comm.decision.reason
+
+
+def test_a_group_tries_out_its_gpus_once_it_knows_them():
+    config = replace(CONFIG, transport="auto")
+    for asked, profile, transport, reason in ranks(2).run(pcie_job, False, config):
+        assert asked == [None, ("GPU-0", "GPU-1")]
+        assert (profile, transport) == ("pcie_blackwell", "collective")
+        assert "failed between GPU-0 and GPU-1" in reason
+    for asked, *_ in ranks(2).run(pcie_job, False, replace(CONFIG, transport="collective")):
+        assert asked == [None], "what was found would change nothing"
+
+
+def budget_job(rank, group, path):
+    given = []
+
+    def transport(group, config, device):
+        given.append(config.num_sms)
+        return CpuTransport(group, config)
+
+    names = {CpuTransport.name: transport}
+    with (
+        mock.patch.dict(os.environ, {"EP_BACKEND_PROFILE": path}),
+        mock.patch.dict("ep_backend.communicator.TRANSPORTS", names),
+    ):
+        ep.Communicator(group, CONFIG).destroy()
+        ep.Communicator(group, replace(CONFIG, num_sms=8)).destroy()
+    return given
+
+
+def test_the_sm_budget_of_a_profile_holds_where_the_caller_gives_none(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("""
+        name = "own"
+        description = "Mine."
+        [transport]
+        inside = ["cpu"]
+        across = ["collective"]
+        source = "me"
+        [sm_budget]
+        sms = 24
+        source = "me"
+    """)
+    assert ranks(2).run(budget_job, str(file)) == [[24, 8]] * 2
 
 
 def open_things():

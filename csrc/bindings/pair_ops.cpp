@@ -1,0 +1,48 @@
+// Operators of the checks between two GPUs; see pair_ops.h.
+#include "pair_ops.h"
+
+#include "../kernels/cuda/pair_check.h"
+
+namespace ep::ops {
+namespace {
+
+cuda::GpuPair& at(int64_t pair) {
+    return *reinterpret_cast<cuda::GpuPair*>(pair);
+}
+
+}  // namespace
+
+std::vector<int64_t> gpu_pair_attributes(int64_t source, int64_t target) {
+    const auto a = cuda::pair_attributes(static_cast<int>(source), static_cast<int>(target));
+    return {a.access, a.atomics};
+}
+
+int64_t gpu_pair_create(int64_t source, int64_t target, int64_t bytes) {
+    return reinterpret_cast<int64_t>(
+        new cuda::GpuPair(static_cast<int>(source), static_cast<int>(target), bytes));
+}
+
+void gpu_pair_destroy(int64_t pair) {
+    delete &at(pair);
+}
+
+std::vector<int64_t> gpu_pair_store(int64_t pair, int64_t seed, int64_t expected, int64_t rounds,
+                                    bool announce, int64_t timeout_us) {
+    const auto result = at(pair).store({static_cast<uint32_t>(seed), static_cast<uint32_t>(expected),
+                                        static_cast<int>(rounds), announce, timeout_us});
+    return {result.rounds, result.wrong};
+}
+
+double gpu_pair_latency(int64_t pair, int64_t rounds, int64_t timeout_us) {
+    return at(pair).latency(static_cast<int>(rounds), timeout_us);
+}
+
+double gpu_pair_bandwidth(int64_t pair, bool copy_engine) {
+    return at(pair).bandwidth(copy_engine);
+}
+
+std::string gpu_fabric_handle(int64_t device) {
+    return cuda::fabric_handle(static_cast<int>(device));
+}
+
+}  // namespace ep::ops

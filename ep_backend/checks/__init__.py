@@ -1,0 +1,154 @@
+"""Whether GPUs really reach each other's memory: tried out in a child process and remembered until the next
+boot.
+
+`results` never raises, is bounded in time, and initialises neither torch nor CUDA in the calling process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from ep_backend.checks import cache, supervise
+from ep_backend.checks.data import Direction, Results
+from ep_backend.nvml import Gpu, Link
+
+__all__ = ["DEADLINE_S", "Direction", "Results", "has_fabric", "results", "staged", "testable"]
+
+DEADLINE_S = 90.0  # for everything, waiting for another process that does the same included
+RETRY_S = 600.0  # what could not be tried is not tried again before that: other ranks ask, too
+
+# Bytes per second of one PCIe lane, by generation, after its encoding.
+_LANE = {1: 250e6, 2: 500e6, 3: 985e6, 4: 1969e6, 5: 3938e6, 6: 7563e6}
+
+
+def results(
+    gpus: Sequence[Gpu],
+    links: Sequence[Link],
+    driver: str,
+    boot_id: str,
+    *,
+    among: Iterable[str] | None = None,
+    fabric: Iterable[str] | None = None,
+    fresh: bool = False,
+    deadline_s: float = DEADLINE_S,
+    environ: Mapping[str, str] | None = None,
+) -> Results:
+    """What is known of this machine's GPUs; what is asked for and not known yet is tried out. Never raises.
+
+    ``gpus``, ``links``: all of the machine. ``among``: UUIDs between which every direction must be known, and
+    ``fabric``: those whose fabric handles must be; None: all that can be tested, so that () and () only look
+    up. ``fresh``: try it out again whatever is known.
+    """
+    try:
+        environ = dict(os.environ) if environ is None else environ
+        can = testable(gpus)
+        some = set(can if among is None else among)
+        some_fabric = set(can if fabric is None else fabric)
+        wanted = [uuid for uuid in can if uuid in some]
+        with_fabric = [
+            gpu.uuid for gpu in gpus if has_fabric(gpu) and gpu.uuid in some_fabric.intersection(can)
+        ]
+        # Without a boot id nobody could tell whether a machine was started anew.
+        place = cache.folder(environ) if boot_id and (len(can) > 1 or with_fabric) else None
+        store = cache.Cache(place, gpus, cache.identity(gpus, links, driver, boot_id))
+        pairs = list(itertools.permutations(wanted, 2))
+        return _results(store, pairs, with_fabric, fresh, time.monotonic() + deadline_s, environ)
+    except Exception as error:
+        return Results(problems=(f"the checks of peer access broke: {type(error).__name__}: {error}",))
+
+
+def testable(gpus: Sequence[Gpu]) -> list[str]:
+    """UUIDs of the GPUs that CUDA can be asked for by UUID and that can have peers: not in slices (MIG)."""
+    return [gpu.uuid for gpu in gpus if gpu.uuid.startswith("GPU-") and not gpu.mig]
+
+
+def has_fabric(gpu: Gpu) -> bool:
+    """Whether the driver says that the GPU belongs to an NVLink fabric across machines.
+
+    Machines without one may report that theirs is complete, with a cluster of zeros.
+    """
+    return gpu.fabric_state == "completed" and bool(gpu.fabric_cluster)
+
+
+def staged(direction: Direction, source: Gpu, target: Gpu) -> str:
+    """A sentence if stores reach ``target`` far slower than PCIe could carry them; else an empty text.
+
+    Some boards stage peer access through host memory without saying so, at a fifteenth of the speed.
+    """
+    rates = [
+        _LANE[gpu.pcie_generation] * gpu.pcie_width
+        for gpu in (source, target)
+        if gpu.pcie_generation in _LANE and gpu.pcie_width
+    ]
+    speed = direction.store_bytes_per_s
+    if len(rates) < 2 or speed is None or speed > min(rates) / 8:
+        return ""
+    return (
+        f"stores of {source.uuid} into {target.uuid} arrive at {speed / 1e9:.1f} GB/s, where PCIe carries "
+        f"{min(rates) / 1e9:.0f} GB/s: this machine seems to stage peer access through the host"
+    )
+
+
+def _results(
+    store: cache.Cache,
+    pairs: list[supervise.Pair],
+    fabric: list[str],
+    fresh: bool,
+    end: float,
+    environ: Mapping[str, str],
+) -> Results:
+    entry = store.load()
+    if not _unanswered(entry, pairs, fabric, fresh):
+        return _view(entry, fabric)
+    with store.locked(end) as mine:
+        if not mine:
+            problem = "another process was trying out peer access and did not finish in time"
+            return _view(store.load(), fabric, problem)
+        entry = store.load()  # perhaps somebody else has just done it
+        asked = _unanswered(entry, pairs, fabric, fresh)
+        if asked:
+            entry = _tried(entry, *asked, end, environ)
+            store.save(entry)
+    return _view(entry, fabric)
+
+
+def _unanswered(
+    entry: cache.Entry, pairs: list[supervise.Pair], fabric: list[str], fresh: bool
+) -> tuple[list[supervise.Pair], list[str]] | None:
+    if not fresh:
+        old = not 0 <= time.time() - entry.at < RETRY_S
+        answered = {(d.source, d.target) for d in entry.directions if d.works is not None or not old}
+        pairs = [pair for pair in pairs if pair not in answered]
+        fabric = [gpu for gpu in fabric if entry.fabric.get(gpu) is None and (old or gpu not in entry.fabric)]
+    return (pairs, fabric) if pairs or fabric else None
+
+
+def _tried(
+    entry: cache.Entry,
+    pairs: list[supervise.Pair],
+    fabric: list[str],
+    end: float,
+    environ: Mapping[str, str],
+) -> cache.Entry:
+    gpus = list(dict.fromkeys([*itertools.chain.from_iterable(pairs), *fabric]))
+    outcome = supervise.run(gpus, pairs, fabric, environ=environ, deadline_s=max(end - time.monotonic(), 0.0))
+    directions = {(d.source, d.target): d for d in entry.directions} | outcome.directions
+    return cache.Entry(
+        identity=entry.identity,
+        at=time.time(),
+        directions=tuple(directions[pair] for pair in sorted(directions)),
+        fabric=entry.fabric | outcome.fabric,
+        problems=tuple(outcome.problems),
+    )
+
+
+def _view(entry: cache.Entry, fabric: list[str], *problems: str) -> Results:
+    answers = {entry.fabric.get(gpu) for gpu in fabric}
+    return Results(
+        directions=entry.directions,
+        fabric_works=False if False in answers else None if None in answers or not answers else True,
+        problems=(*entry.problems, *problems),
+    )

@@ -1,0 +1,139 @@
+"""One JSON file per machine with what the checks found, until it is started anew or its driver, GPUs, links
+or this library change. Nothing here raises: without a usable folder nothing is remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from ep_backend import __version__
+from ep_backend.checks.data import Direction
+from ep_backend.nvml import Gpu, Link
+
+LIBRARY = Path(__file__).parents[1] / "libep_backend.so"
+_LARGEST_FILE = 1 << 22
+_POLL_S = 0.05
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """The file. ``at``: when it was written, as seconds since 1970. ``fabric``: by UUID."""
+
+    identity: str
+    at: float = 0.0
+    directions: tuple[Direction, ...] = ()
+    fabric: dict[str, bool | None] = {}
+    problems: tuple[str, ...] = ()
+
+
+def identity(gpus: Sequence[Gpu], links: Sequence[Link], driver: str, boot_id: str) -> str:
+    """Everything on which the results depend, as text. Independent of the Python that asks."""
+    try:
+        status = LIBRARY.stat()
+        library = [status.st_size, status.st_mtime_ns]
+    except OSError:
+        library = []
+    facts = {
+        "boot": boot_id,
+        "driver": driver,
+        "ep_backend": [__version__, *library],
+        "gpus": sorted([gpu.uuid, gpu.bus_id, gpu.nvlinks, gpu.mig] for gpu in gpus),
+        "links": sorted([link.a, link.b, link.nvlink, link.ancestor] for link in links),
+    }
+    return msgspec.json.encode(facts).decode()
+
+
+class Cache:
+    """The file of one machine. ``Cache(folder, ...)`` with folder None remembers nothing."""
+
+    def __init__(self, folder: Path | None, gpus: Sequence[Gpu], identity: str) -> None:
+        self.identity = identity
+        machine = hashlib.sha256("\n".join(sorted(gpu.uuid for gpu in gpus)).encode()).hexdigest()[:16]
+        self._file = None if folder is None else folder / f"checks-{machine}.json"
+
+    def load(self) -> Entry:
+        """What is remembered of this machine as it is; an empty entry if nothing is, or nothing usable."""
+        empty = Entry(identity=self.identity)
+        if self._file is None:
+            return empty
+        try:
+            descriptor = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                if os.fstat(file.fileno()).st_uid != os.geteuid():
+                    return empty  # somebody else's word is not taken
+                entry = msgspec.json.decode(file.read(_LARGEST_FILE), type=Entry)
+        except (OSError, msgspec.DecodeError):
+            return empty
+        return entry if entry.identity == self.identity else empty
+
+    def save(self, entry: Entry) -> None:
+        """Replace the file in one step, so that nobody reads half of it."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=".checks-")
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(msgspec.json.encode(entry))
+                os.replace(name, self._file)
+            except OSError:
+                os.unlink(name)
+
+    @contextlib.contextmanager
+    def locked(self, until: float) -> Iterator[bool]:
+        """Whether no other process has it now. Waits until a time of the monotonic clock."""
+        if self._file is None:
+            yield True
+            return
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self._file.with_suffix(".lock"), flags, 0o600)
+        except OSError:
+            yield True
+            return
+        try:
+            yield _lock(descriptor, until)
+        finally:
+            os.close(descriptor)  # lets go of the lock
+
+
+def _lock(descriptor: int, until: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_POLL_S)
+        except OSError:  # a file system without locks
+            return True
+
+
+def folder(environ: Mapping[str, str]) -> Path | None:
+    """The user's cache folder for this library, made if need be; None if there is none to write to.
+
+    A container without a home gets one among the temporary files, so that its processes still share.
+    """
+    candidates = []
+    if environ.get("XDG_CACHE_HOME"):
+        candidates.append(Path(environ["XDG_CACHE_HOME"]) / "ep_backend")
+    elif environ.get("HOME"):
+        candidates.append(Path(environ["HOME"]) / ".cache" / "ep_backend")
+    candidates.append(Path(environ.get("TMPDIR") or "/tmp") / f"ep_backend-{os.geteuid()}")
+    for path in candidates:
+        with contextlib.suppress(OSError):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.lstat()
+            mine = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+            if path.is_dir() and not path.is_symlink() and mine and os.access(path, os.W_OK):
+                return path
+    return None

@@ -1,0 +1,66 @@
+"""What the checks find out, and the lines in which the worker reports it. Needs no torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Direction(msgspec.Struct, frozen=True, kw_only=True):
+    """One ordered pair of GPUs, by UUID: what ``source`` can do to the memory of ``target``."""
+
+    source: str
+    target: str
+    access: bool | None = None  # the driver offers it (cudaDeviceCanAccessPeer)
+    # What source stored, and announced by a flag, was read by target unchanged; None: not tried
+    works: bool | None = None
+    problem: str = ""  # why it does not work or was not tried, in one sentence
+    store_bytes_per_s: float | None = None  # stored by the SMs of source
+    copy_bytes_per_s: float | None = None  # moved by a copy engine
+    latency_s: float | None = None  # of a flag, one way: half a round trip
+    atomics: bool | None = None  # cudaDevP2PAttrNativeAtomicSupported; recorded, never needed
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a machine. ``fabric_works``: fabric handles were exported and imported; None: not
+    tried."""
+
+    directions: tuple[Direction, ...] = ()
+    fabric_works: bool | None = None
+    problems: tuple[str, ...] = ()
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is asked to do. ``gpus``: UUIDs in the order of CUDA_VISIBLE_DEVICES."""
+
+    gpus: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    fabric: tuple[str, ...]
+    limit_s: float  # it ends by itself after this time
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """The worker turns to a direction, or, with an empty ``target``, to the fabric handle of one GPU."""
+
+    source: str
+    target: str = ""
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    direction: Direction
+
+
+class Fabric(msgspec.Struct, frozen=True, tag="fabric"):
+    """``works`` None: not tried."""
+
+    gpu: str
+    works: bool | None
+    problem: str = ""
+
+
+class Note(msgspec.Struct, frozen=True, tag="note"):
+    """Why nothing can be tried here."""
+
+    text: str
+
+
+Line = Begin | Done | Fabric | Note

@@ -1,0 +1,203 @@
+"""From the records of all ranks to the facts that profiles speak of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ep_backend.nvml import Link
+from ep_backend.probe import Record
+from ep_backend.profiles import Condition, version
+
+# How far NCCL's levels reach (NCCL, src/graph/topo.h: PATH_PIX ... PATH_SYS). GPUs of one board count as if a
+# switch joined them, and host bridges of one NUMA node as one.
+_LEVELS = ("LOC", "PIX", "PXB", "PHB", "SYS")
+_REACH = {"LOC": 1, "PIX": 1, "PXB": 2, "PHB": 3, "NODE": 3, "SYS": 4}
+
+Pairs = Mapping[tuple[str, str], Link | None]
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the records of a group say together, in the words of `profiles.Condition`. None: not known."""
+
+    gpus: str
+    several_gpus: bool
+    nvlink: str | None
+    peer_access: str | None
+    peer_level: str | None
+    pcie_switch: str | None
+    several_hosts: bool
+    hca: bool
+    fabric: bool | None
+    cuda_driver: str | None
+    nccl: str | None
+    shares_memory: bool  # all ranks see the same /dev/shm of one kernel
+    hosts: int
+    failed_pairs: tuple[tuple[str, str], ...] = ()  # of the group's GPUs: the data check failed
+    shared_memory_bytes: int | None = None  # of the smallest /dev/shm
+
+
+def gather(records: Sequence[Record]) -> Facts:
+    """Facts about the group. Only the GPUs that the group uses count, and the links between them."""
+    hosts = _hosts(records)
+    shared = {(_host(record), record.shared_memory) for record in records}
+    pairs = [_pairs(host) for host in hosts.values()]
+    return Facts(
+        gpus="all" if all(record.used_gpus() for record in records) else "none",
+        several_gpus=bool(_verdicts(pairs, lambda link: True)),
+        nvlink=_share(pairs, lambda link: link.nvlink),
+        peer_access=_share(pairs, lambda link: link.peer_works),
+        pcie_switch=_share(
+            pairs, lambda link: link.ancestor in ("LOC", "PIX", "PXB") if link.ancestor else None
+        ),
+        several_hosts=len(hosts) > 1,
+        hca=all(any(record.hcas for record in host) for host in hosts.values()),
+        peer_level=_peer_level(pairs),
+        fabric=_fabric(records),
+        cuda_driver=_lowest(record.cuda_driver for record in records),
+        nccl=_lowest(record.versions.get("nccl", "") for record in records),
+        shares_memory=len(shared) == 1,
+        hosts=len(hosts),
+        shared_memory_bytes=min(
+            (r.shared_memory_bytes for r in records if r.shared_memory_bytes is not None), default=None
+        ),
+        failed_pairs=_failed(pairs, {uuid for record in records for uuid in record.used_gpus()}),
+    )
+
+
+def unchecked(records: Sequence[Record]) -> bool:
+    """Whether profiles depend on peer access that nobody has tried out: some pairs of the group's GPUs are
+    known to lack NVLink, and of one of these nothing else is known."""
+    links = [link for pair in (_pairs(host) for host in _hosts(records).values()) for link in pair.values()]
+    known = [link for link in links if link is not None and link.nvlink is not None]
+    used = {uuid for record in records for uuid in record.used_gpus()}
+    return len(known) == len(links) and any(
+        not link.nvlink and link.peer_works is None and used.issuperset((link.a, link.b)) for link in known
+    )
+
+
+def neighbours(records: Sequence[Record], rank: int) -> tuple[str, ...]:
+    """UUIDs of the GPUs that the group uses on the host of ``rank``."""
+    host = _hosts(records)[_host(records[rank])]
+    return tuple(sorted({uuid for record in host for uuid in record.used_gpus()}))
+
+
+def unmet(condition: Condition, facts: Facts) -> list[str]:
+    """The parts of ``condition`` that do not hold, in words; an empty list means that it holds."""
+    missing = []
+    for name in Condition.__struct_fields__:
+        wanted = getattr(condition, name)
+        if wanted is None:
+            continue
+        if name.endswith(("_below", "_at_least")):
+            what, below = (
+                (name[: -len("_below")], True)
+                if name.endswith("_below")
+                else (name[: -len("_at_least")], False)
+            )
+            found = getattr(facts, what)
+            ok = found is not None and (version(found) < version(wanted)) == below
+        else:
+            found = getattr(facts, name)
+            ok = found == wanted
+        if not ok:
+            missing.append(f"{name} must be {word(wanted)} and is {word(found)}")
+    return missing
+
+
+def _host(record: Record) -> str:
+    return record.boot_id or record.host
+
+
+def _hosts(records: Sequence[Record]) -> dict[str, list[Record]]:
+    hosts: dict[str, list[Record]] = {}
+    for record in records:
+        hosts.setdefault(_host(record), []).append(record)
+    return hosts
+
+
+def _pairs(records: Sequence[Record]) -> dict[tuple[str, str], Link | None]:
+    """The pairs of GPUs that count in one host, with what all its ranks together know of them.
+
+    One GPU alone is judged by its neighbours: they tell what machine it is.
+    """
+    known: dict[tuple[str, str], Link] = {}
+    for link in (link for record in records for link in record.links):
+        pair = (min(link.a, link.b), max(link.a, link.b))
+        known[pair] = _worse(known.get(pair, link), link)
+    used = sorted({uuid for record in records for uuid in record.used_gpus()})
+    if len(used) == 1:
+        return {pair: link for pair, link in known.items() if used[0] in pair}
+    return {(a, b): known.get((a, b)) for i, a in enumerate(used) for b in used[i + 1 :]}
+
+
+def _worse(a: Link, b: Link) -> Link:
+    """What two ranks say of one pair: a failure counts, and any knowledge more than none."""
+
+    def verdict(x: bool | None, y: bool | None) -> bool | None:
+        return False if False in (x, y) else True if True in (x, y) else None
+
+    return msgspec.structs.replace(
+        a,
+        nvlink=verdict(a.nvlink, b.nvlink),
+        peer_works=verdict(a.peer_works, b.peer_works),
+        ancestor=max(a.ancestor, b.ancestor, key=lambda name: (_REACH.get(name, 0), name)),
+    )
+
+
+def _failed(hosts: Iterable[Pairs], used: set[str]) -> tuple[tuple[str, str], ...]:
+    failed = (pair for host in hosts for pair, link in host.items() if link and link.peer_works is False)
+    return tuple(sorted(pair for pair in failed if used.issuperset(pair)))
+
+
+def _fabric(records: Sequence[Record]) -> bool | None:
+    """Whether the GPUs that count are in one partition of one fabric, and its handles were really exchanged.
+
+    A fabric without a name is none: machines without one may report that theirs is complete.
+    """
+    works = {record.fabric_works for record in records}
+    if works != {True}:
+        return False if False in works else None
+    domains = {
+        (gpu.fabric_cluster, gpu.fabric_clique)
+        for record in records
+        for gpu in record.gpus
+        if gpu.uuid in record.used_gpus()
+    }
+    return len(domains) == 1 and all(cluster for cluster, _ in domains)
+
+
+def _peer_level(hosts: Iterable[Pairs]) -> str | None:
+    """The longest NCCL_P2P_LEVEL within which every pair passed the data check; None if one is unknown."""
+    links = [link for host in hosts for link in host.values()]
+    reach: dict[bool, set[int]] = {True: set(), False: set()}
+    for link in links:
+        if link is None or link.peer_works is None or link.ancestor not in _REACH:
+            return None
+        reach[link.peer_works].add(_REACH[link.ancestor])
+    nearest_failure = min(reach[False], default=len(_LEVELS))
+    return _LEVELS[max((far for far in reach[True] if far < nearest_failure), default=0)] if links else None
+
+
+def _share(hosts: Iterable[Pairs], judge: Callable[[Link], bool | None]) -> str | None:
+    """How many pairs satisfy ``judge``: none, some, all; None if one is unknown."""
+    verdicts = _verdicts(hosts, judge)
+    if None in verdicts:
+        return None
+    if verdicts == {True}:
+        return "all"
+    return "some" if True in verdicts else "none"
+
+
+def _verdicts(hosts: Iterable[Pairs], judge: Callable[[Link], bool | None]) -> set[bool | None]:
+    return {None if link is None else judge(link) for host in hosts for link in host.values()}
+
+
+def _lowest(texts: Iterable[str]) -> str | None:
+    return min((text for text in texts if text), key=version, default=None)
+
+
+def word(value: Any) -> str:
+    return {None: "unknown", True: "true", False: "false"}.get(value, str(value))

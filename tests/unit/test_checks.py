@@ -1,0 +1,509 @@
+"""The checks of peer access without a GPU: workers that finish, hang, die or talk, and what is remembered."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+
+from ep_backend import checks
+from ep_backend.checks import cache, supervise, worker
+from ep_backend.checks.data import Direction, Fabric, Request
+from ep_backend.nvml import Gpu, Link
+
+GPUS = tuple(Gpu(uuid=f"GPU-{name}", bus_id=f"00000000:0{i}:00.0") for i, name in enumerate("abc"))
+UUIDS = [gpu.uuid for gpu in GPUS]
+LINKS = tuple(Link(a=a, b=b, nvlink=False, ancestor="PHB") for a, b in itertools.combinations(UUIDS, 2))
+PAIRS = list(itertools.permutations(UUIDS, 2))
+FABRIC = Gpu(uuid="GPU-a", fabric_state="completed", fabric_cluster="1234")
+
+# What every fake worker begins with. ``out``: one line; ``good``: what a healthy direction gives.
+PREAMBLE = """
+import json, os, signal, sys, time
+request = json.loads(sys.argv[-1])
+def out(**line):
+    print(json.dumps(line), flush=True)
+def begin(pair):
+    out(type="begin", source=pair[0], target=pair[1])
+def good(pair):
+    begin(pair)
+    out(type="done", direction={"source": pair[0], "target": pair[1], "access": True, "works": True,
+                                "store_bytes_per_s": 5e10, "latency_s": 1e-6})
+pairs = [tuple(pair) for pair in request["pairs"]]
+"""
+FINE = """
+for pair in pairs: good(pair)
+for gpu in request["fabric"]: out(type="fabric", gpu=gpu, works=True)
+"""
+
+
+def fake(body):
+    return (sys.executable, "-c", PREAMBLE + body)
+
+
+def run(body, pairs=PAIRS, fabric=(), deadline_s=20.0, answer_s=1.0, start_s=10.0, environ=None):
+    return supervise.run(
+        UUIDS, pairs, fabric, environ=dict(os.environ) if environ is None else environ,
+        deadline_s=deadline_s, answer_s=answer_s, start_s=start_s, command=fake(body),
+    )  # fmt: skip
+
+
+# --- the supervisor ---
+
+
+def test_a_worker_that_finishes():
+    outcome = run(FINE, fabric=["GPU-a"])
+    assert set(outcome.directions) == set(PAIRS)
+    assert all(direction.works for direction in outcome.directions.values())
+    assert (outcome.fabric, outcome.problems) == ({"GPU-a": True}, [])
+
+
+def test_a_direction_that_hangs_has_failed_and_a_fresh_worker_goes_on():
+    begin = time.monotonic()
+    outcome = run("good(pairs[0])\nif len(pairs) == 6: begin(pairs[1]); time.sleep(60)\n" + FINE)
+    assert time.monotonic() - begin < 10
+    hung = outcome.directions.pop(PAIRS[1])
+    assert hung.works is False
+    assert hung.problem == "no answer within 1 s"
+    assert all(direction.works for direction in outcome.directions.values())
+
+
+def test_time_that_runs_out_keeps_what_was_found():
+    outcome = run("good(pairs[0]); begin(pairs[1]); time.sleep(60)", deadline_s=1.5, answer_s=30)
+    assert outcome.directions[PAIRS[0]].works
+    later = outcome.directions[PAIRS[2]]
+    assert (later.works, later.problem) == (None, "not tried: the time for it was up")
+    assert outcome.problems == ["peer access was not tried in 5 of 6 directions: the time for it was up"]
+
+
+def test_a_worker_that_says_nothing():
+    outcome = run("time.sleep(60)", start_s=0.5)
+    assert {direction.works for direction in outcome.directions.values()} == {None}
+    assert "said nothing within 0.5 s" in outcome.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("death", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended with signal 11"),
+        ("print('CUDA is sick', file=sys.stderr); os._exit(3)", "ended with status 3 (CUDA is sick)"),
+    ],
+)
+def test_a_worker_that_dies(death, words):
+    outcome = run(f"good(pairs[0])\nif len(pairs) == 6: begin(pairs[1]); {death}\n" + FINE)
+    dead = outcome.directions.pop(PAIRS[1])
+    assert dead.works is False
+    assert words in dead.problem
+    assert all(direction.works for direction in outcome.directions.values())
+
+
+def test_workers_that_die_every_time_are_not_started_for_ever():
+    outcome = run("begin(pairs[0]); os._exit(1)")
+    failed = [d for d in outcome.directions.values() if d.works is False]
+    assert len(failed) == supervise.MOST_WORKERS
+    assert "broke too often" in outcome.problems[0]
+
+
+def test_a_worker_that_somebody_kills_says_nothing_about_the_gpus():
+    outcome = run("good(pairs[0]); begin(pairs[1]); os.kill(os.getpid(), signal.SIGKILL)")
+    assert outcome.directions[PAIRS[0]].works
+    assert outcome.directions[PAIRS[1]].works is None
+    assert "signal 9" in outcome.problems[0]
+
+
+def test_a_worker_that_ends_before_it_begins():
+    outcome = run("sys.exit('no module named torch')")
+    assert {direction.works for direction in outcome.directions.values()} == {None}
+    assert "ended with status 1 (no module named torch)" in outcome.problems[0]
+
+
+def test_a_note_is_the_reason():
+    outcome = run("out(type='note', text='this build has no CUDA kernels')", fabric=["GPU-a"])
+    assert {d.problem for d in outcome.directions.values()} == {"not tried: this build has no CUDA kernels"}
+    assert outcome.fabric == {"GPU-a": None}
+    assert len(outcome.problems) == 2
+
+
+def test_garbage_between_the_lines_is_no_answer():
+    body = """
+print("Warning: something"); print("{"); print('{"type": "done"}'); print("x" * 200_000)
+sys.stdout.buffer.write(bytes(range(256)) + b"\\n"); sys.stdout.flush()
+out(type="done", direction={"source": "GPU-a", "target": "GPU-elsewhere", "works": True})
+out(type="done", direction={"source": "GPU-a", "target": "GPU-b", "works": "yes"})
+"""
+    outcome = run(body + FINE)
+    assert set(outcome.directions) == set(PAIRS)
+    assert all(direction.works for direction in outcome.directions.values())
+
+
+def test_a_flood_of_garbage_does_not_extend_the_time():
+    begin = time.monotonic()
+    outcome = run("begin(pairs[0])\nwhile True: print('words ' * 100)", pairs=PAIRS[:1], answer_s=0.5)
+    assert time.monotonic() - begin < 5
+    assert outcome.directions[PAIRS[0]].works is False
+
+
+def test_a_fabric_handle_that_hangs_does_not_work():
+    outcome = run(
+        "out(type='begin', source='GPU-a')\ntime.sleep(60)", pairs=[], fabric=["GPU-a"], answer_s=0.4
+    )
+    assert outcome.fabric == {"GPU-a": False}
+    assert "no answer within" in outcome.problems[0]
+
+
+def test_no_process_of_a_worker_is_left():
+    body = "child = os.fork() or time.sleep(60)\nbegin(pairs[0]); out(type='note', text=str(child))"
+    outcome = run(body, pairs=PAIRS[:1])
+    child = int(outcome.directions[PAIRS[0]].problem.removeprefix("not tried: "))
+    for _ in range(100):
+        try:
+            with open(f"/proc/{child}/stat") as status:
+                alive = status.read().rpartition(")")[2].split()[0] not in "ZX"
+        except OSError:
+            alive = False
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert not alive
+
+
+def test_what_the_worker_sees():
+    """The GPUs by UUID, and no setting that makes a launch wait for its kernel."""
+    body = """
+names = ("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "KEPT")
+out(type="note", text=json.dumps([os.environ.get(name) for name in names]))
+"""
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "7", "CUDA_LAUNCH_BLOCKING": "1", "KEPT": "x"}
+    outcome = run(body, pairs=PAIRS[:1], environ=environ)
+    told = json.loads(outcome.directions[PAIRS[0]].problem.removeprefix("not tried: "))
+    assert told == ["GPU-a,GPU-b,GPU-c", None, "x"]
+
+
+def test_a_command_that_does_not_exist():
+    outcome = supervise.run(UUIDS, PAIRS, (), environ={}, deadline_s=5, command=("/nonexistent/python",))
+    assert "does not start" in outcome.problems[0]
+
+
+def test_the_real_worker_on_a_machine_without_gpus():
+    """Whatever is missing here (GPUs, or CUDA kernels in this build), it says so and nothing is decided."""
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    outcome = supervise.run(
+        ["GPU-none", "GPU-nothing"], [("GPU-none", "GPU-nothing")], (), environ=environ, deadline_s=120
+    )
+    (direction,) = outcome.directions.values()
+    assert direction.works is None
+    assert "no CUDA kernels" in direction.problem or "CUDA shows 0 of 2 GPUs" in direction.problem
+
+
+# --- the worker, over made-up operators ---
+
+
+class FakeOps:
+    """Operators of two GPUs. ``broken``: the call that raises."""
+
+    def __init__(self, *, access=True, rounds=worker.ROUNDS, wrong=0, latency=1.5e-6, broken="", fabric=""):
+        self.access, self.rounds, self.wrong, self.latency = access, rounds, wrong, latency
+        self.broken, self.fabric, self.open = broken, fabric, 0
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if name == self.broken:
+                raise RuntimeError(f"ep_backend: {name} failed: out of memory\nException raised from ...")
+            if name == "gpu_pair_create":
+                self.open += 1
+            if name == "gpu_pair_destroy":
+                self.open -= 1
+            return {
+                "gpu_pair_attributes": [int(self.access), 1],
+                "gpu_pair_create": 77,
+                "gpu_pair_destroy": None,
+                "gpu_pair_store": [self.rounds, self.wrong],
+                "gpu_pair_latency": self.latency,
+                "gpu_pair_bandwidth": 4e11 if arguments[1:] == (True,) else 3e11,
+                "gpu_fabric_handle": self.fabric,
+            }[name]
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("ops", "works", "problem", "broken"),
+    [
+        (FakeOps(), True, "", False),
+        (FakeOps(access=False), False, "the driver offers no peer access", False),
+        (FakeOps(wrong=12), False, "12 words were read otherwise than they had been stored", False),
+        (FakeOps(rounds=2), False, "the flag of round 3 of 8 did not come within 2 s", False),
+        (FakeOps(broken="gpu_pair_attributes"), None, "not tried: gpu_pair_attributes failed: out of", False),
+        (FakeOps(broken="gpu_pair_create"), None, "not tried: gpu_pair_create failed: out of memory", False),
+        (FakeOps(broken="gpu_pair_store"), False, "gpu_pair_store failed", True),
+        (FakeOps(broken="gpu_pair_bandwidth"), False, "gpu_pair_bandwidth failed", True),
+    ],
+)
+def test_one_direction(ops, works, problem, broken):
+    direction, is_broken = worker.try_direction(ops, 0, 1, "GPU-a", "GPU-b")
+    assert (direction.works, is_broken) == (works, broken)
+    assert problem in direction.problem
+    assert "\n" not in direction.problem
+    assert ops.open == 0
+    measured = (direction.store_bytes_per_s, direction.copy_bytes_per_s, direction.latency_s)
+    assert measured == ((3e11, 4e11, 1.5e-6) if works else (None, None, None))
+
+
+def test_a_latency_that_could_not_be_measured_is_none():
+    direction, _ = worker.try_direction(FakeOps(latency=-1.0), 0, 1, "GPU-a", "GPU-b")
+    assert (direction.works, direction.latency_s) == (True, None)
+
+
+def test_fabric_handles():
+    assert worker.try_fabric(FakeOps(), 0, "GPU-a") == Fabric("GPU-a", True)
+    assert worker.try_fabric(FakeOps(fabric="cuMemCreate gives X"), 0, "GPU-a").works is False
+    assert worker.try_fabric(FakeOps(broken="gpu_fabric_handle"), 0, "GPU-a").works is None
+
+
+# --- what is remembered ---
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """`checks.results` with a fake worker that counts how often it is started."""
+    starts = tmp_path / "starts"
+    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    state = {"body": FINE}
+
+    real = supervise.run
+
+    def counted(*arguments, **more):
+        with open(starts, "a") as file:
+            file.write("x")
+        return real(*arguments, **more, answer_s=0.5, command=fake(state["body"]))
+
+    monkeypatch.setattr(supervise, "run", counted)
+
+    def results(gpus=GPUS, links=LINKS, driver="580", boot_id="boot", body=FINE, **more):
+        state["body"] = body
+        before = starts.stat().st_size if starts.exists() else 0
+        found = checks.results(gpus, links, driver, boot_id, **{"environ": environ, "deadline_s": 20, **more})
+        return found, (starts.stat().st_size if starts.exists() else 0) - before
+
+    results.folder = tmp_path / "cache" / "ep_backend"
+    results.environ = environ
+    return results
+
+
+def test_a_second_call_takes_what_is_known(machine):
+    first, starts = machine()
+    assert (len(first.directions), starts) == (6, 1)
+    assert machine() == (first, 0)
+    assert machine(among=()) == (first, 0)
+    again, starts = machine(fresh=True)
+    assert (again, starts) == (first, 1)
+
+
+def test_only_what_is_asked_for_is_tried_and_it_adds_up(machine):
+    found, starts = machine(among=())
+    assert (found.directions, starts) == ((), 0)
+    found, starts = machine(among=["GPU-a", "GPU-b"])
+    assert (len(found.directions), starts) == (2, 1)
+    assert machine(among=["GPU-b", "GPU-a", "GPU-elsewhere"])[1] == 0
+    found, starts = machine()
+    assert (len(found.directions), starts) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"driver": "590"},
+        {"boot_id": "another"},
+        {"gpus": (*GPUS[:2], Gpu(uuid="GPU-c", bus_id="00000000:99:00.0"))},
+        {"gpus": (*GPUS[:2], msgspec.structs.replace(GPUS[2], nvlinks=4))},
+        {"links": (*LINKS[:2], msgspec.structs.replace(LINKS[2], nvlink=True))},
+        {"links": (*LINKS[:2], msgspec.structs.replace(LINKS[2], ancestor="PIX"))},
+    ],
+)
+def test_another_driver_boot_or_topology_is_another_machine(machine, changes):
+    assert machine()[1] == 1
+    assert machine(**changes)[1] == 1
+    assert machine(**changes)[1] == 0
+
+
+def test_another_build_of_the_library_is_tried_anew(machine, monkeypatch, tmp_path):
+    assert machine()[1] == 1
+    other = tmp_path / "library.so"
+    other.write_bytes(b"other")
+    monkeypatch.setattr(cache, "LIBRARY", other)
+    assert machine()[1] == 1
+
+
+def test_without_a_boot_id_nothing_is_remembered(machine):
+    assert machine(boot_id="")[1] == 1
+    assert machine(boot_id="")[1] == 1
+
+
+def test_a_failure_is_remembered_and_what_was_not_tried_is_tried_later(machine, monkeypatch):
+    hang = "begin(pairs[0]); time.sleep(60)"
+    found, _ = machine(among=["GPU-a", "GPU-b"], body="if len(pairs) == 2:\n  " + hang + "\n" + FINE)
+    assert {direction.works for direction in found.directions} == {True, False}
+    assert machine(among=["GPU-a", "GPU-b"])[1] == 0, "a machine with broken peer access pays once per boot"
+
+    untried, _ = machine(gpus=GPUS[:2], body="out(type='note', text='no memory left')")
+    assert {direction.works for direction in untried.directions} == {None}
+    assert any("no memory left" in problem for problem in untried.problems)
+    assert machine(gpus=GPUS[:2]) == (untried, 0), "other ranks do not try it again at once"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + checks.RETRY_S + 1)
+    found, starts = machine(gpus=GPUS[:2])
+    assert starts == 1
+    assert {direction.works for direction in found.directions} == {True}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"identity": 3}', b"\xff" * 100, b"null"])
+def test_a_corrupt_file_is_no_error(machine, content):
+    first, _ = machine()
+    (file,) = machine.folder.glob("checks-*.json")
+    file.write_bytes(content)
+    assert machine() == (first, 1)
+    assert machine() == (first, 0)
+
+
+def test_files_that_are_none_of_ours(machine, tmp_path, monkeypatch):
+    first, _ = machine()
+    (file,) = machine.folder.glob("checks-*.json")
+    elsewhere = tmp_path / "elsewhere.json"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    assert machine() == (first, 1), "links are not followed"
+    assert not file.is_symlink()
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    assert machine(environ={**machine.environ, "TMPDIR": str(tmp_path / "missing" / "x")})[1] == 1
+
+
+@pytest.mark.parametrize("bad", ["file", "open to all", "cannot be made"])
+def test_a_cache_folder_that_cannot_be_used(machine, tmp_path, bad):
+    place = tmp_path / "bad"
+    if bad == "file":
+        place.write_text("x")
+    elif bad == "open to all":
+        (place / "ep_backend").mkdir(parents=True)
+        (place / "ep_backend").chmod(0o777)
+    environ = {**machine.environ, "XDG_CACHE_HOME": str(place) if bad != "cannot be made" else "/proc/x"}
+    spare = {**environ, "TMPDIR": str(tmp_path)}
+    first, starts = machine(environ=spare)
+    assert (len(first.directions), starts) == (6, 1)
+    assert machine(environ=spare) == (first, 0), "temporary files take its place"
+    nowhere = {**environ, "TMPDIR": "/proc/x"}
+    assert machine(environ=nowhere) == (first, 1)
+    assert machine(environ=nowhere) == (first, 1)
+
+
+def test_the_cache_folder_is_found(tmp_path):
+    home = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
+    assert cache.folder(home) == tmp_path / ".cache" / "ep_backend"
+    assert stat.S_IMODE((tmp_path / ".cache" / "ep_backend").stat().st_mode) == 0o700
+    assert cache.folder({**home, "XDG_CACHE_HOME": str(tmp_path / "xdg")}) == tmp_path / "xdg" / "ep_backend"
+    assert cache.folder({"TMPDIR": str(tmp_path)}) == tmp_path / f"ep_backend-{os.geteuid()}"
+
+
+SLOW = "time.sleep(0.7)\n" + FINE
+
+
+def _ask(results, queue):
+    queue.put(results(body=SLOW))
+
+
+def test_processes_that_start_at_once_try_it_out_once(machine):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_ask, args=(machine, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    answers = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(30)
+    assert all(len(found.directions) == 6 for found, _ in answers)
+    (starts,) = machine.folder.parent.parent.glob("starts")
+    assert starts.read_text() == "x"
+
+
+def test_a_lock_that_is_never_given_back(machine):
+    machine(among=["GPU-a", "GPU-b"])
+    (file,) = machine.folder.glob("checks-*.json")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2);"
+         " print(flush=True); time.sleep(60)", str(file.with_suffix(".lock"))],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        holder.stdout.readline()
+        begin = time.monotonic()
+        found, starts = machine(deadline_s=0.5)
+        assert time.monotonic() - begin < 5
+        assert (len(found.directions), starts) == (2, 0), "what is known is taken"
+        assert any("another process" in problem for problem in found.problems)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_nothing_escapes(machine, monkeypatch):
+    monkeypatch.setattr(supervise, "run", lambda *a, **k: 1 / 0)
+    found, _ = machine()
+    assert found.directions == ()
+    assert "ZeroDivisionError" in found.problems[0]
+
+
+# --- which GPUs, and what the numbers say ---
+
+
+def test_slices_and_undescribed_gpus_are_not_tried(machine):
+    gpus = (*GPUS[:2], Gpu(uuid="GPU-m", mig=True), Gpu(uuid="undescribed-3"), Gpu(uuid="MIG-4"))
+    assert checks.testable(gpus) == ["GPU-a", "GPU-b"]
+    found, _ = machine(gpus=gpus)
+    assert len(found.directions) == 2
+
+
+def test_one_gpu_has_no_directions(machine):
+    assert machine(gpus=GPUS[:1], links=()) == (checks.Results(), 0)
+    assert not machine.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "cluster", "has"),
+    [("completed", "1234", True), ("completed", "", False), ("in progress", "1234", False), ("", "", False)],
+)
+def test_a_fabric_has_a_name_and_is_complete(state, cluster, has):
+    assert checks.has_fabric(Gpu(uuid="GPU-a", fabric_state=state, fabric_cluster=cluster)) == has
+
+
+def test_fabric_handles_are_tried_where_there_is_a_fabric(machine):
+    found, starts = machine(gpus=(FABRIC,), links=())
+    assert (found.fabric_works, starts) == (True, 1)
+    assert machine(gpus=(FABRIC,), links=(), among=(), fabric=["GPU-a"]) == (found, 0)
+    body = (
+        "out(type='fabric', gpu='GPU-a', works=False, problem='cuMemCreate gives CUDA_ERROR_NOT_PERMITTED')"
+    )
+    found, _ = machine(gpus=(FABRIC,), links=(), body=body, fresh=True)
+    assert found.fabric_works is False
+    assert any("NOT_PERMITTED" in problem for problem in found.problems)
+    assert machine()[0].fabric_works is None
+
+
+@pytest.mark.parametrize(("speed", "said"), [(3.6e9, True), (54e9, False), (None, False)])
+def test_peer_access_that_is_staged_through_the_host(speed, said):
+    fast = Gpu(uuid="GPU-a", pcie_generation=5, pcie_width=16)
+    direction = Direction(source="GPU-a", target="GPU-b", works=True, store_bytes_per_s=speed)
+    note = checks.staged(direction, fast, msgspec.structs.replace(fast, uuid="GPU-b"))
+    assert bool(note) == said
+    assert not said or "3.6 GB/s, where PCIe carries 63 GB/s" in note
+    assert checks.staged(direction, fast, Gpu(uuid="GPU-b")) == ""
+
+
+def test_requests_and_results_are_plain_data():
+    request = Request(gpus=("a",), pairs=(("a", "b"),), fabric=(), limit_s=1.0)
+    assert msgspec.json.decode(msgspec.json.encode(request), type=Request) == request
