@@ -8,7 +8,7 @@ import pickle
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from functools import partial
 
 import torch.distributed as dist
 
@@ -80,18 +80,11 @@ class Meeting:
         task = options.task(cases=plan.network_cases(self.world))
         deadline = Deadline(options.deadline_s)
         try:
-            chosen = self._group(Run(options.transport, options.transport, task), deadline)
-            if isinstance(chosen, Failure):
-                yield options.transport, chosen
-                return
-            first = chosen.result.transport
-            yield first, replace(chosen, name=phases.name(first, options), chosen=options.transport == "auto")
-            for run in phases.others(first, task, options):
-                yield run.transport, self._group(run, deadline)
+            yield from phases.all_transports(options, task, partial(self._group, deadline), options.transport)
         finally:
             deadline.cancel()
 
-    def _group(self, run: Run, deadline: Deadline) -> Group | Failure:
+    def _group(self, deadline: Deadline, run: Run) -> Group | Failure:
         def note(text: str) -> None:
             self.at = text
             deadline.extend()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -21,9 +22,7 @@ from ep_backend.selftest import exchanges, graphs, plan
 from ep_backend.selftest.advice import advise
 from ep_backend.selftest.exchanges import Result, Task
 
-WAITS = (
-    3  # a wait for a peer lasts this part of the deadline at most: then there is time to say who did not come
-)
+WAITS = 3  # a wait for a peer takes this part of the deadline at most: there is time to say who did not come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,24 +120,15 @@ def local(options: Options, start: Start = processes.run) -> Report:
             Run(f"{transport} on GPU {gpu}", transport, replace(task, gpu=gpu))
             for gpu in range(torch.cuda.device_count())
         ]
-    return _phase("local", options, 1, exchanges.run, runs, start)
+    act = partial(_group, options, 1, exchanges.run, start)
+    return conclude("local", options, 1, ((run.transport, act(run)) for run in runs))
 
 
 def node(options: Options, start: Start = processes.run) -> Report:
     """All ranks of the machine; what is chosen here first, then whatever else can be used."""
     task = options.task(cases=plan.node_cases(options.ranks, options.device))
-    begin = time.monotonic()
-    first = expected(options)
-    chosen = _phase(
-        "node", options, options.ranks, exchanges.run, [Run(name(first, options), first, task)], start
-    )
-    if chosen.status != "passed":
-        return chosen
-    result = chosen.groups[0].result
-    first = result.transport
-    mine = Group(name=name(first, options), result=result, chosen=options.transport == "auto")
-    rest = _phase("node", options, options.ranks, exchanges.run, others(first, task, options), start)
-    return replace(rest, groups=(mine, *rest.groups), seconds=time.monotonic() - begin)
+    act = partial(_group, options, options.ranks, exchanges.run, start)
+    return conclude("node", options, options.ranks, all_transports(options, task, act, expected(options)))
 
 
 def graph(options: Options, start: Start = processes.run) -> Report:
@@ -150,9 +140,9 @@ def graph(options: Options, start: Start = processes.run) -> Report:
     task = options.task()
     if options.ranks == 1 and task.transport == "auto":
         task = replace(task, transport="peer")  # one GPU alone has no links from which to choose
-    return _phase(
-        "graph", options, options.ranks, graphs.run, [Run("graphs", expected(options), task)], start
-    )
+    run = Run("graphs", expected(options), task)
+    act = partial(_group, options, options.ranks, graphs.run, start)
+    return conclude("graph", options, options.ranks, ((run.transport, act(run)) for run in [run]))
 
 
 def decision(options: Options) -> Decision:
@@ -172,7 +162,22 @@ def expected(options: Options) -> str:
         return options.transport
 
 
-def others(first: str, task: Task, options: Options) -> list[Run]:
+def all_transports(
+    options: Options, task: Task, act: Callable[[Run], Group | Failure], first: str
+) -> Iterator[tuple[str, Group | Failure]]:
+    """What ``act`` finds out with each transport: the one that is chosen or asked for, then what else there
+    is. ``first``: what will probably be chosen."""
+    group = act(Run(name(first, options), first, task))
+    if isinstance(group, Failure):
+        yield first, group
+        return
+    used = group.result.transport
+    yield used, replace(group, name=name(used, options), chosen=options.transport == "auto")
+    for run in _others(used, task, options):
+        yield run.transport, act(run)
+
+
+def _others(first: str, task: Task, options: Options) -> list[Run]:
     """What can be used beside the transport that has been tried; nothing where one was asked for. NCCL
     carries rows too, if there are several GPUs."""
     names = {first}
@@ -237,20 +242,10 @@ def conclude(
     return replace(report, seconds=time.monotonic() - begin)
 
 
-def _phase(
-    phase: str,
-    options: Options,
-    ranks: int,
-    job: processes.Job,
-    runs: Sequence[Run],
-    start: Start,
-) -> Report:
-    def found() -> Iterable[tuple[str, Group | Failure]]:
-        for run in runs:
-            outcomes = start(job, (run.task,), count=ranks, deadline_s=options.deadline_s)
-            yield run.transport, judge(run.name, outcomes)
-
-    return conclude(phase, options, ranks, found())
+def _group(options: Options, ranks: int, job: processes.Job, start: Start, run: Run) -> Group | Failure:
+    """What new ranks find out in ``run``."""
+    outcomes = start(job, (run.task,), count=ranks, deadline_s=options.deadline_s)
+    return judge(run.name, outcomes)
 
 
 def _no_kernels(phase: str) -> Report:

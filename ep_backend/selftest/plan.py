@@ -22,9 +22,8 @@ PAYLOADS: dict[str, dict[str, Any]] = {
 HIDDEN = 256
 TOP_K = 3
 EXPERTS_PER_RANK = 4  # and one more in all: ranks with different numbers of them
-BULK_TOKENS = (
-    2051  # csrc/kernels/cuda/exchange.cu: from 2048 on other kernels are used; odd: a short last chunk
-)
+# csrc/kernels/cuda/exchange.cu: from 2048 on other kernels are used; odd: the last chunk is short.
+BULK_TOKENS = 2051
 MANY_TOKENS = 301  # of CPUs, which have one kind of kernels
 BULK_IN_A_GROUP = ("bf16", "fp8 made by dispatch")  # the reference is slow; phase local has them all
 
