@@ -194,7 +194,7 @@ def _spawn(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
         highlight=False,
     )
     # No deadline here: each rank has one that every sign of progress moves on.
-    outcomes = processes.run(_spawned, (runs, explicit), count=settings.ranks)
+    outcomes = processes.run(_spawned, (runs, explicit), count=settings.ranks, speak=True)
     failure = processes.first_failure(outcomes)
     if failure is not None:
         if failure.error != "EpConfigError":

@@ -15,6 +15,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -63,19 +64,25 @@ class Outcome:
 
 
 def run(
-    job: Job, arguments: Sequence[Any] = (), *, count: int, deadline_s: float | None = None
+    job: Job,
+    arguments: Sequence[Any] = (),
+    *,
+    count: int,
+    deadline_s: float | None = None,
+    speak: bool = False,
 ) -> list[Outcome]:
     """``job(note, *arguments)`` on ``count`` new ranks; what became of each, in order of rank.
 
     ``deadline_s``: for all of it, from the start of the processes; None where the job has a deadline of its
     own. After a failure the others have a few seconds left. No process is left when this returns or raises,
-    which it does for Ctrl-C, SIGTERM and SIGHUP too.
+    which it does for Ctrl-C, SIGTERM and SIGHUP too. ``speak``: what ranks print stands on standard output,
+    not on standard error, where libraries' words do no harm.
     """
     with tempfile.TemporaryDirectory(prefix="ep-backend-ranks-") as folder, terminable():
         started: list[_Rank] = []
         try:
             for rank in range(count):
-                started.append(_Rank(rank, count, folder, job, arguments))
+                started.append(_Rank(rank, count, folder, speak, job, arguments))
             outcomes = _outcomes(started, deadline_s)
             if all(outcome.end == "done" for outcome in outcomes):
                 for one in started:
@@ -108,14 +115,16 @@ def first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
 class _Rank:
     """A process and the pipe to it."""
 
-    def __init__(self, rank: int, count: int, folder: str, job: Job, arguments: Sequence[Any]) -> None:
+    def __init__(
+        self, rank: int, count: int, folder: str, speak: bool, job: Job, arguments: Sequence[Any]
+    ) -> None:
         self.rank, self.at = rank, ""
         self._stacks = Path(folder, f"stacks-{rank}")
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve,
-            args=(os.getpid(), rank, count, folder, theirs, job, tuple(arguments)),
+            args=(os.getpid(), rank, count, folder, speak, theirs, job, tuple(arguments)),
             daemon=True,
         )
         self.process.start()
@@ -191,6 +200,7 @@ def _serve(
     rank: int,
     count: int,
     folder: str,
+    speak: bool,
     pipe: connection.Connection,
     job: Job,
     arguments: tuple[Any, ...],
@@ -199,6 +209,8 @@ def _serve(
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != starter:
         os._exit(1)
+    if not speak:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     # Over what a launcher of the command has left there.
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that started us acts

@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ep_backend import env, profiles
 from ep_backend.bench.arguments import whole
@@ -63,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
     if not joined:
         alone = [partial(phase, options) for phase in (phases.local, phases.node, phases.graph)]
         why = f"needs several machines; type on each of them: {network.how_to_start(options)}"
-        return _print(args, options, [*alone, partial(phases.skipped, "network", why)])
-    with network.meeting(options) as meeting:
+        return _print(args, options, [*alone, partial(phases.skipped, "network", why)], sys.stdout)
+    with _own_output() as own, network.meeting(options) as meeting:
         if meeting.rank != 0:
             return FAILED if meeting.run().status == "failed" else 0
         why = "starts its own ranks: run ep-backend selftest without torchrun"
         others = [partial(phases.skipped, phase, why) for phase in PHASES[:-1]]
-        return _print(args, options, [*others, partial(_network, meeting)])
+        return _print(args, options, [*others, partial(_network, meeting)], own)
 
 
 def _options(args: argparse.Namespace, joined: bool) -> Options:
@@ -106,6 +107,20 @@ def _options(args: argparse.Namespace, joined: bool) -> Options:
     )
 
 
+@contextmanager
+def _own_output() -> Iterator[TextIO]:
+    """Standard output for us alone: what libraries print in this process goes to standard error."""
+    sys.stdout.flush()
+    saved = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        with os.fdopen(os.dup(saved), "w") as own:
+            yield own
+    finally:
+        os.dup2(saved, sys.stdout.fileno())
+        os.close(saved)
+
+
 def _network(meeting: Meeting) -> Report:
     try:
         return meeting.run()
@@ -115,14 +130,17 @@ def _network(meeting: Meeting) -> Report:
         raise
 
 
-def _print(args: argparse.Namespace, options: Options, acts: Sequence[Callable[[], Report]]) -> int:
-    """Run the phases that are wanted, say what became of them; the exit status. ``acts``: of PHASES."""
+def _print(
+    args: argparse.Namespace, options: Options, acts: Sequence[Callable[[], Report]], out: TextIO
+) -> int:
+    """Run the phases that are wanted, say on ``out`` what became of them; the exit status. ``acts``: of
+    PHASES."""
     from ep_backend.probe import probe
     from ep_backend.selftest import phases, report
 
     record = probe("cpu" if options.device == "cpu" else None)
     if not args.json:
-        print("\n".join(report.heading(record, options)), flush=True)
+        print("\n".join(report.heading(record, options)), file=out, flush=True)
     reports: list[Report] = []
     for phase, act in zip(PHASES, acts, strict=True):
         if args.phase not in (None, phase):
@@ -130,13 +148,13 @@ def _print(args: argparse.Namespace, options: Options, acts: Sequence[Callable[[
         if any(before.status == "failed" for before in reports):
             reports.append(phases.Report(phase=phase, status="not run", why="an earlier phase failed"))
         else:
-            if not args.json and sys.stdout.isatty():
-                print(f"{phase:8} ...", end="\r", flush=True)
+            if not args.json and out.isatty():
+                print(f"{phase:8} ...", end="\r", file=out, flush=True)
             reports.append(act())
         if not args.json:
-            print("\n".join(report.lines(reports[-1])), flush=True)
+            print("\n".join(report.lines(reports[-1])), file=out, flush=True)
     if args.json:
-        print(json.dumps(report.document(reports, record, options), indent=2))
+        print(json.dumps(report.document(reports, record, options), indent=2), file=out, flush=True)
     else:
-        print(report.last_line(reports))
+        print(report.last_line(reports), file=out, flush=True)
     return FAILED if any(one.status == "failed" for one in reports) else 0

@@ -94,8 +94,7 @@ class _Captured:
         shape = step.slots, config.hidden_size
         self._out = torch.empty(shape, dtype=config.result_dtype, device=comm.device)
         self._experts = torch.tensor(comm.local_experts, device=comm.device)
-        # The graph's own memory; each exchange leaves a copy of what came, as combine gives windows back.
-        self._kept = _copy(self._exchange(step.slots))
+        self._kept = self._exchange(step.slots)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

@@ -77,7 +77,7 @@ class Meeting:
 
     def _found(self) -> Iterable[tuple[str, Group | Failure]]:
         options = self._options
-        task = options.task(cases=plan.network_cases(self.world))
+        task = options.task(cases=plan.group_cases(self.world))
         deadline = Deadline(options.deadline_s)
         try:
             yield from phases.all_transports(options, task, partial(self._group, deadline), options.transport)

@@ -126,9 +126,10 @@ def local(options: Options, start: Start = processes.run) -> Report:
 
 def node(options: Options, start: Start = processes.run) -> Report:
     """All ranks of the machine; what is chosen here first, then whatever else can be used."""
-    task = options.task(cases=plan.node_cases(options.ranks, options.device))
+    first = expected(options)
+    task = options.task(cases=_group_cases(first, options))
     act = partial(_group, options, options.ranks, exchanges.run, start)
-    return conclude("node", options, options.ranks, all_transports(options, task, act, expected(options)))
+    return conclude("node", options, options.ranks, all_transports(options, task, act, first))
 
 
 def graph(options: Options, start: Start = processes.run) -> Report:
@@ -185,11 +186,18 @@ def _others(first: str, task: Task, options: Options) -> list[Run]:
     if options.transport == "auto":
         for other in sorted(available(torch.device(options.device)) - names):
             names.add(other)
-            runs.append(Run(name(other, options), other, replace(task, transport=other, optional=True)))
+            cases = _group_cases(other, options)
+            more = replace(task, transport=other, optional=True, cases=cases)
+            runs.append(Run(name(other, options), other, more))
     if "collective" in names and options.device == "cuda" and options.ranks > 1 and dist.is_nccl_available():
-        over = replace(task, transport="collective", carrier="nccl")
+        cases = _group_cases("collective", options)
+        over = replace(task, transport="collective", carrier="nccl", cases=cases)
         runs.append(Run(name("collective", options, "nccl"), "collective", over))
     return runs
+
+
+def _group_cases(transport: str, options: Options) -> tuple[plan.Case, ...]:
+    return plan.group_cases(options.ranks, bulk=transport == "peer")
 
 
 def name(transport: str, options: Options, carrier: str = "gloo") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ EXPERTS_PER_RANK = 4  # and one more in all: ranks with different numbers of the
 # csrc/kernels/cuda/exchange.cu: from 2048 on other kernels are used; odd: the last chunk is short.
 BULK_TOKENS = 2051
 MANY_TOKENS = 301  # of CPUs, which have one kind of kernels
-BULK_IN_A_GROUP = ("bf16", "fp8 made by dispatch")  # the reference is slow; phase local has them all
+BULK_TWICE = ("bf16", "fp8 made by dispatch")  # the others once, by one rank alone: the reference is slow
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,17 @@ class Case:
 def local_cases(device: str) -> tuple[Case, ...]:
     """One rank: every layout and payload; one token, odd numbers, and as many as other kernels are for."""
     most = BULK_TOKENS if device == "cuda" else MANY_TOKENS
-    return _cases(lambda payload, seed: _alone(most, seed))
+    return _cases(lambda payload, seed: _alone(most, payload in BULK_TWICE, seed))
 
 
-def node_cases(world: int, device: str) -> tuple[Case, ...]:
-    """Several ranks: every layout and payload, ragged and empty ranks, routing to one rank."""
+def group_cases(world: int, *, bulk: bool = False) -> tuple[Case, ...]:
+    """Several ranks: every layout and payload, ragged and empty ranks, routing to one rank. ``bulk``: some
+    cases with as many tokens as other kernels are for, too."""
 
     def steps(payload: str, seed: int) -> tuple[Step, ...]:
-        bulk = device == "cuda" and payload in BULK_IN_A_GROUP
-        return _together(world, seed, BULK_TOKENS if bulk else None)
+        return _together(world, seed, BULK_TOKENS if bulk and payload in BULK_TWICE else None)
 
     return _cases(steps)
-
-
-def network_cases(world: int) -> tuple[Case, ...]:
-    """Several machines: as in one, without the calls that are large."""
-    return _cases(lambda payload, seed: _together(world, seed, None))
 
 
 def graph_steps(world: int, slots: int, replays: int) -> tuple[Step, ...]:
@@ -101,7 +96,7 @@ def graph_steps(world: int, slots: int, replays: int) -> tuple[Step, ...]:
     )
 
 
-def _cases(steps: Any) -> tuple[Case, ...]:
+def _cases(steps: Callable[[str, int], tuple[Step, ...]]) -> tuple[Case, ...]:
     return tuple(
         # Seeds far apart: no two exchanges have the same rows.
         Case(payload, layout, steps(payload, 1000 * (number * len(LAYOUTS) + at) + 1))
@@ -110,14 +105,15 @@ def _cases(steps: Any) -> tuple[Case, ...]:
     )
 
 
-def _alone(most: int, seed: int) -> tuple[Step, ...]:
+def _alone(most: int, twice: bool, seed: int) -> tuple[Step, ...]:
+    again = (Step(most, (most - 2,), seed + 5, halves=True),) if twice else ()
     return (
         Step(1, (1,), seed),
         Step(37, (37,), seed + 1),
         Step(37, (37,), seed + 2, "sparse", halves=True),  # what stood there must not be taken for new
         Step(37, (0,), seed + 3),
         Step(most, (most,), seed + 4, exact=True),
-        Step(most, (most - 2,), seed + 5, halves=True),
+        *again,
         Step(37, (36,), seed + 6, "skew"),
     )
 

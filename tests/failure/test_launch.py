@@ -31,6 +31,16 @@ def test_results_in_order_of_rank(monkeypatch):
     assert not any(alive(outcome.value[0]) for outcome in outcomes)
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_ranks_print(capfd, allowed):
+    processes.run(launched.speak, count=1, deadline_s=60, speak=allowed)
+    streams = capfd.readouterr()
+    assert ("words of a library" in streams.out, "words of a library" in streams.err) == (
+        allowed,
+        not allowed,
+    )
+
+
 @pytest.mark.parametrize(
     ("how", "end", "words"),
     [

@@ -1,6 +1,7 @@
 """``ep-backend selftest``: its plan, its comparison, its verdicts on made-up ranks, and real runs on CPUs."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -46,11 +47,10 @@ def four_gpus(monkeypatch):
 # ---- the plan ----
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("world", [1, 2, 5])
-def test_every_layout_and_payload_with_all_kinds_of_exchanges(device, world):
-    lists = [plan.node_cases(world, device), plan.network_cases(world)]
-    lists += [plan.local_cases(device)] if world == 1 else []
+def test_every_layout_and_payload_with_all_kinds_of_exchanges(world):
+    lists = [plan.group_cases(world), plan.group_cases(world, bulk=True)]
+    lists += [plan.local_cases("cpu"), plan.local_cases("cuda")] if world == 1 else []
     for cases in lists:
         names = {(case.payload, case.layout) for case in cases}
         assert names == {(p, lay) for p in plan.PAYLOADS for lay in plan.LAYOUTS}
@@ -79,8 +79,10 @@ def test_bulk_exchanges_are_above_the_switch():
     assert switch <= plan.BULK_TOKENS
     bulk = [case for case in plan.local_cases("cuda") if any(step.slots >= switch for step in case.steps)]
     assert len(bulk) == len(plan.PAYLOADS) * len(plan.LAYOUTS)
-    together = [case for case in plan.node_cases(4, "cuda") if any(s.slots >= switch for s in case.steps)]
-    assert {case.payload for case in together} == set(plan.BULK_IN_A_GROUP)
+    for with_bulk in (False, True):
+        cases = plan.group_cases(4, bulk=with_bulk)
+        together = {case.payload for case in cases if any(step.slots >= switch for step in case.steps)}
+        assert together == (set(plan.BULK_TWICE) if with_bulk else set())
 
 
 def test_replays_change_the_number_of_tokens():
@@ -225,6 +227,59 @@ def test_what_replays_must_give(layout):
     assert ranks(2).run(replay_job, layout) == [[], []]
 
 
+class FakeOnGpu(Fake):
+    """Counts its tokens as a GPU does, and remembers what a graph would."""
+
+    local_experts = tuple(range(plan.EXPERTS_PER_RANK + 1))
+
+    def dispatch(self, x, ids, weights, *, tokens_per_rank, num_tokens):
+        now = int(num_tokens)
+        received, _ = super().dispatch(
+            x[:now], ids[:now], weights[:now], scales=None, tokens_per_rank=tokens_per_rank
+        )
+        return (
+            replace(received, rows_per_expert=None) if self.config.layout == "rank_major" else received
+        ), None
+
+    def combine(self, y, handle, *, out):
+        total = super().combine(y, handle)
+        out[: len(total)] = total
+
+
+class FakeGraph:
+    """Of the last exchange that was made: a replay makes it again."""
+
+    def replay(self):
+        self.captured._keep(self.captured._exchange(graphs.SLOTS))
+
+
+@pytest.mark.parametrize("layout", graphs.LAYOUTS)
+@pytest.mark.parametrize("spoilt", [None, "rows", "combined"])
+def test_replays_without_a_gpu(monkeypatch, layout, spoilt):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = plan.Case("bf16", layout, plan.graph_steps(1, graphs.SLOTS, 10))
+
+    def spoil(which, tensor):
+        if which == spoilt and tensor.numel():
+            tensor.view(torch.int16)[(0,) * tensor.dim()] ^= 1
+
+    captured = graphs._Captured(FakeOnGpu(case.config(1, "auto", 5.0), spoil), case.steps[0])
+    captured._graph.captured = captured
+    notes = []
+    found = [graphs._replay(notes.append, captured, case, number) for number in range(len(case.steps))]
+    assert [number for number, note in enumerate(notes) if "eager call" in note] == [4, 9]
+    assert "replay 1 (T = 24, tokens 7, uniform routing)" in notes[1]
+    texts = [text for text, _ in found if text]
+    if spoilt is None:
+        assert not texts
+        assert all(cells >= graphs.SLOTS * plan.HIDDEN for _, cells in found)
+    else:
+        assert all(f": {spoilt}[0, 0" in text and "1 of" in text for text in texts)
+        assert len(texts) >= 5
+
+
 def test_finite_inputs_of_replays_differ_by_rank_and_step():
     config = plan.Case("bf16", "rank_major", plan.graph_steps(2, 24, 3)).config(2, "cpu", 5.0)
     steps = plan.graph_steps(2, 24, 3)
@@ -291,6 +346,11 @@ def test_node_takes_what_is_chosen_first_and_then_the_others(four_gpus):
         ("collective", "nccl", False),
     ]
     assert start.counts == [4] * 3
+    assert [any(step.slots > 2048 for case in task.cases for step in case.steps) for task in start.tasks] == [
+        True,
+        False,
+        False,
+    ]
     names = [(group.name, group.chosen) for group in found.groups]
     assert names == [("peer", True), ("collective over gloo", False), ("collective over nccl", False)]
     assert all(task.timeout_s == 20.0 for task in start.tasks)  # a third of the deadline
@@ -475,10 +535,11 @@ def test_a_real_run():
     assert found["status"] == "passed"
     assert [phase["status"] for phase in found["phases"]] == ["passed", "passed", "skipped", "skipped"]
     local, node = found["phases"][:2]
-    kinds = len(plan.PAYLOADS) * len(plan.LAYOUTS)
-    assert [(g["name"], g["chosen"], g["exchanges"]) for g in local["groups"]] == [("cpu", False, kinds * 7)]
+    alone = sum(len(case.steps) for case in plan.local_cases("cpu"))
+    together = sum(len(case.steps) for case in plan.group_cases(2))
+    assert [(g["name"], g["chosen"], g["exchanges"]) for g in local["groups"]] == [("cpu", False, alone)]
     groups = [(group["name"], group["chosen"], group["exchanges"]) for group in node["groups"]]
-    assert groups == [("cpu", True, kinds * 9), ("collective", False, kinds * 9)]
+    assert groups == [("cpu", True, together), ("collective", False, together)]
     assert len({group["cells"] for group in node["groups"]}) == 1
     assert node["groups"][0]["cells"] > 1_000_000
     assert found["decision"]["transport"] == "cpu"
