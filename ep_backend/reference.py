@@ -87,18 +87,12 @@ def combine(
 def first_difference(config: EpConfig, got: Received, want: Received) -> str | None:
     """Where two results of a dispatch differ in what must agree, in words; None if nowhere."""
     for name in ("tokens_per_source", "rows_per_expert", "topk_ids", "topk_weights"):
-        a, b = getattr(got, name), getattr(want, name)
-        if text := _compare(name, a, b):
+        if text := difference(name, getattr(got, name), getattr(want, name)):
             return text
+    chosen = defined_rows(config, want)
     for name in ("rows", "scales"):
-        a, b = getattr(got, name), getattr(want, name)
-        if a is None or b is None or a.shape != b.shape:
-            if text := _compare(name, a, b):
-                return text
-            continue
-        chosen = defined_rows(config, want)
-        if text := _compare(name, a[chosen], b[chosen]):
-            return f"{text} (of the rows that are defined)"
+        if text := difference(name, getattr(got, name), getattr(want, name), among=chosen):
+            return text
     return None
 
 
@@ -120,16 +114,38 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
-def _compare(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> str | None:
-    if a is None or b is None:
-        return None if a is b else f"{name}: one is None"
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return f"{name}: {list(a.shape)} {a.dtype} instead of {list(b.shape)} {b.dtype}"
-    if same_bits(a, b):
+def difference(
+    name: str,
+    got: torch.Tensor | None,
+    want: torch.Tensor | None,
+    *,
+    among: torch.Tensor | None = None,
+) -> str | None:
+    """Where two tensors differ in a bit, in words: the first cell, its values and bits, and how many differ;
+    None if nowhere. ``among``: bool, of the leading dimensions of ``want``; what else there is may differ."""
+    if got is None or want is None:
+        return None if got is want else f"{name}: {'None' if got is None else 'a tensor'} was not wanted"
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"{name}: {list(got.shape)} {got.dtype} instead of {list(want.shape)} {want.dtype}"
+    size = want.dtype.itemsize
+    ours, theirs = (t.contiguous().flatten().view(torch.uint8).view(-1, size) for t in (got, want))
+    cells = (ours != theirs).any(1).view(want.shape)
+    if among is not None:
+        cells &= among.view(*among.shape, *(1,) * (cells.dim() - among.dim()))
+    wrong = cells.nonzero()
+    if not len(wrong):
         return None
-    bytes_a, bytes_b = (t.contiguous().view(torch.uint8).reshape(len(t), -1) for t in (a, b))
-    row = int((bytes_a != bytes_b).any(1).nonzero()[0])
-    return f"{name}[{row}]: {a[row]} instead of {b[row]}"
+    cell = tuple(wrong[0].tolist())
+    count = int(want.numel() if among is None else among.sum() * (want.numel() // among.numel()))
+    values = f"{_value(got[cell])} instead of {_value(want[cell])}"
+    return f"{name}{list(cell)}: {values}; {len(wrong)} of {count} cells differ"
+
+
+def _value(cell: torch.Tensor) -> str:
+    """A number with its bits: two NaNs differ in nothing else."""
+    bits = bytes(cell.reshape(1).view(torch.uint8).tolist())[::-1].hex()
+    number = f"{cell.float().item():.7g}" if cell.dtype.is_floating_point else str(cell.item())
+    return f"{number} (0x{bits})"
 
 
 def _encode(config: EpConfig, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:

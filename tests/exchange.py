@@ -18,9 +18,8 @@ import torch
 
 import ep_backend as ep
 from ep_backend import reference
-from ep_backend.reference import Call
+from ep_backend.selftest import inputs
 
-ROUTINGS = ("uniform", "skew", "one_rank", "sparse", "none")
 WHOLE = ("dispatch", "combine")
 HALVES = ("send", "recv", "combine_send", "combine_recv")
 
@@ -40,57 +39,16 @@ def step(tokens, *, seed=0, slots=None, **more):
 
 def make_call(config, world, rank, step):
     """What ``rank`` dispatches."""
-    g = torch.Generator().manual_seed(step["seed"] * 1009 + rank)
-    count = step["tokens"][rank]
-    ids = torch.full((count, config.top_k), -1, dtype=torch.int64)
-    weights = torch.randn(count, config.top_k, generator=g)
-    weights[torch.rand(weights.shape, generator=g) < 0.1] = 0.0
-    owners = config.expert_ranks(world)
-    target = owners[step["seed"] % config.num_experts]
-    at_target = torch.tensor([e for e, r in enumerate(owners) if r == target])
-    popularity = 1.0 / (1.0 + torch.arange(config.num_experts)) ** 2
-    for t in range(count):
-        if step["routing"] in ("uniform", "sparse"):
-            ids[t] = torch.randperm(config.num_experts, generator=g)[: config.top_k]
-        elif step["routing"] == "skew":
-            ids[t] = torch.multinomial(popularity, config.top_k, generator=g)
-        elif step["routing"] == "one_rank":
-            chosen = at_target[torch.randperm(len(at_target), generator=g)[: config.top_k]]
-            ids[t, : len(chosen)] = chosen
-    if step["routing"] == "sparse":
-        ids[torch.rand(ids.shape, generator=g) < 0.5] = -1
-    x, scales = _rows(config, count, g)
-    return Call(x, ids.to(step["ids"]), weights, scales)
-
-
-def _bits(shape, dtype, g):
-    """Any bit pattern: rows that are not quantised travel as bytes."""
-    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), generator=g, dtype=torch.uint8)
-    return raw.view(dtype)
-
-
-def _rows(config, count, g):
-    shape = (count, config.row_width)
-    if config.quantization:
-        magnitude = 10.0 ** torch.randint(-4, 4, (count, config.hidden_size // 128, 1), generator=g)
-        blocks = torch.randn(count, config.hidden_size // 128, 128, generator=g) * magnitude
-        blocks[torch.rand(blocks.shape[:2], generator=g) < 0.1] = 0.0
-        return blocks.flatten(1).to(config.payload), None
-    scales = None
-    if config.payload == torch.float8_e4m3fn:
-        scales = _bits((count, config.hidden_size // 128), torch.float32, g)
-    elif config.scale_bytes:
-        scales = _bits((count, config.scale_bytes), torch.uint8, g)
-    return _bits(shape, config.payload, g), scales
+    call = inputs.make_call(
+        config, world, rank, seed=step["seed"], count=step["tokens"][rank], routing=step["routing"]
+    )
+    return replace(call, topk_ids=call.topk_ids.to(step["ids"]))
 
 
 def make_result(config, rank, step, received):
-    """The y of ``rank``: values of all magnitudes; NaN in every row that must not be read."""
-    g = torch.Generator().manual_seed(step["seed"] * 1009 + rank + 500)
-    shape = (*received.rows.shape[:-1], config.hidden_size)
-    y = torch.randn(shape, generator=g) * 10.0 ** torch.randint(-3, 3, (*shape[:-1], 1), generator=g)
-    y[~reference.defined_rows(config, received)] = torch.nan
-    return y.to(step["result"] or config.result_dtype)
+    """The y of ``rank``; NaN in every row that must not be read."""
+    dtype = step["result"] or config.result_dtype
+    return inputs.make_results(config, rank, received, seed=step["seed"], dtype=dtype)
 
 
 def _strided(t):

@@ -17,8 +17,8 @@ from rich.console import Console
 from ep_backend.bench import report
 from ep_backend.bench.arguments import list_of, output_file, port, whole
 from ep_backend.bench.engines import models, plot, summary, vllm
-from ep_backend.bench.terminable import terminable
 from ep_backend.errors import EpConfigError, EpError
+from ep_backend.launch.terminable import terminable
 
 SHOWN_COMPLETIONS = 3
 COMPLETION_TOKENS = 48

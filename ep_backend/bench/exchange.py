@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ep_backend.bench import curves, pictures, report
 from ep_backend.bench.arguments import list_of, one_of, output_file, whole
-from ep_backend.bench.deadline import Deadline
-from ep_backend.bench.terminable import terminable
 from ep_backend.env import nearest
 from ep_backend.errors import EpConfigError, EpError
+from ep_backend.launch import processes
+from ep_backend.launch.deadline import Deadline
 
 if TYPE_CHECKING:
     from ep_backend.bench.workload import Settings
@@ -32,7 +31,6 @@ DTYPES = ("bf16", "fp16", "fp32", "fp8")
 LAYOUTS = ("rank_major", "compact", "expert_major")
 ROUTINGS = ("uniform", "zipf", "one_rank")
 CPU_RANKS = 4
-END_GRACE_S = 5.0
 
 
 class Defaults(NamedTuple):
@@ -188,8 +186,6 @@ def _join(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
 
 def _spawn(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
     """Start the ranks, wait for them, end those that are left."""
-    import torch.multiprocessing as mp
-
     console, settings = Console(), runs[0]
     dtypes = ", ".join(dict.fromkeys(run.dtype for run in runs))
     console.print(
@@ -197,44 +193,21 @@ def _spawn(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
         f"experts, top-{settings.topk}, {dtypes}, {settings.layout}, {settings.routing} routing",
         highlight=False,
     )
-    with tempfile.TemporaryDirectory(prefix="ep-backend-bench-") as folder, terminable():
-        context = mp.start_processes(
-            _spawned,
-            (runs, explicit, folder),
-            settings.ranks,
-            join=False,
-            daemon=True,
-            start_method="spawn",
-        )
-        try:
-            while not context.join():
-                pass
-        except mp.ProcessRaisedException as error:
-            lines = str(error).strip().splitlines()
-            if "EpConfigError" not in lines[-1]:
-                print(error, file=sys.stderr)
-            raise EpError(lines[-1]) from None
-        except mp.ProcessExitedException as error:
-            raise EpError(f"a rank ended before its time: {error}") from None
-        finally:
-            for process in context.processes:
-                process.terminate()
-            for process in context.processes:
-                process.join(END_GRACE_S)
-                process.kill()
-        measured: dict[str, Any] = json.loads((Path(folder) / "measured.json").read_text())
-        return measured
+    # No deadline here: each rank has one that every sign of progress moves on.
+    outcomes = processes.run(_spawned, (runs, explicit), count=settings.ranks, speak=True)
+    failure = processes.first_failure(outcomes)
+    if failure is not None:
+        if failure.error != "EpConfigError":
+            print(failure.details, file=sys.stderr)
+        raise EpError(str(failure))
+    measured: dict[str, Any] = outcomes[0].value
+    return measured
 
 
-def _spawned(rank: int, runs: Sequence[Settings], explicit: bool, folder: str) -> None:
+def _spawned(note: processes.Note, runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=runs[0].ranks)
-    measured = _rank(runs, explicit, rank if runs[0].device == "cuda" else None)
-    if rank == 0:
-        (Path(folder) / "measured.json").write_text(json.dumps(measured))
-    dist.barrier()  # nobody closes its sockets while others still use them
-    dist.destroy_process_group()
+    return _rank(runs, explicit, dist.get_rank() if runs[0].device == "cuda" else None)
 
 
 def _rank(runs: Sequence[Settings], explicit: bool, gpu: int | None) -> dict[str, Any]:

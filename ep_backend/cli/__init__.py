@@ -30,6 +30,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("env", "ep_backend.cli.env", "show what is chosen here and why, and the variables that matter"),
     Command("profiles", "ep_backend.cli.profiles", "list, show and check hardware profiles"),
+    Command("selftest", "ep_backend.selftest", "check that this machine exchanges rows rightly"),
     Command("bench", "ep_backend.bench", "measure dispatch and combine beside the baselines"),
     Command("bench-engine", "ep_backend.bench.engine", "serve a model through an engine and measure it"),
 )

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from exchange import HALVES, ROUTINGS, WHOLE, check_steps, one_by_one, run_steps
+from exchange import HALVES, WHOLE, check_steps, one_by_one, run_steps
 from harness import ranks
 from hypothesis import event, given
 from hypothesis import strategies as st
 
 import ep_backend as ep
+from ep_backend.selftest.inputs import ROUTINGS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

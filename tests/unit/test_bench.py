@@ -329,7 +329,7 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch, 
 
 STUCK = """
 import time
-from ep_backend.bench.deadline import Deadline
+from ep_backend.launch.deadline import Deadline
 
 deadline = Deadline(0.5)
 for _ in range(4):

@@ -156,7 +156,7 @@ def test_sigterm_to_the_bench_stops_its_servers(tmp_path):
     script.write_text(
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from ep_backend.bench.terminable import terminable\n"
+        "from ep_backend.launch.terminable import terminable\n"
         "from ep_backend.bench.engines.process import Session\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         f"with terminable(), Session(command, os.environ, Path({str(tmp_path / 'log')!r})) as session:\n"

@@ -1,0 +1,555 @@
+"""``ep-backend selftest``: its plan, its comparison, its verdicts on made-up ranks, and real runs on CPUs."""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import ranks
+
+import ep_backend as ep
+from ep_backend import cli, reference
+from ep_backend.launch.processes import Outcome
+from ep_backend.selftest import command, exchanges, graphs, inputs, network, phases, plan, report
+from ep_backend.selftest.advice import advise
+from ep_backend.selftest.exchanges import Result
+from ep_backend.selftest.phases import Group, Options
+
+ROOT = Path(__file__).parents[2]
+CPU = Options(device="cpu", ranks=2, transport="auto", deadline_s=60.0, timeout_s=30.0)
+GPUS = replace(CPU, device="cuda", ranks=4)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "EP_BACKEND_TRANSPORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """As far as the plan goes."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(phases, "available", lambda device: frozenset({"peer", "collective"}))
+    monkeypatch.setattr(phases, "expected", lambda options: "peer")
+
+
+# ---- the plan ----
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_every_layout_and_payload_with_all_kinds_of_exchanges(world):
+    lists = [plan.group_cases(world), plan.group_cases(world, bulk=True)]
+    lists += [plan.local_cases("cpu"), plan.local_cases("cuda")] if world == 1 else []
+    for cases in lists:
+        names = {(case.payload, case.layout) for case in cases}
+        assert names == {(p, lay) for p in plan.PAYLOADS for lay in plan.LAYOUTS}
+        assert len(names) == len(cases)
+        seeds = [step.seed for case in cases for step in case.steps]
+        assert len(set(seeds)) == len(seeds), "old rows would pass for new"
+        for case in cases:
+            assert case.config(world, "auto", 5.0).layout == case.layout
+            for step in case.steps:
+                assert len(step.tokens) == world
+                assert all(0 <= count <= step.slots for count in step.tokens)
+            assert {step.halves for step in case.steps} == {True, False}
+            assert {step.exact for step in case.steps} == {True, False}
+            assert min(step.slots for step in case.steps) == 1
+            assert any(0 in step.tokens for step in case.steps)
+            again = [step.slots for step in case.steps]
+            assert any(a == b for a, b in pairwise(again))
+            if world > 1:
+                assert any(len(set(step.tokens)) > 1 for step in case.steps)
+                assert any(step.routing == "one_rank" for step in case.steps)
+
+
+def test_bulk_exchanges_are_above_the_switch():
+    source = (ROOT / "csrc/kernels/cuda/exchange.cu").read_text()
+    switch = int(re.search(r"kBulkFrom = (\d+)", source).group(1))
+    assert switch <= plan.BULK_TOKENS
+    bulk = [case for case in plan.local_cases("cuda") if any(step.slots >= switch for step in case.steps)]
+    assert len(bulk) == len(plan.PAYLOADS) * len(plan.LAYOUTS)
+    for with_bulk in (False, True):
+        cases = plan.group_cases(4, bulk=with_bulk)
+        together = {case.payload for case in cases if any(step.slots >= switch for step in case.steps)}
+        assert together == (set(plan.BULK_TWICE) if with_bulk else set())
+
+
+def test_replays_change_the_number_of_tokens():
+    steps = plan.graph_steps(4, graphs.SLOTS, graphs.REPLAYS)
+    for rank in range(4):
+        counts = [step.tokens[rank] for step in steps]
+        assert all(a != b for a, b in pairwise(counts))
+        assert max(counts) <= graphs.SLOTS
+
+
+# ---- the comparison ----
+
+
+class Fake:
+    """A communicator of one rank whose results are the reference's, but for what ``spoil`` does to them."""
+
+    def __init__(self, config, spoil=lambda name, tensor: None):
+        self.config, self.spoil = config, spoil
+        self.rank, self.world_size, self.device = 0, 1, torch.device("cpu")
+
+    def dispatch_send(self, x, ids, weights, *, scales, tokens_per_rank):
+        self.call, self.slots = reference.Call(x, ids, weights, scales), tokens_per_rank
+
+    def dispatch_recv(self, handle):
+        received = reference.dispatch(self.config, [self.call], self.slots)[0]
+        for name, tensor in vars(received).items():
+            if tensor is not None:
+                self.spoil(name, tensor)
+        return received
+
+    def dispatch(self, *arguments, **more):
+        self.dispatch_send(*arguments, **more)
+        return self.dispatch_recv(None), None
+
+    def combine_send(self, y, handle):
+        self.y = y
+
+    def combine_recv(self, handle):
+        out = reference.combine(self.config, [self.call], [self.y], self.slots)[0]
+        self.spoil("combined", out)
+        return out
+
+    def combine(self, y, handle):
+        self.combine_send(y, handle)
+        return self.combine_recv(handle)
+
+    def check(self):
+        pass
+
+
+def local_case(payload, layout):
+    return next(c for c in plan.local_cases("cpu") if (c.payload, c.layout) == (payload, layout))
+
+
+@pytest.mark.parametrize("layout", plan.LAYOUTS)
+@pytest.mark.parametrize("payload", plan.PAYLOADS)
+def test_what_is_right_passes(payload, layout):
+    case = local_case(payload, layout)
+    comm = Fake(case.config(1, "cpu", 5.0))
+    for step in case.steps:
+        text, cells = exchanges.exchange(comm, step)
+        assert text is None
+        assert cells >= sum(step.tokens) * plan.HIDDEN
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "name", "cell"),
+    [
+        ("rank_major", "rows", (3, 5)),
+        ("rank_major", "scales", (2, 1)),
+        ("rank_major", "topk_ids", (1, 2)),
+        ("compact", "topk_weights", (0, 1)),
+        ("compact", "tokens_per_source", (0,)),
+        ("expert_major", "rows", (1, 2, 5)),
+        ("expert_major", "rows_per_expert", (4,)),
+        ("expert_major", "combined", (7, 11)),
+    ],
+)
+def test_one_wrong_bit_is_found_at_its_cell(layout, name, cell, halves):
+    case = local_case("fp8 made by dispatch", layout)
+
+    def spoil(which, tensor):
+        if which == name:
+            wrong = tensor[cell].clone().reshape(1)
+            wrong.view(torch.uint8)[0] ^= 1
+            tensor[cell] = wrong[0]
+
+    comm = Fake(case.config(1, "cpu", 5.0), spoil)
+    text, _ = exchanges.exchange(comm, replace(case.steps[1], halves=halves))
+    assert text.startswith(f"{name}{list(cell)}: "), text
+    assert "; 1 of " in text
+
+
+def test_rows_that_nobody_reads_may_hold_anything():
+    case = local_case("bf16", "expert_major")
+
+    def spoil(which, tensor):
+        if which == "rows":
+            tensor[:, -1] = 9.0
+
+    assert exchanges.exchange(Fake(case.config(1, "cpu", 5.0), spoil), case.steps[3])[0] is None
+
+
+def test_rows_of_another_shape_are_a_difference_and_no_crash():
+    case = local_case("bf16", "compact")
+
+    class Short(Fake):
+        def dispatch_recv(self, handle):
+            received = super().dispatch_recv(handle)
+            return replace(received, rows=received.rows[:-1])
+
+        def combine_recv(self, handle):
+            assert len(self.y) == self.call.x.shape[0] - 1
+            return torch.zeros(len(self.call.x), plan.HIDDEN, dtype=self.config.result_dtype)
+
+    text, _ = exchanges.exchange(Short(case.config(1, "cpu", 5.0)), case.steps[1])
+    assert text.startswith("rows: [36, 256] torch.bfloat16 instead of [37, 256]")
+
+
+def replay_job(rank, group, layout):
+    """What the phase graph expects of a replay, against the transport of CPUs."""
+    world = dist.get_world_size(group)
+    case = plan.Case("bf16", layout, plan.graph_steps(world, graphs.SLOTS, 6))
+    wrong = []
+    with ep.Communicator(group, case.config(world, "cpu", 20.0)) as comm:
+        for step in case.steps:
+            call = graphs._call(comm.config, world, rank, step, step.tokens[rank])
+            arguments = (call.x, call.topk_ids, call.topk_weights)
+            received, handle = comm.dispatch(*arguments, tokens_per_rank=step.slots)
+            experts = torch.tensor(comm.local_experts)
+            got = exchanges.on_cpu(received)
+            out = comm.combine(graphs.answers(comm.config, rank, experts, received), handle)
+            want, total = graphs.wanted(comm.config, world, rank, step)
+            wrong.append(reference.first_difference(comm.config, got, want))
+            wrong.append(reference.difference("combined", out, total))
+    return [text for text in wrong if text]
+
+
+@pytest.mark.parametrize("layout", graphs.LAYOUTS)
+def test_what_replays_must_give(layout):
+    assert ranks(2).run(replay_job, layout) == [[], []]
+
+
+class FakeOnGpu(Fake):
+    """Counts its tokens as a GPU does, and remembers what a graph would."""
+
+    local_experts = tuple(range(plan.EXPERTS_PER_RANK + 1))
+
+    def dispatch(self, x, ids, weights, *, tokens_per_rank, num_tokens):
+        now = int(num_tokens)
+        received, _ = super().dispatch(
+            x[:now], ids[:now], weights[:now], scales=None, tokens_per_rank=tokens_per_rank
+        )
+        return (
+            replace(received, rows_per_expert=None) if self.config.layout == "rank_major" else received
+        ), None
+
+    def combine(self, y, handle, *, out):
+        total = super().combine(y, handle)
+        out[: len(total)] = total
+
+
+class FakeGraph:
+    """Of the last exchange that was made: a replay makes it again."""
+
+    def replay(self):
+        self.captured._keep(self.captured._exchange(graphs.SLOTS))
+
+
+@pytest.mark.parametrize("layout", graphs.LAYOUTS)
+@pytest.mark.parametrize("spoilt", [None, "rows", "combined"])
+def test_replays_without_a_gpu(monkeypatch, layout, spoilt):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = plan.Case("bf16", layout, plan.graph_steps(1, graphs.SLOTS, 10))
+
+    def spoil(which, tensor):
+        if which == spoilt and tensor.numel():
+            tensor.view(torch.int16)[(0,) * tensor.dim()] ^= 1
+
+    captured = graphs._Captured(FakeOnGpu(case.config(1, "auto", 5.0), spoil), case.steps[0])
+    captured._graph.captured = captured
+    notes = []
+    found = [graphs._replay(notes.append, captured, case, number) for number in range(len(case.steps))]
+    assert [number for number, note in enumerate(notes) if "eager call" in note] == [4, 9]
+    assert "replay 1 (T = 24, tokens 7, uniform routing)" in notes[1]
+    texts = [text for text, _ in found if text]
+    if spoilt is None:
+        assert not texts
+        assert all(cells >= graphs.SLOTS * plan.HIDDEN for _, cells in found)
+    else:
+        assert all(f": {spoilt}[0, 0" in text and "1 of" in text for text in texts)
+        assert len(texts) >= 5
+
+
+def test_finite_inputs_of_replays_differ_by_rank_and_step():
+    config = plan.Case("bf16", "rank_major", plan.graph_steps(2, 24, 3)).config(2, "cpu", 5.0)
+    steps = plan.graph_steps(2, 24, 3)
+    calls = [graphs._call(config, 2, rank, step, 24) for rank in range(2) for step in steps]
+    assert all(bool(call.x.isfinite().all()) for call in calls)
+    assert len({call.x.sum().item() for call in calls}) == len(calls)
+
+
+@pytest.mark.parametrize("routing", inputs.ROUTINGS)
+def test_no_expert_twice_in_a_token(routing):
+    config = plan.Case("bf16", "compact", plan.graph_steps(3, 24, 1)).config(3, "cpu", 5.0)
+    ids = inputs.make_call(config, 3, 1, seed=5, count=200, routing=routing).topk_ids
+    for row in ids.tolist():
+        chosen = [e for e in row if e >= 0]
+        assert len(set(chosen)) == len(chosen)
+    owners = {config.expert_ranks(3)[e] for e in ids[ids >= 0].tolist()}
+    assert len(owners) == {"none": 0, "one_rank": 1}.get(routing, 3)
+
+
+# ---- verdicts ----
+
+
+def done(transport="peer", wrong=(), left_out="", exchanges=9):
+    result = Result(transport=transport, exchanges=0 if left_out else exchanges, cells=1000, wrong=wrong)
+    return [Outcome(rank, "done", value=replace(result, left_out=left_out)) for rank in range(2)]
+
+
+class Starts:
+    """Groups of ranks that end as is said, one after another; remembers what they were started for."""
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.tasks, self.counts = list(outcomes), [], []
+
+    def __call__(self, job, arguments, *, count, deadline_s):
+        assert deadline_s == 60.0
+        self.tasks.append(arguments[0])
+        self.counts.append(count)
+        return self.outcomes.pop(0)
+
+
+def test_local_tries_every_gpu_alone(four_gpus):
+    start = Starts(*[done()] * 4)
+    found = phases.local(replace(GPUS, ranks=2), start)
+    assert found.status == "passed"
+    assert [(task.gpu, task.transport) for task in start.tasks] == [(gpu, "peer") for gpu in range(4)]
+    assert start.counts == [1] * 4
+    assert [group.name for group in found.groups] == [f"peer on GPU {gpu}" for gpu in range(4)]
+
+
+def test_a_sick_gpu_ends_the_phase_and_is_named(four_gpus):
+    start = Starts(done(), done(wrong=((0, "rows[3, 4]: 1 instead of 2"),)))
+    found = phases.local(GPUS, start)
+    assert (found.status, len(start.tasks)) == ("failed", 2)
+    assert str(found.failure) == "peer on GPU 1, rank 0: rows[3, 4]: 1 instead of 2"
+    assert "Xid" in found.next[0]
+
+
+def test_node_takes_what_is_chosen_first_and_then_the_others(four_gpus):
+    start = Starts(done("peer"), done("collective"), done("collective"))
+    found = phases.node(GPUS, start)
+    assert [(task.transport, task.carrier, task.optional) for task in start.tasks] == [
+        ("auto", "gloo", False),
+        ("collective", "gloo", True),
+        ("collective", "nccl", False),
+    ]
+    assert start.counts == [4] * 3
+    assert [any(step.slots > 2048 for case in task.cases for step in case.steps) for task in start.tasks] == [
+        True,
+        False,
+        False,
+    ]
+    names = [(group.name, group.chosen) for group in found.groups]
+    assert names == [("peer", True), ("collective over gloo", False), ("collective over nccl", False)]
+    assert all(task.timeout_s == 20.0 for task in start.tasks)  # a third of the deadline
+
+
+def test_node_without_the_kernels_for_gpus_uses_collective(four_gpus, monkeypatch):
+    monkeypatch.setattr(phases, "available", lambda device: frozenset({"collective"}))
+    for phase in (phases.local, phases.graph):
+        found = phase(GPUS, Starts())
+        assert found.status == "skipped"
+        assert "EP_BACKEND_CUDA=1" in found.why
+    found = phases.node(GPUS, Starts(done("collective"), done("collective")))
+    assert [group.name for group in found.groups] == ["collective over gloo", "collective over nccl"]
+
+
+def test_a_transport_that_is_asked_for_is_the_only_one(four_gpus):
+    asked = replace(GPUS, transport="peer")
+    start = Starts(done("peer"))
+    found = phases.node(asked, start)
+    assert [task.transport for task in start.tasks] == ["peer"]
+    assert [group.chosen for group in found.groups] == [False]
+
+
+def test_what_cannot_start_here_is_left_out_but_not_what_is_chosen(four_gpus):
+    start = Starts(done("collective"), done("peer", left_out="no access"), done("collective"))
+    found = phases.node(GPUS, start)
+    assert found.status == "passed"
+    assert "without peer: no access" in report.lines(found)[0]
+    refused = [Outcome(0, "raised", text="cannot map", error="EpConfigError")]
+    assert phases.node(GPUS, Starts(refused)).status == "failed"
+
+
+def test_graphs_without_peer_are_skipped_with_the_reason(four_gpus):
+    found = phases.graph(GPUS, Starts(done("collective", left_out="CUDA graphs need transport peer")))
+    assert (found.status, found.why) == ("skipped", "CUDA graphs need transport peer")
+    alone = Starts(done())
+    assert phases.graph(replace(GPUS, ranks=1), alone).status == "passed"
+    assert alone.tasks[0].transport == "peer"
+    assert phases.graph(CPU, Starts()).status == "skipped"
+
+
+def test_a_failure_names_rank_place_and_the_others():
+    at = "transport cpu, layout compact, payload fp32, exchange 3"
+    outcomes = [
+        Outcome(0, "raised", text="rank 0 waited 3.0 s in combine for rank 1", details="Traceback ..."),
+        Outcome(1, "cut", text="was ended 3 s after rank 0 had failed", details="in sleep", at=at),
+        Outcome(2, "done", value=Result(transport="cpu")),
+    ]
+    found = phases.node(CPU, Starts(outcomes))
+    assert (found.status, found.failure.kind, found.failure.rank) == ("failed", "raised", 0)
+    text = "\n".join(report.lines(found))
+    assert "node     FAILED" in text
+    assert "cpu, rank 0: rank 0 waited 3.0 s in combine for rank 1" in text
+    assert f"also: rank 1: was ended 3 s after rank 0 had failed (at: {at})" in text
+    assert "rank 2" not in text
+    assert "in sleep" in found.failure.details
+    assert "next 1: " in text
+
+
+@pytest.mark.parametrize("phase", ["local", "node", "graph", "network"])
+@pytest.mark.parametrize("kind", ["wrong", "raised", "died", "late"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("transport", ["cpu", "peer", "collective", "auto"])
+def test_advice(phase, kind, device, transport):
+    steps = advise(phase, kind, transport, device)
+    assert "ep-backend doctor" in steps[-2]
+    assert steps[-1].endswith(f"--phase {phase} --json")
+    text = " ".join(steps)
+    assert ("--deadline" in text) == (kind == "late")
+    if phase == "graph":
+        assert "--enforce-eager" in text
+    elif transport == "collective":
+        assert "EP_BACKEND_TRANSPORT=collective" not in text
+    else:
+        assert "EP_BACKEND_TRANSPORT=collective" in text
+        assert ("EP_BACKEND_PEER_ACCESS=0" in text) == (device == "cuda" and phase != "local")
+
+
+def test_the_last_line():
+    passed, failed = (phases.Report(phase=p, status=s) for p, s in (("local", "passed"), ("node", "failed")))
+    skipped = phases.skipped("graph", "no GPU")
+    assert report.last_line([passed, skipped]).startswith("passed: local;")
+    assert report.last_line([passed, failed, skipped]) == "FAILED: phase node"
+    assert report.last_line([skipped]) == "nothing was tested"
+
+
+def test_hosts_are_counted():
+    group = Group(name="collective", result=Result(transport="collective", exchanges=3, cells=5), chosen=True)
+    line = report.lines(
+        phases.Report(phase="network", status="passed", ranks=4, hosts=2, groups=(group,), seconds=1.0)
+    )[0]
+    assert "4 ranks on 2 hosts; collective (chosen here) 3 exchanges, 5 values" in line
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--phase", "everything"],
+        ["--ranks", "0"],
+        ["--deadline", "1"],
+        ["--deadline", "soon"],
+        ["--transport", "cpi"],
+        ["--device", "tpu"],
+    ],
+)
+def test_wrong_usage(arguments, capsys):
+    assert cli.main(["selftest", *arguments]) == 2
+    assert "usage: ep-backend selftest" in capsys.readouterr().err
+
+
+def test_more_ranks_than_gpus_is_wrong_usage(four_gpus, capsys):
+    assert cli.main(["selftest", "--ranks", "5"]) == 2
+    assert "--ranks 5, but PyTorch finds 4 GPUs here" in capsys.readouterr().err
+
+
+def test_no_gpu_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli.main(["selftest", "--device", "cuda"]) == 1
+    assert "finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_wrong_environment_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("EP_BACKEND_TRANSPORT", "cpi")
+    assert cli.main(["selftest"]) == 1
+    assert "did you mean 'cpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--ranks", "3"], "but 2 ranks have been started"), (["--phase", "node"], "without torchrun")],
+)
+def test_ranks_of_torchrun_run_the_network_phase_only(monkeypatch, capsys, arguments, words):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    assert cli.main(["selftest", "--device", "cpu", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_skipped_phases_say_why_and_are_no_failure(capsys):
+    assert cli.main(["selftest", "--device", "cpu", "--phase", "network"]) == 0
+    text = capsys.readouterr().out
+    assert "network  skipped" in text
+    assert "torchrun --nnodes 2 --nproc-per-node" in text
+    assert "-m ep_backend.cli selftest --phase network --device cpu" in text
+    assert cli.main(["selftest", "--device", "cpu", "--phase", "graph", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["status"], found["phases"][0]["status"]) == ("skipped", "skipped")
+
+
+def test_the_command_to_type_is_one_that_the_command_line_takes():
+    words = network.how_to_start(CPU).split()
+    arguments = words[words.index("ep_backend.cli") + 2 :]
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    assert parser.parse_args(["selftest", *arguments]).phase == "network"
+
+
+def test_phases_after_a_failure_are_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(phases, "local", lambda options: phases.Report(phase="local", status="failed"))
+    assert cli.main(["selftest", "--device", "cpu", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [phase["status"] for phase in found["phases"]] == ["failed", "not run", "not run", "not run"]
+    assert found["status"] == "failed"
+
+
+# ---- real runs ----
+
+
+def run(*command_line):
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_real_run():
+    found = json.loads(
+        run(sys.executable, "-m", "ep_backend.cli", "selftest", "--device", "cpu", "--ranks", "2", "--json")
+    )
+    assert found["status"] == "passed"
+    assert [phase["status"] for phase in found["phases"]] == ["passed", "passed", "skipped", "skipped"]
+    local, node = found["phases"][:2]
+    alone = sum(len(case.steps) for case in plan.local_cases("cpu"))
+    together = sum(len(case.steps) for case in plan.group_cases(2))
+    assert [(g["name"], g["chosen"], g["exchanges"]) for g in local["groups"]] == [("cpu", False, alone)]
+    groups = [(group["name"], group["chosen"], group["exchanges"]) for group in node["groups"]]
+    assert groups == [("cpu", True, together), ("collective", False, together)]
+    assert len({group["cells"] for group in node["groups"]}) == 1
+    assert node["groups"][0]["cells"] > 1_000_000
+    assert found["decision"]["transport"] == "cpu"
+    assert {"ep_backend", "torch", "python"} <= set(found["versions"])
+
+
+def test_a_real_run_under_torchrun():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    text = run(*torchrun, "-m", "ep_backend.cli", "selftest", "--device", "cpu")
+    assert text.count("network  ok") == 1  # rank 0 alone speaks
+    assert "2 ranks, all on one host; cpu (chosen here) 162 exchanges" in text
+    assert text.count("skipped") == 3
+    assert "passed: network" in text
