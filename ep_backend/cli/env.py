@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ep_backend import env
+from ep_backend.cli import choice
 from ep_backend.probe import Record, probe
 from ep_backend.select import Conflict, Decision, decide, find_conflicts
 
@@ -38,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     record = probe()
-    decision = decide([record], requested_profile=args.profile)
+    decision = decide([record], requested_profile=args.profile, available=choice.available())
     conflicts = find_conflicts(decision, os.environ)
     wrong = [*env.misspelt(), *env.wrong_values()]
     if args.shell:
@@ -52,11 +53,6 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _status(name: str, wanted: str) -> str:
-    found = os.environ.get(name)
-    return "will be set" if found is None else "already so" if found == wanted else "conflict"
-
-
 def _shell(decision: Decision, conflicts: tuple[Conflict, ...]) -> str:
     lines = [f"# {decision.reason}"]
     lines += [f"export {i.name}={shlex.quote(i.value)}" for i in decision.env if i.name not in os.environ]
@@ -68,15 +64,7 @@ def _json(
     record: Record, decision: Decision, conflicts: tuple[Conflict, ...], wrong: list[str]
 ) -> dict[str, Any]:
     return {
-        "profile": decision.profile,
-        "transport": decision.transport,
-        "reason": decision.reason,
-        "environment": [
-            {**msgspec.to_builtins(item), "status": _status(item.name, item.value)} for item in decision.env
-        ],
-        "conflicts": msgspec.to_builtins(conflicts),
-        "engine_arguments": msgspec.to_builtins(decision.engine),
-        "sms": decision.sms,
+        **choice.as_json(decision, conflicts, os.environ),
         "variables": [
             {
                 "name": v.name,
@@ -95,24 +83,13 @@ def _json(
 
 def _text(record: Record, decision: Decision, conflicts: tuple[Conflict, ...]) -> str:
     gpus = ", ".join(f"{gpu.name or 'GPU'} {gpu.uuid}" for gpu in record.gpus) or "none"
-    versions = ", ".join(f"{name} {text}" for name, text in sorted(record.versions.items()))
     lines = [
         f"machine      {record.host}, {record.cpus} CPUs, GPUs: {gpus}",
-        f"versions     {versions or 'none found'}" + (f", driver {record.driver}" if record.driver else ""),
-        f"profile      {decision.profile or 'none'}",
-        f"transport    {decision.transport}",
-        f"reason       {decision.reason}",
+        f"versions     {choice.versions(record)}",
+        *choice.chosen(decision),
     ]
     lines += [f"note         {problem}" for problem in record.problems]
-    lines += ["", "Set for other libraries (a value of yours always wins):"]
-    for item in decision.env:
-        lines += [f"  {item.name}={item.value}  [{_status(item.name, item.value)}]", f"      {item.why}"]
-        lines += [f"      source: {item.source}"]
-    lines += [] if decision.env else ["  nothing"]
-    lines += [f"  conflict: {conflict}" for conflict in conflicts]
-    if decision.engine:
-        lines += ["", "Arguments worth giving to an engine:"]
-        lines += [f"  {a.engine}: {f'{a.name} {a.value}'.strip()}\n      {a.why}" for a in decision.engine]
+    lines += ["", *choice.settings(decision, conflicts, os.environ)]
     lines += ["", "Read by ep_backend:"]
     for variable in (v for v in env.VARIABLES if v.kind == "read"):
         found = os.environ.get(variable.name, "")
