@@ -18,12 +18,11 @@ from ep_backend.facts import neighbours, unchecked
 from ep_backend.probe import Record, probe
 from ep_backend.profiles import version
 from ep_backend.select import Decision, decide
+from ep_backend.transports import OLDEST_CUDA
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
 from ep_backend.transports.peer import PeerTransport
-
-OLDEST_CUDA = (13,)  # that the driver must serve
 
 TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig, torch.device], Transport]] = {
     CpuTransport.name: lambda group, config, device: CpuTransport(group, config),
