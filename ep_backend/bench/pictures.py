@@ -41,5 +41,10 @@ def save(made: Any, columns: int, path: Path) -> None:
     """Write ``made`` with one legend, that of its last panel, in ``columns`` below all."""
     handles = made.axes[-1].get_legend_handles_labels()
     made.legend(*handles, loc="outside lower center", ncols=columns)
+    write(made, path)
+
+
+def write(made: Any, path: Path) -> None:
+    """Write ``made`` as it is; folders that are missing are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)

@@ -1,0 +1,132 @@
+"""Expert parallelism against tensor parallelism on this machine, from the times of what they send. Pure.
+
+Only communication is compared, per layer and step, for N = W T tokens on W GPUs:
+
+- EP: attention is data-parallel and sends nothing, so one dispatch + combine with T tokens per GPU.
+- TP: two all-reduces of N rows of bf16 over W GPUs, one after attention and one after the experts.
+- TP x PP: the machine in two halves, each with half of the layers, and the batch in two halves that take
+  turns: two all-reduces of N / 2 rows over W / 2 GPUs. What the halves hand over, once a step, is left out.
+
+docs/doctor.md says what that leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ep_backend.doctor.plan import AllReduces, Expected, Shape, row_bytes
+from ep_backend.probe import Record
+from ep_backend.select import Decision
+
+SAME = 0.1  # a difference below this share is none: the times of EP are a model
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds per layer with ``tokens`` per GPU; None: not known."""
+
+    shape: str
+    layers: int
+    tokens: int
+    ranks: int
+    ep_s: float
+    tp_s: float
+    tp_pp_s: float | None
+
+
+def compare(
+    shape: Shape,
+    ranks: int,
+    expected: Sequence[Expected],
+    all_reduces: AllReduces,
+    in_halves: AllReduces | None,
+) -> list[Comparison]:
+    """One for each number of tokens of ``expected`` (of this shape, bf16, one way) that has a time."""
+    _, row = row_bytes(shape.hidden, "bf16")
+    return [
+        Comparison(
+            shape=shape.name,
+            layers=shape.layers,
+            tokens=one.tokens,
+            ranks=ranks,
+            ep_s=one.seconds,
+            tp_s=2 * all_reduces(ranks * one.tokens * row),
+            tp_pp_s=None if in_halves is None else 2 * in_halves(ranks * one.tokens * row / 2),
+        )
+        for one in expected
+        if one.seconds is not None
+    ]
+
+
+def sentences(comparisons: Sequence[Comparison]) -> list[str]:
+    """What to make of the comparisons of one shape: for each rival one sentence where EP is faster, one where
+    it is slower, with the numbers of the largest difference."""
+    found = []
+    if comparisons:
+        ranks = comparisons[0].ranks
+        found += _against(f"TP {ranks}", [(one, one.tp_s) for one in comparisons])
+        halves = [(one, one.tp_pp_s) for one in comparisons if one.tp_pp_s is not None]
+        found += _against(f"TP {ranks // 2} x PP 2", halves)
+    return found
+
+
+def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
+    """How to start an engine here."""
+    on_gpus = bool(record.used_gpus())
+    found = []
+    arguments = [f"{a.name} {a.value}".strip() for a in decision.engine if a.engine == "vllm"]
+    if arguments and ranks > 1:
+        line = f"vllm serve MODEL --data-parallel-size {ranks} {' '.join(arguments)}"
+        if decision.transport == "collective" and on_gpus:
+            found.append(
+                f"To serve with vLLM: {line} --enforce-eager (transport collective packs rows on the CPU, "
+                "which CUDA graphs cannot capture; expect the engine's own all-to-all to be faster)."
+            )
+        else:
+            found.append(f"To serve with vLLM: {line}")
+    if record.container:
+        found.append(
+            "This is a container: ranks in several containers of one machine share memory only if all are "
+            "started with --ipc=host --network=host; otherwise transport collective is used."
+        )
+    return found
+
+
+def _against(rival: str, pairs: Sequence[tuple[Comparison, float]]) -> list[str]:
+    found = []
+    for word, sign in (("faster", 1), ("slower", -1)):
+        # Only the side of EP that is more than SAME below or above.
+        cases = [
+            (one, other) for one, other in pairs if sign * (other - one.ep_s) > SAME * max(other, one.ep_s)
+        ]
+        if cases:
+            one, other = max(cases, key=lambda case: max(case[1] / case[0].ep_s, case[0].ep_s / case[1]))
+            times = max(other / one.ep_s, one.ep_s / other)
+            found.append(
+                f"EP is {word} than {rival} for {one.shape} at {_tokens([c.tokens for c, _ in cases])} per "
+                f"GPU: at {one.tokens} its communication takes {_ms(one.ep_s * one.layers)} per step "
+                f"({one.layers} x {_us(one.ep_s)}), that of {rival} {_ms(other * one.layers)} "
+                f"({one.layers} x {_us(other)}): {rival if sign > 0 else 'EP'} takes {times:.1f} times as "
+                "long."
+            )
+    same = [one.tokens for one, other in pairs if abs(other - one.ep_s) <= SAME * max(other, one.ep_s)]
+    if same:
+        found.append(
+            f"EP and {rival} are about equal for {pairs[0][0].shape} at {_tokens(same)} per GPU "
+            f"(less than {SAME:.0%} apart)."
+        )
+    return found
+
+
+def _tokens(numbers: Sequence[int]) -> str:
+    words = ", ".join(str(number) for number in numbers)
+    return f"{words} token{'' if list(numbers) == [1] else 's'}"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"

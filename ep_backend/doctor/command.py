@@ -1,0 +1,86 @@
+"""``ep-backend doctor``: what this machine is, what will be used, what is wrong, what to type next."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ep_backend.bench import pictures
+from ep_backend.bench.arguments import output_file, whole
+from ep_backend.bench.exchange import CPU_RANKS
+from ep_backend.doctor import picture, report, shapes, text, warmup
+from ep_backend.errors import EpConfigError
+
+USAGE = 2
+STDOUT = Path("-")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what this machine is, what will be used, and what is wrong",
+        description="Looks at the machine, checks peer access between all GPUs, warms NCCL up under the "
+        "settings that would be used, and says what is chosen and why, what is wrong and what to type next. "
+        "Looks at one machine. Nothing is changed.",
+        epilog="Exit status: 0 all is well, 1 something is wrong, 2 wrong usage.",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        type=lambda name: STDOUT if name == "-" else output_file(name),
+        const=STDOUT,
+        metavar="FILE",
+        help="one JSON object to FILE beside the text, or alone to standard output",
+    )
+    ranks = f"GPUs to use (all that this process may); without GPUs, processes ({CPU_RANKS})"
+    parser.add_argument("--ranks", type=whole(1), metavar="N", help=ranks)
+    parser.add_argument(
+        "--plot",
+        type=pictures.plot_file,
+        metavar="FILE",
+        help="draw GPUs, links and expected times as .png or .svg (needs matplotlib)",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=whole(1),
+        default=int(warmup.DEADLINE_S),
+        metavar="SECONDS",
+        help="for NCCL's warm-up (%(default)s)",
+    )
+    shapes.add_options(parser)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.plot is not None:
+        pictures.check_matplotlib()
+    try:
+        wanted = shapes.chosen(args)
+        found = report.collect(wanted, args.tokens, args.ranks, CPU_RANKS, args.deadline, _note)
+    except EpConfigError as error:
+        print(f"ep-backend doctor: {error}", file=sys.stderr)
+        return USAGE
+    document = json.dumps(report.as_json(found), indent=2)
+    if args.json == STDOUT:
+        print(document)
+    else:
+        print("\n".join(text.lines(found)))
+    if args.json not in (None, STDOUT):
+        _write(args.json, document + "\n")
+    if args.plot is not None:
+        picture.write(found, args.plot)
+        print(f"wrote {args.plot}", file=sys.stderr)
+    return found.status
+
+
+def _write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _note(words: str) -> None:
+    print(f"ep-backend doctor: {words}", file=sys.stderr)

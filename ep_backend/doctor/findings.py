@@ -1,0 +1,287 @@
+"""What is wrong with a machine, why it matters, and what to type next. Pure: from records to sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from ep_backend import env
+from ep_backend.checks import Direction
+from ep_backend.doctor.warmup import WarmUp
+from ep_backend.errors import EpConfigError
+from ep_backend.probe import Record
+from ep_backend.profiles import version
+from ep_backend.select import Decision
+from ep_backend.transports import OLDEST_CUDA
+
+LEAST_SHARED_MEMORY = 1 << 30  # docs.nvidia.com/deeplearning/nccl: troubleshooting.html#shared-memory
+SLOW_SHARE = 0.25  # of a PCIe link's rate: below it, something stands between the GPUs
+# Bytes per second of one PCIe lane, one way, before the packets' overhead, by generation (pcisig.com).
+PCIE_LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.97e9, 5: 3.94e9, 6: 7.56e9}
+# How far each NCCL_P2P_LEVEL reaches, and how far apart two GPUs with this common ancestor are.
+REACH = {"LOC": 0, "NVL": 1, "PIX": 2, "PXB": 3, "PHB": 4, "NODE": 5, "SYS": 5}
+P2P_CURE = (
+    "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or if that fails too, export "
+    "NCCL_P2P_DISABLE=1 (never direct access); then ep-backend doctor again"
+)
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """``wrong``: it must be mended (exit status 1); otherwise it is worth knowing."""
+
+    what: str
+    why: str
+    next: str
+    wrong: bool = True
+
+
+def find(
+    record: Record,
+    decision: Decision | None,
+    warm_up: WarmUp,
+    environ: Mapping[str, str],
+    *,
+    kernels: bool = True,
+    undecided: str = "",
+) -> tuple[Finding, ...]:
+    """Everything that can be said, what is wrong first. ``decision`` None: there is none, because of
+    ``undecided``. ``kernels``: this build has CUDA kernels."""
+    found = [
+        *_environment(environ, undecided),
+        *_driver(record, kernels),
+        *_peer_access(record),
+        *_nccl_over_broken_links(record, decision, environ),
+        *_memory(record),
+        *_warm_up(warm_up),
+        *_boards(record),
+    ]
+    return tuple(sorted(found, key=lambda finding: not finding.wrong))
+
+
+def used_directions(record: Record) -> list[Direction]:
+    used = set(record.used_gpus())
+    return [one for one in record.directions if one.source in used and one.target in used]
+
+
+def gpu_names(record: Record) -> dict[str, str]:
+    """ "GPU 0", "GPU 1", ... as the driver numbers them, by UUID."""
+    return {gpu.uuid: f"GPU {number}" for number, gpu in enumerate(record.gpus)}
+
+
+def _environment(environ: Mapping[str, str], undecided: str) -> Iterable[Finding]:
+    for sentence in env.misspelt(environ):
+        yield Finding(
+            what=sentence,
+            why="the setting that was meant has no effect",
+            next="correct the name, or unset it; ep-backend env lists all names",
+        )
+    wrong = env.wrong_values(environ)
+    for sentence in wrong:
+        yield Finding(
+            what=sentence, why="every communicator refuses to start", next="correct the value, or unset it"
+        )
+    if undecided and not any(undecided in sentence for sentence in wrong):
+        yield Finding(
+            what=undecided,
+            why="no profile and transport can be chosen, so nothing starts",
+            next="correct or unset the variable that is named, then ep-backend doctor again",
+        )
+    for variable in env.VARIABLES:
+        if variable.kind == "set" and environ.get(variable.name, "").strip():
+            try:
+                variable.parse(environ[variable.name])
+            except EpConfigError as error:
+                yield Finding(
+                    what=str(error),
+                    why="the library that reads it may ignore it or stop",
+                    next=f"unset {variable.name}, unless you know better",
+                    wrong=False,
+                )
+
+
+def _driver(record: Record, kernels: bool) -> Iterable[Finding]:
+    torch = record.versions.get("torch", "")
+    if record.gpus and torch.endswith("+cpu"):
+        yield Finding(
+            what=f"this machine has GPUs, and PyTorch {torch} is built for CPUs only",
+            why="the GPUs are not used, neither here nor by an engine",
+            next="install your engine's own PyTorch, for example: pip install vllm",
+        )
+    if any("NVML does not describe" in problem for problem in record.problems):
+        yield Finding(
+            what="the GPUs' links are not known, because NVML does not describe the GPUs",
+            why="no profile fits, so nothing is set and the slowest transport is used",
+            next="pip install nvidia-ml-py (in a container also: give it the driver's utility capability)",
+        )
+    if not record.used_gpus():
+        return
+    if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
+        yield Finding(
+            what=f"NVIDIA driver {record.driver} is too old: it serves CUDA {record.cuda_driver}",
+            why="the kernels of transport peer need CUDA 13.0, that is driver 580 or newer",
+            next="install driver 580 or newer, or export EP_BACKEND_TRANSPORT=collective",
+        )
+    if not kernels:
+        yield Finding(
+            what="this build of ep_backend has no CUDA kernels",
+            why="transport peer is not there, and rows of GPUs are packed on the CPU",
+            next="EP_BACKEND_CUDA=1 pip install . in the source of ep_backend",
+        )
+
+
+def _peer_access(record: Record) -> Iterable[Finding]:
+    directions, names = used_directions(record), gpu_names(record)
+    broken = [one for one in directions if one.works is False]
+    if broken:
+        pairs = ", ".join(
+            f"{names.get(d.source, d.source)} -> {names.get(d.target, d.target)}" for d in broken
+        )
+        said = next((f" ({one.problem})" for one in broken if one.problem), "")
+        hint = ""
+        if record.iommu == "translated":
+            hint = "; the IOMMU translates addresses here, which often is the cause: boot with iommu=pt, or "
+            hint += "switch off the IOMMU and ACS in the BIOS"
+        yield Finding(
+            what=f"the data check of peer access failed: {pairs}{said}",
+            why="the driver offers direct access, and what one GPU writes does not reach the other: NCCL "
+            "hangs or sums wrong data. ep_backend does not use transport peer here",
+            next=f"{P2P_CURE}{hint}",
+        )
+    untried = [one for one in directions if one.access and one.works is None and one.problem]
+    if untried:
+        yield Finding(
+            what=f"peer access was not checked between {len(untried)} ordered pairs: {untried[0].problem}",
+            why="without the check the profiles of PCIe machines are not recognised",
+            next="see the notes; ep-backend doctor again",
+            wrong=False,
+        )
+    slow = [
+        (one, rate)
+        for one in directions
+        if one.works
+        and one.store_bytes_per_s
+        and (rate := _pcie_rate(record, one)) is not None
+        and one.store_bytes_per_s < SLOW_SHARE * rate
+    ]
+    if slow:
+        one, rate = min(slow, key=lambda pair: pair[0].store_bytes_per_s or 0.0)
+        yield Finding(
+            what=f"peer access works and is slow between {len(slow)} ordered pairs: "
+            f"{names.get(one.source, one.source)} -> {names.get(one.target, one.target)} at "
+            f"{(one.store_bytes_per_s or 0.0) / 1e9:.1f} GB/s, where the PCIe link carries {rate / 1e9:.0f}",
+            why="some boards carry peer access through memory of the host without saying so",
+            next="compare: NCCL_P2P_DISABLE=1 ep-backend doctor; keep what is faster",
+            wrong=False,
+        )
+
+
+def _pcie_rate(record: Record, direction: Direction) -> float | None:
+    """What the slower PCIe link of a pair carries, one way; None with NVLink, or if it is not known."""
+    pair = {direction.source, direction.target}
+    if any(link.nvlink for link in record.links if {link.a, link.b} == pair):
+        return None
+    gpus = [gpu for gpu in record.gpus if gpu.uuid in pair]
+    rates = [PCIE_LANE.get(gpu.pcie_generation or 0, 0.0) * (gpu.pcie_width or 0) for gpu in gpus]
+    return min(rates) if len(rates) == 2 and min(rates) > 0 else None
+
+
+def _nccl_over_broken_links(
+    record: Record, decision: Decision | None, environ: Mapping[str, str]
+) -> Iterable[Finding]:
+    """The user's own values win. These ones break something."""
+    used = set(record.used_gpus())
+    broken = [link for link in record.links if link.peer_works is False and {link.a, link.b} <= used]
+    level = environ.get("NCCL_P2P_LEVEL", "").strip()
+    if environ.get("NCCL_P2P_DISABLE") != "1" and level in REACH:
+        reached = [link for link in broken if REACH.get(link.ancestor, REACH["SYS"]) <= REACH[level]]
+        if reached:
+            yield Finding(
+                what=f"NCCL_P2P_LEVEL={level} makes NCCL use peer access between GPUs where it does not work",
+                why="NCCL hangs or sums wrong data",
+                next="unset NCCL_P2P_LEVEL, or export NCCL_P2P_DISABLE=1",
+            )
+    wanted = {item.name for item in decision.env} if decision else set()
+    if "NCCL_MNNVL_ENABLE" in wanted and environ.get("NCCL_CUMEM_ENABLE") == "0":
+        yield Finding(
+            what="NCCL_CUMEM_ENABLE=0, and NCCL needs cuMem for NVLink across machines",
+            why="NCCL_MNNVL_ENABLE=1, which the profile sets, makes it stop then",
+            next="unset NCCL_CUMEM_ENABLE",
+        )
+
+
+def _memory(record: Record) -> Iterable[Finding]:
+    size = record.shared_memory_bytes
+    if size is not None and size < LEAST_SHARED_MEMORY:
+        yield Finding(
+            what=f"/dev/shm has only {size / (1 << 20):.0f} MiB",
+            why="NCCL without peer access and the processes of an engine exchange data there, and end with a "
+            "bus error when it is full",
+            next="docker run --ipc=host, or --shm-size=1g or more (Kubernetes: an emptyDir of medium Memory "
+            "on /dev/shm); without a container: mount -o remount,size=50% /dev/shm",
+        )
+
+
+def _warm_up(warm_up: WarmUp) -> Iterable[Finding]:
+    words = {
+        "hang": "NCCL hangs in its warm-up",
+        "wrong": "NCCL sums wrong data",
+        "crash": "NCCL does not start",
+    }
+    if warm_up.outcome in words:
+        yield Finding(
+            what=f"{words[warm_up.outcome]}: {warm_up.why}",
+            why="an engine does the same all-reduce while it starts"
+            + (", and waits for ever without a word" if warm_up.outcome == "hang" else ""),
+            next=P2P_CURE
+            if warm_up.outcome != "crash"
+            else f"read the lines of the log; where they speak of peer access: {P2P_CURE}",
+        )
+
+
+def _boards(record: Record) -> Iterable[Finding]:
+    used = set(record.used_gpus())
+    names = gpu_names(record)
+    gpus = [gpu for gpu in record.gpus if gpu.uuid in used]
+    sleeping = [
+        names[gpu.uuid]
+        for gpu in gpus
+        if gpu.nvlink_peer == "switch" and gpu.fabric_state in ("not started", "in progress")
+    ]
+    if sleeping:
+        yield Finding(
+            what=f"the NVLink fabric is not ready on {', '.join(sleeping)}",
+            why="CUDA does not start on GPUs behind NVSwitches until the fabric manager has set them up",
+            next="systemctl status nvidia-fabricmanager; its version must be the driver's",
+        )
+    mig = [names[gpu.uuid] for gpu in record.gpus if gpu.mig]
+    if mig:
+        yield Finding(
+            what=f"MIG is switched on: {', '.join(mig)}",
+            why="slices of a GPU have no peer access to others, and NVLink is off",
+            next="nvidia-smi -mig 0 (as root, with no program on the GPU), if you want whole GPUs",
+            wrong=False,
+        )
+    if any(gpu.virtualization == "vgpu" for gpu in gpus):
+        yield Finding(
+            what="a GPU is a vGPU",
+            why="most vGPUs offer no peer access",
+            next="pass whole GPUs through, if you can",
+            wrong=False,
+        )
+    small = [
+        names[gpu.uuid]
+        for gpu in gpus
+        if len(gpus) > 1
+        and not gpu.nvlinks
+        and gpu.bar1_bytes is not None
+        and gpu.memory_bytes is not None
+        and gpu.bar1_bytes < gpu.memory_bytes // 2
+    ]
+    if small:
+        yield Finding(
+            what=f"BAR1 is smaller than the memory of {', '.join(small)}",
+            why="peers reach a GPU's memory over PCIe through BAR1, and only as much of it",
+            next="switch on Resizable BAR (and Above 4G Decoding) in the BIOS",
+            wrong=False,
+        )
