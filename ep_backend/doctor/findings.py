@@ -87,6 +87,13 @@ def _environment(environ: Mapping[str, str], undecided: str) -> Iterable[Finding
             why="no profile and transport can be chosen, so nothing starts",
             next="correct or unset the variable that is named, then ep-backend doctor again",
         )
+    if environ.get("EP_BACKEND_PEER_ACCESS", "").strip() == "0":
+        yield Finding(
+            what="EP_BACKEND_PEER_ACCESS=0: every pair of GPUs counts as if the data check had failed",
+            why="transport peer is not used, and NCCL is told to do without peer access",
+            next="unset EP_BACKEND_PEER_ACCESS, unless you mean it",
+            wrong=False,
+        )
     for variable in env.VARIABLES:
         if variable.kind == "set" and environ.get(variable.name, "").strip():
             try:

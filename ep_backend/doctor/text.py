@@ -25,7 +25,11 @@ def lines(report: Report) -> list[str]:
         found += ["profile      none: nothing can be chosen, see below"]
     else:
         found += [wrapped for line in choice.chosen(report.decision) for wrapped in _wrap(line, 13)]
-        found += ["", *choice.settings(report.decision, report.conflicts, report.environ)]
+        settings = "\n".join(choice.settings(report.decision, report.conflicts, report.environ)).splitlines()
+        found += [
+            "",
+            *(wrapped for line in settings for wrapped in _wrap(line, len(line) - len(line.lstrip()))),
+        ]
     found += ["", *_warm_up(report.warm_up), *_expected(report), *_advice(report)]
     return [line.rstrip() for line in (*found, *_findings(report))]
 
@@ -221,9 +225,10 @@ def _finding(finding: Finding) -> list[str]:
 
 
 def _wrap(text: str, indent: int) -> list[str]:
+    """``text`` in lines of WIDTH; an address that is longer stays whole, and an empty line a line."""
     return textwrap.wrap(
         text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )
+    ) or [""]
 
 
 def _scaled(value: float | None, factor: float, digits: int = 0) -> str:

@@ -1,0 +1,249 @@
+"""What doctor finds wrong, and what it advises: from made-up machines and numbers."""
+
+import pytest
+from doctor_machines import LARGE, PROFILES, SKIPPED, SMALL, cpus, examined, gpus, none, warmed
+
+from ep_backend.doctor import advice, findings, plan
+from ep_backend.doctor.plan import AllReduces, Expected
+
+
+def wrong(report):
+    return [finding for finding in report.findings if finding.wrong]
+
+
+def only(report, words):
+    """The one thing that is wrong."""
+    [finding] = wrong(report)
+    assert words in finding.what
+    assert finding.why
+    assert finding.next
+    assert report.status == 1
+    return finding
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_nothing_is_wrong_with_a_machine_of_each_profile(name):
+    record, transport = PROFILES[name]
+    report = examined(record)
+    assert (report.decision.profile, report.decision.transport) == (name, transport)
+    broken = [one for one in report.record.directions if one.works is False]
+    # The boards of this profile are those whose check failed.
+    assert report.status == bool(broken) == (name == "pcie_blackwell")
+
+
+def test_broken_peer_access_names_the_pairs_and_the_cure():
+    record = gpus(4, nvlink=none, works=lambda a, b: (a, b) != (2, 1), ancestor="PHB", iommu="translated")
+    finding = only(examined(record), "the data check of peer access failed: GPU 2 -> GPU 1 (what arrived")
+    assert "NCCL_P2P_LEVEL=PIX" in finding.next
+    assert "NCCL_P2P_DISABLE=1" in finding.next
+    assert "iommu=pt" in finding.next
+    assert "iommu" not in only(examined(gpus(2, nvlink=none, works=none)), "failed").next
+
+
+def test_pairs_that_are_not_used_do_not_matter():
+    record = gpus(4, nvlink=none, works=lambda a, b: 3 not in (a, b), visible=("GPU-0000", "GPU-0001"))
+    assert not wrong(examined(record))
+
+
+def test_a_machine_without_peer_access_is_not_broken():
+    record = gpus(2, nvlink=none, works=lambda a, b: None, access=False)
+    assert not examined(record, warmed(2)).findings
+
+
+def test_peer_access_through_the_host():
+    slow = gpus(2, nvlink=none, ancestor="PHB", rate=3.5e9)
+    [finding] = examined(slow).findings
+    assert not finding.wrong
+    assert "GPU 0 -> GPU 1 at 3.5 GB/s, where the PCIe link carries 63" in finding.what
+    assert not examined(gpus(2, nvlink=none, ancestor="PHB", rate=50e9)).findings
+    # NVLink says nothing about PCIe, and a rate without a width is not judged.
+    assert not examined(gpus(2, rate=3.5e9)).findings
+    assert not examined(gpus(2, nvlink=none, rate=3.5e9, gpu={"pcie_width": None})).findings
+
+
+def test_small_shared_memory():
+    assert "--ipc=host" in only(examined(cpus(shared_memory_bytes=64 << 20)), "/dev/shm has only 64 MiB").next
+    assert not wrong(examined(cpus(shared_memory_bytes=1 << 30)))
+    assert not wrong(examined(cpus(shared_memory_bytes=None)))
+
+
+def test_the_environment():
+    report = examined(cpus(), environ={"EP_BACKEND_TIMOUT_S": "3"})
+    assert "did you mean 'EP_BACKEND_TIMEOUT_S'" in only(report, "EP_BACKEND_TIMOUT_S").what
+    only(examined(cpus(), environ={"EP_BACKEND_TIMEOUT_S": "soon"}), "wanted a number")
+    [odd] = examined(cpus(), environ={"NCCL_P2P_LEVEL": "FAR"}).findings
+    assert not odd.wrong
+    assert "NCCL_P2P_LEVEL='FAR'" in odd.what
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("EP_BACKEND_TRANSPORT", "per", "did you mean 'peer'"),
+        ("EP_BACKEND_TRANSPORT", "cpu", "it moves CPU tensors"),
+        ("EP_BACKEND_PROFILE", "nvswich", "did you mean 'nvswitch'"),
+    ],
+)
+def test_a_choice_that_cannot_be_made(name, value, words):
+    record = gpus(2, environment={name: value}, device="GPU-0000")
+    report = examined(record, SKIPPED, environ={name: value})
+    only(report, words)
+    assert report.decision is None
+    assert not report.expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels", "words"),
+    [
+        ({"cuda_driver": "12.8", "driver": "570.1"}, True, "driver 570.1 is too old"),
+        ({}, False, "has no CUDA kernels"),
+        ({"versions": {"torch": "2.13.0+cpu"}, "visible": ()}, True, "built for CPUs only"),
+        (
+            {"problems": ("GPUs are present but NVML does not describe them, so",), "visible": ()},
+            True,
+            "links are not known",
+        ),
+        (
+            {"gpu": {"nvlink_peer": "switch", "fabric_state": "in progress"}},
+            True,
+            "not ready on GPU 0, GPU 1",
+        ),
+    ],
+)
+def test_drivers_and_builds(changes, kernels, words):
+    only(examined(gpus(2, **changes), kernels=kernels), words)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [
+        ({"mig": True}, "MIG is switched on: GPU 0, GPU 1"),
+        ({"virtualization": "vgpu"}, "vGPU"),
+        ({"bar1_bytes": 256 << 20}, "BAR1 is smaller"),
+    ],
+)
+def test_boards_worth_a_note(gpu, words):
+    report = examined(gpus(2, nvlink=none, rate=50e9, gpu=gpu))
+    assert [words in finding.what for finding in report.findings] == [True]
+    assert report.status == 0
+
+
+def test_a_level_of_the_user_that_reaches_broken_pairs():
+    record = gpus(2, nvlink=none, works=none, ancestor="PHB")
+
+    def told(**environ):
+        return [one.what for one in wrong(examined(record, environ=environ)) if "NCCL_P2P_LEVEL=" in one.what]
+
+    assert len(told(NCCL_P2P_LEVEL="SYS")) == 1
+    assert len(told(NCCL_P2P_LEVEL="PHB")) == 1
+    assert not told(NCCL_P2P_LEVEL="PIX")
+    assert not told(NCCL_P2P_LEVEL="SYS", NCCL_P2P_DISABLE="1")
+    assert not told()
+
+
+def test_cumem_off_where_nvlink_across_machines_needs_it():
+    record, _ = PROFILES["nvl72"]
+    only(examined(record, environ={"NCCL_CUMEM_ENABLE": "0"}), "NCCL_CUMEM_ENABLE=0")
+    assert not wrong(examined(record, environ={"NCCL_CUMEM_ENABLE": "1"}))
+
+
+def test_peer_access_switched_off_by_hand_is_worth_a_note():
+    [finding] = examined(gpus(2), environ={"EP_BACKEND_PEER_ACCESS": "0"}).findings
+    assert not finding.wrong
+    assert "EP_BACKEND_PEER_ACCESS=0" in finding.what
+    assert not examined(gpus(2), environ={"EP_BACKEND_PEER_ACCESS": "auto"}).findings
+
+
+def test_what_is_wrong_comes_first():
+    record = cpus(shared_memory_bytes=1 << 20)
+    report = examined(record, environ={"NCCL_P2P_LEVEL": "FAR", "EP_BACKEND_BOGUS": "1"})
+    assert [finding.wrong for finding in report.findings] == [True, True, False]
+
+
+def test_every_level_of_nccl_and_every_ancestor_has_a_reach():
+    from ep_backend import env, nvml
+
+    assert set(env.variable("NCCL_P2P_LEVEL").choices) <= set(findings.REACH)
+    assert set(nvml._ANCESTORS.values()) <= set(findings.REACH)
+
+
+# --- advice ---
+
+
+def expected(shape, **by_tokens):
+    return [
+        Expected(shape=shape.name, tokens=int(t[1:]), dtype="bf16", way="peer", seconds=s, basis="")
+        for t, s in by_tokens.items()
+    ]
+
+
+def test_ep_against_tp_with_the_numbers():
+    # 4 GPUs, 8 tokens each: 32 rows of 4096 bytes; 30 us each at any size.
+    flat = AllReduces([(1, 30e-6), (1 << 30, 30e-6)])
+    [one] = advice.compare(SMALL, 4, expected(SMALL, t8=20e-6), flat, None)
+    assert (one.tp_s, one.tp_pp_s) == (pytest.approx(60e-6), None)
+    [sentence] = advice.sentences([one])
+    assert sentence == (
+        "EP is faster than TP 4 for small at 8 tokens per GPU: at 8 its communication takes 0.96 ms per step "
+        "(48 x 20.0 us), that of TP 4 2.88 ms (48 x 60.0 us): TP 4 takes 3.0 times as long."
+    )
+
+
+def test_ep_slower_at_some_numbers_of_tokens_and_equal_at_others():
+    flat = AllReduces([(1, 30e-6), (1 << 30, 30e-6)])
+    times = expected(SMALL, t1=150e-6, t8=300e-6, t32=61e-6, t64=10e-6)
+    said = advice.sentences(advice.compare(SMALL, 4, times, flat, None))
+    assert [sentence.split(" for small")[0] for sentence in said] == [
+        "EP is faster than TP 4",
+        "EP is slower than TP 4",
+        "EP and TP 4 are about equal",
+    ]
+    assert "at 1, 8 tokens per GPU: at 8 its communication takes 14.40 ms" in said[1]
+    assert "EP takes 5.0 times as long." in said[1]
+    assert "at 32 tokens per GPU" in said[2]
+
+
+def test_halves_get_half_of_the_batch():
+    steep = AllReduces([(1, 1e-12), (1 << 40, (1 << 40) * 1e-12)])
+    [one] = advice.compare(SMALL, 8, expected(SMALL, t16=20e-6), steep, steep)
+    assert one.tp_s == pytest.approx(2 * 8 * 16 * 4096e-12)
+    assert one.tp_pp_s == pytest.approx(one.tp_s / 2)
+    said = advice.sentences([one])
+    assert [sentence.split(" for small")[0] for sentence in said] == [
+        "EP is slower than TP 8",
+        "EP is slower than TP 4 x PP 2",
+    ]
+
+
+def test_no_time_no_comparison():
+    flat = AllReduces([(1, 30e-6)])
+    assert advice.compare(SMALL, 4, expected(SMALL, t1=None), flat, None) == []
+    assert advice.sentences([]) == []
+
+
+def test_a_slow_link_turns_the_advice_round():
+    """The whole way: the same all-reduces, EP over a fast and over a slow link."""
+
+    def said(rate):
+        record = gpus(4, nvlink=none, rate=rate)
+        return " ".join(examined(record, warmed(4), shapes=(LARGE,), tokens=(128,)).advice)
+
+    assert "EP is faster than TP 4 for large at 128" in said(350e9)
+    assert "EP is slower than TP 4 for large at 128" in said(5e9)
+
+
+def test_collective_is_compared_by_what_nccl_costs_at_least():
+    record, _ = PROFILES["pcie_blackwell"]
+    report = examined(record, warmed(2), shapes=(LARGE,), tokens=(8,))
+    [one] = report.comparisons
+    times = report.warm_up.times(2)
+    assert one.ep_s == plan.nccl_s(LARGE, 2, 8, "bf16", times)
+    assert any("--enforce-eager" in words for words in report.advice)
+
+
+def test_engines_and_containers():
+    words = examined(gpus(4)).advice
+    assert any("vllm serve MODEL --data-parallel-size 4 --all2all-backend ep_backend" in one for one in words)
+    assert not any("--enforce-eager" in one or "--ipc" in one for one in words)
+    assert any("--ipc=host" in one for one in examined(gpus(4, container="docker")).advice)
+    assert "EP was not compared with TP: no all-reduce was measured here." in examined(cpus()).advice

@@ -1,0 +1,159 @@
+"""Expected times: the formulas against every kept measurement, and against what must hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ep_backend.config import EpConfig
+from ep_backend.doctor import copying, plan
+from ep_backend.doctor.plan import AllReduces, Shape
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+WITHIN = 0.3
+# Of the H200s that were measured (docs/performance.md): stores of SMs to all peers at once, a flag one way.
+H200 = {"bytes_per_s": 350e9, "latency_s": 1.24e-6}
+MEASURED = Shape(name="measured", hidden=7168, experts=256, topk=8)
+
+
+def shape_of(document):
+    of = document.get("settings", {})
+    defaults = {"hidden": MEASURED.hidden, "experts": MEASURED.experts, "topk": MEASURED.topk}
+    return Shape(name="measured", **{name: of.get(name, value) for name, value in defaults.items()})
+
+
+def documents(pattern):
+    for file in sorted(RESULTS.glob(pattern)):
+        yield file.name, json.loads(file.read_text())
+
+
+def config(**changes):
+    sizes = {"num_experts": 8, "top_k": 2, "hidden_size": 7168, "max_tokens_per_rank": 1}
+    return EpConfig(**{**sizes, **changes})
+
+
+def peer_cases():
+    for name, document in documents("peer-*.json"):
+        ranks = document.get("settings", {}).get("ranks") or document["machine"]["gpus"]
+        for one in document["results"]:
+            if one["transport"] == "peer" and one["phase"] == "round_trip":
+                yield (
+                    name,
+                    shape_of(document),
+                    ranks,
+                    one["tokens"],
+                    one["dtype"],
+                    one.get("num_sms"),
+                    one["median_us"],
+                )
+    for name, document in documents("kernels-h200x4-*.json"):
+        shape = Shape(
+            name="measured",
+            hidden=document["hidden"],
+            experts=document["experts"],
+            topk=document["top_k"],
+        )
+        for one in document["processes_4"] + document["one_process_4_gpus"]:
+            yield name, shape, 4, one["T"], "fp8" if one["quant"] else "bf16", one["blocks"], one["us"]
+
+
+def cpu_cases():
+    for name, document in documents("cpu-*.json"):
+        for one in document["results"]:
+            if one["transport"] == "cpu" and one["phase"] == "round_trip":
+                yield name, document, one
+
+
+def test_there_are_measurements():
+    """Or the tests below would hold nothing."""
+    assert {case[2] for case in peer_cases()} == {2, 4}
+    assert {case[3] for case in peer_cases()} >= {1, 8, 32, 64, 128, 256, 4096}
+    assert {case[4] for case in peer_cases()} == {"bf16", "fp8"}
+    assert {document["settings"]["ranks"] for _, document, _ in cpu_cases()} == {2, 4}
+
+
+def missed(machine):
+    """Measurements of peer from which the expectation for ``machine`` is further away than it may be."""
+    found = []
+    for name, shape, ranks, tokens, dtype, sms, measured_us in peer_cases():
+        expected_us = plan.peer_s(shape, ranks, tokens, dtype, **machine, sms=sms) * 1e6
+        if abs(expected_us / measured_us - 1) >= WITHIN:
+            found.append((name, ranks, tokens, dtype, sms, measured_us, expected_us))
+    return found
+
+
+def test_every_measurement_of_peer_is_within_30_percent():
+    assert missed(H200) == []
+
+
+def test_every_measurement_of_cpu_is_within_30_percent():
+    for name, document, one in cpu_cases():
+        machine, ranks = document["machine"], document["settings"]["ranks"]
+        rate = {"copy_bytes_per_s": machine["copy_bytes_per_s"], "cpus": machine["cpus"]}
+        expected_us = plan.cpu_s(shape_of(document), ranks, one["tokens"], one["dtype"], **rate) * 1e6
+        assert abs(expected_us / one["median_us"] - 1) < WITHIN, (name, one["tokens"], expected_us)
+
+
+@pytest.mark.parametrize(
+    "change", [{"latency_s": 5e-6}, {"bytes_per_s": 150e9}], ids=["slow flags", "slow link"]
+)
+def test_the_comparison_with_measurements_can_fail(change):
+    assert missed({**H200, **change})
+
+
+def test_rows_per_token_by_hand():
+    away, everywhere = plan.rows_per_token(Shape(name="", hidden=16, experts=4, topk=2), 2)
+    assert everywhere == pytest.approx(2 * (1 - 1 / 6))  # of C(4,2) = 6 choices, one has no expert here
+    assert away == pytest.approx(5 / 6)
+    # docs/performance.md: 0.903 of four ranks, 2.71 others
+    away, everywhere = plan.rows_per_token(MEASURED, 4)
+    assert (everywhere / 4, away) == (pytest.approx(0.903, abs=1e-3), pytest.approx(2.71, abs=1e-2))
+
+
+def test_rows_per_token_with_every_expert_and_with_uneven_shares():
+    assert plan.rows_per_token(Shape(name="", hidden=16, experts=8, topk=8), 4) == (3, 4)
+    uneven = Shape(name="", hidden=16, experts=7, topk=1)
+    sizes = [config(num_experts=7).expert_ranks(3).count(rank) for rank in range(3)]
+    assert plan.rows_per_token(uneven, 3)[1] == pytest.approx(sum(size / 7 for size in sizes)) == 1
+
+
+def test_more_ranks_than_experts():
+    assert plan.rows_per_token(Shape(name="", hidden=16, experts=2, topk=1), 4) == (0.75, 1)
+
+
+def test_row_bytes_are_those_of_the_library():
+    import torch
+
+    fp8 = config(payload=torch.float8_e4m3fn)
+    assert plan.row_bytes(7168, "fp8") == (fp8.row_bytes + fp8.row_scale_bytes, fp8.wire_row_bytes)
+    bf16 = config()
+    assert plan.row_bytes(7168, "bf16") == (bf16.row_bytes, bf16.wire_row_bytes)
+
+
+def test_slower_links_and_longer_flights_take_longer():
+    base = plan.peer_s(MEASURED, 4, 128, "bf16", **H200)
+    assert plan.peer_s(MEASURED, 4, 128, "bf16", bytes_per_s=50e9, latency_s=1.24e-6) > 4 * base
+    slow = plan.peer_s(MEASURED, 4, 128, "bf16", bytes_per_s=350e9, latency_s=11.24e-6)
+    assert slow - base == pytest.approx(plan.FLIGHTS * 10e-6)
+
+
+def test_all_reduces_between_and_beyond_what_was_measured():
+    times = AllReduces([(1000, 10e-6), (3000, 20e-6), (100, 9e-6)])
+    assert times.launch_s == 9e-6
+    assert times(1) == 9e-6
+    assert times(1000) == pytest.approx(10e-6)
+    assert times(2000) == pytest.approx(15e-6)
+    assert times(6000) == pytest.approx(40e-6)
+
+
+def test_nccl_is_an_all_reduce_and_three_launches():
+    flat = AllReduces([(1, 10e-6), (1 << 30, 10e-6)])
+    assert plan.nccl_s(MEASURED, 4, 8, "bf16", flat) == pytest.approx(40e-6)
+    steep = AllReduces([(1, 1e-12), (1 << 30, (1 << 30) * 1e-12)])
+    assert plan.nccl_s(MEASURED, 4, 8, "bf16", steep) == pytest.approx(4 * 8 * 14336e-12, rel=1e-3)
+    assert plan.nccl_s(MEASURED, 4, 8, "fp8", steep) < plan.nccl_s(MEASURED, 4, 8, "bf16", steep)
+
+
+def test_copy_rate_is_that_of_some_memory():
+    assert 1e8 < copying.copy_rate(1, size=1 << 22, seconds=0.02) < 1e13
+    assert copying.copy_rate(3, size=1 << 20, seconds=0.02) > 1e8
