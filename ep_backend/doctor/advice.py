@@ -24,10 +24,11 @@ SAME = 0.1  # a difference below this share is none: the times of EP are a model
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds per layer with ``tokens`` per GPU; None: not known."""
+    """Seconds per layer with ``tokens`` per GPU; None: not known. ``ep``: what EP is called."""
 
     shape: str
     layers: int
+    ep: str = "EP"
     tokens: int
     ranks: int
     ep_s: float
@@ -41,6 +42,7 @@ def compare(
     expected: Sequence[Expected],
     all_reduces: AllReduces,
     in_halves: AllReduces | None,
+    ep: str = "EP",
 ) -> list[Comparison]:
     """One for each number of tokens of ``expected`` (of this shape, bf16, one way) that has a time."""
     _, row = row_bytes(shape.hidden, "bf16")
@@ -48,6 +50,7 @@ def compare(
         Comparison(
             shape=shape.name,
             layers=shape.layers,
+            ep=ep,
             tokens=one.tokens,
             ranks=ranks,
             ep_s=one.seconds,
@@ -104,16 +107,16 @@ def _against(rival: str, pairs: Sequence[tuple[Comparison, float]]) -> list[str]
             one, other = max(cases, key=lambda case: max(case[1] / case[0].ep_s, case[0].ep_s / case[1]))
             times = max(other / one.ep_s, one.ep_s / other)
             found.append(
-                f"EP is {word} than {rival} for {one.shape} at {_tokens([c.tokens for c, _ in cases])} per "
+                f"{one.ep} is {word} than {rival} for {one.shape} at {_tokens([c.tokens for c, _ in cases])} per "
                 f"GPU: at {one.tokens} its communication takes {_ms(one.ep_s * one.layers)} per step "
                 f"({one.layers} x {_us(one.ep_s)}), that of {rival} {_ms(other * one.layers)} "
-                f"({one.layers} x {_us(other)}): {rival if sign > 0 else 'EP'} takes {times:.1f} times as "
+                f"({one.layers} x {_us(other)}): {rival if sign > 0 else one.ep} takes {times:.1f} times as "
                 "long."
             )
     same = [one.tokens for one, other in pairs if abs(other - one.ep_s) <= SAME * max(other, one.ep_s)]
     if same:
         found.append(
-            f"EP and {rival} are about equal for {pairs[0][0].shape} at {_tokens(same)} per GPU "
+            f"{pairs[0][0].ep} and {rival} are about equal for {pairs[0][0].shape} at {_tokens(same)} per GPU "
             f"(less than {SAME:.0%} apart)."
         )
     return found

@@ -22,7 +22,11 @@ MOST_LABELLED = 4  # GPUs; with more, numbers on the lines could not be read
 def write(report: Report, path: Path) -> None:
     """``path``: .png or .svg. Raises OSError."""
     decision = report.decision
-    chosen = f"profile {decision.profile}, transport {decision.transport}" if decision else "nothing chosen"
+    chosen = (
+        f"profile {decision.profile or 'none'}, transport {decision.transport}"
+        if decision
+        else "nothing chosen"
+    )
     made = pictures.figure(f"{len(report.record.gpus)} GPUs, {report.record.cpus} CPUs: {chosen}")
     left, right = made.subplots(1, 2)
     _topology(left, report.record)
@@ -38,7 +42,9 @@ def kind(link: Link) -> str:
 
 
 def rate(record: Record, link: Link) -> float | None:
-    """GB/s of stores between the two, in the slower direction."""
+    """GB/s of stores between the two, in the slower direction; None if one failed or was not measured."""
+    if link.peer_works is False:
+        return None
     pair = {link.a, link.b}
     rates = [one.store_bytes_per_s for one in record.directions if {one.source, one.target} == pair]
     known = [value / 1e9 for value in rates if value]
@@ -107,6 +113,8 @@ def _range(rates: list[float]) -> str:
 
 
 def _times(axes: Any, report: Report) -> None:
+    from matplotlib.ticker import LogFormatter
+
     curves: dict[str, list[tuple[int, float]]] = {}
     for one in report.expected:
         if one.seconds is not None:
@@ -123,6 +131,8 @@ def _times(axes: Any, report: Report) -> None:
         axes.plot([t for t, _ in points], [us for _, us in points], style, marker=".", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_format(LogFormatter(minor_thresholds=(2, 0.5)))  # 200, not a power of ten
     tokens = sorted({one.tokens for one in report.expected})
     axes.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
     axes.set_xlabel("tokens per rank")

@@ -128,7 +128,8 @@ def examine(
         way = "peer" if decision.transport == "peer" else "nccl"
         ours = [one for one in times if (one.shape, one.dtype, one.way) == (shape.name, "bf16", way)]
         if all_reduces is not None:
-            found = advice.compare(shape, ranks, ours, all_reduces, warm_up.times(ranks // 2))
+            name = "EP" if way == "peer" else "EP over NCCL"
+            found = advice.compare(shape, ranks, ours, all_reduces, warm_up.times(ranks // 2), name)
             comparisons += found
             words += advice.sentences(found)
     if all_reduces is None:

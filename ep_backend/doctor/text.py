@@ -26,10 +26,9 @@ def lines(report: Report) -> list[str]:
     else:
         found += [wrapped for line in choice.chosen(report.decision) for wrapped in _wrap(line, 13)]
         settings = "\n".join(choice.settings(report.decision, report.conflicts, report.environ)).splitlines()
-        found += [
-            "",
-            *(wrapped for line in settings for wrapped in _wrap(line, len(line) - len(line.lstrip()))),
-        ]
+        found += [""]
+        for line in settings:
+            found += _wrap(line, len(line) - len(line.lstrip()))
     found += ["", *_warm_up(report.warm_up), *_expected(report), *_advice(report)]
     return [line.rstrip() for line in (*found, *_findings(report))]
 

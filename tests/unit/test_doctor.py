@@ -259,7 +259,8 @@ def test_pictures(doctor, tmp_path, name, suffix):
 def test_what_the_lines_of_a_picture_mean():
     record = gpus(2, works=lambda a, b: (a, b) == (0, 1), rate=50e9)
     assert picture.kind(record.links[0]) == picture.FAILED
-    assert picture.rate(record, record.links[0]) == 50.0
+    assert picture.rate(record, record.links[0]) is None
+    assert picture.rate(gpus(2), gpus(2).links[0]) == 350.0
     assert picture.kind(gpus(2).links[0]) == "NVLink"
     assert [picture.kind(gpus(2, nvlink=none, ancestor=a).links[0]) for a in ("PIX", "PHB", "SYS", "")] == [
         "PCIe switch",

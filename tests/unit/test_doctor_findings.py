@@ -237,6 +237,7 @@ def test_collective_is_compared_by_what_nccl_costs_at_least():
     report = examined(record, warmed(2), shapes=(LARGE,), tokens=(8,))
     [one] = report.comparisons
     times = report.warm_up.times(2)
+    assert one.ep == "EP over NCCL"
     assert one.ep_s == plan.nccl_s(LARGE, 2, 8, "bf16", times)
     assert any("--enforce-eager" in words for words in report.advice)
 
