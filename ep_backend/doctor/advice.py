@@ -97,29 +97,40 @@ def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
 
 
 def _against(rival: str, pairs: Sequence[tuple[Comparison, float]]) -> list[str]:
+    faster: list[tuple[Comparison, float]] = []
+    slower: list[tuple[Comparison, float]] = []
+    same: list[Comparison] = []
+    for one, other in pairs:
+        if abs(other - one.ep_s) <= SAME * max(other, one.ep_s):
+            same.append(one)
+        else:
+            (faster if one.ep_s < other else slower).append((one, other))
     found = []
-    for word, sign in (("faster", 1), ("slower", -1)):
-        # Only the side of EP that is more than SAME below or above.
-        cases = [
-            (one, other) for one, other in pairs if sign * (other - one.ep_s) > SAME * max(other, one.ep_s)
-        ]
-        if cases:
-            one, other = max(cases, key=lambda case: max(case[1] / case[0].ep_s, case[0].ep_s / case[1]))
-            times = max(other / one.ep_s, one.ep_s / other)
-            found.append(
-                f"{one.ep} is {word} than {rival} for {one.shape} at {_tokens([c.tokens for c, _ in cases])} per "
-                f"GPU: at {one.tokens} its communication takes {_ms(one.ep_s * one.layers)} per step "
-                f"({one.layers} x {_us(one.ep_s)}), that of {rival} {_ms(other * one.layers)} "
-                f"({one.layers} x {_us(other)}): {rival if sign > 0 else one.ep} takes {times:.1f} times as "
-                "long."
-            )
-    same = [one.tokens for one, other in pairs if abs(other - one.ep_s) <= SAME * max(other, one.ep_s)]
+    if faster:
+        one, other = max(faster, key=lambda case: case[1] / case[0].ep_s)
+        shown = _numbers("faster", rival, [case for case, _ in faster], one, other)
+        found.append(f"{shown}: {rival} takes {other / one.ep_s:.1f} times as long.")
+    if slower:
+        one, other = max(slower, key=lambda case: case[0].ep_s / case[1])
+        shown = _numbers("slower", rival, [case for case, _ in slower], one, other)
+        found.append(f"{shown}: {one.ep} takes {one.ep_s / other:.1f} times as long.")
     if same:
+        one = same[0]
+        tokens = _tokens([case.tokens for case in same])
         found.append(
-            f"{pairs[0][0].ep} and {rival} are about equal for {pairs[0][0].shape} at {_tokens(same)} per GPU "
-            f"(less than {SAME:.0%} apart)."
+            f"{one.ep} and {rival} are about equal for {one.shape} at {tokens} per GPU (less than {SAME:.0%} "
+            "apart)."
         )
     return found
+
+
+def _numbers(word: str, rival: str, cases: Sequence[Comparison], one: Comparison, other: float) -> str:
+    tokens = _tokens([case.tokens for case in cases])
+    return (
+        f"{one.ep} is {word} than {rival} for {one.shape} at {tokens} per GPU: at {one.tokens} its "
+        f"communication takes {_ms(one.ep_s * one.layers)} per step ({one.layers} x {_us(one.ep_s)}), that of {rival} "
+        f"{_ms(other * one.layers)} ({one.layers} x {_us(other)})"
+    )
 
 
 def _tokens(numbers: Sequence[int]) -> str:
