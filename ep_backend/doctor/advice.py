@@ -126,10 +126,13 @@ def _against(rival: str, pairs: Sequence[tuple[Comparison, float]]) -> list[str]
 
 def _numbers(word: str, rival: str, cases: Sequence[Comparison], one: Comparison, other: float) -> str:
     tokens = _tokens([case.tokens for case in cases])
+    ours, theirs = (
+        f"{_ms(seconds * one.layers)} per step ({one.layers} x {_us(seconds)})"
+        for seconds in (one.ep_s, other)
+    )
     return (
         f"{one.ep} is {word} than {rival} for {one.shape} at {tokens} per GPU: at {one.tokens} its "
-        f"communication takes {_ms(one.ep_s * one.layers)} per step ({one.layers} x {_us(one.ep_s)}), that of {rival} "
-        f"{_ms(other * one.layers)} ({one.layers} x {_us(other)})"
+        f"communication takes {ours}, that of {rival} {theirs}"
     )
 
 

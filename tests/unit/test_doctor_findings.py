@@ -185,7 +185,7 @@ def test_ep_against_tp_with_the_numbers():
     [sentence] = advice.sentences([one])
     assert sentence == (
         "EP is faster than TP 4 for small at 8 tokens per GPU: at 8 its communication takes 0.96 ms per step "
-        "(48 x 20.0 us), that of TP 4 2.88 ms (48 x 60.0 us): TP 4 takes 3.0 times as long."
+        "(48 x 20.0 us), that of TP 4 2.88 ms per step (48 x 60.0 us): TP 4 takes 3.0 times as long."
     )
 
 
