@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from ep_backend import env
+from ep_backend import checks, env
 from ep_backend.checks import Direction
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
@@ -16,9 +16,6 @@ from ep_backend.select import Decision
 from ep_backend.transports import OLDEST_CUDA
 
 LEAST_SHARED_MEMORY = 1 << 30  # docs.nvidia.com/deeplearning/nccl: troubleshooting.html#shared-memory
-SLOW_SHARE = 0.25  # of a PCIe link's rate: below it, something stands between the GPUs
-# Bytes per second of one PCIe lane, one way, before the packets' overhead, by generation (pcisig.com).
-PCIE_LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.97e9, 5: 3.94e9, 6: 7.56e9}
 # How far each NCCL_P2P_LEVEL reaches, and how far apart two GPUs with this common ancestor are.
 REACH = {"LOC": 0, "NVL": 1, "PIX": 2, "PXB": 3, "PHB": 4, "NODE": 5, "SYS": 5}
 P2P_CURE = (
@@ -163,34 +160,21 @@ def _peer_access(record: Record) -> Iterable[Finding]:
             next="see the notes; ep-backend doctor again",
             wrong=False,
         )
-    slow = [
-        (one, rate)
+    gpus = {gpu.uuid: gpu for gpu in record.gpus}
+    staged = [
+        note
         for one in directions
-        if one.works
-        and one.store_bytes_per_s
-        and (rate := _pcie_rate(record, one)) is not None
-        and one.store_bytes_per_s < SLOW_SHARE * rate
+        if one.source in gpus
+        and one.target in gpus
+        and (note := checks.staged(one, gpus[one.source], gpus[one.target]))
     ]
-    if slow:
-        one, rate = min(slow, key=lambda pair: pair[0].store_bytes_per_s or 0.0)
+    if staged:
         yield Finding(
-            what=f"peer access works and is slow between {len(slow)} ordered pairs: "
-            f"{names.get(one.source, one.source)} -> {names.get(one.target, one.target)} at "
-            f"{(one.store_bytes_per_s or 0.0) / 1e9:.1f} GB/s, where the PCIe link carries {rate / 1e9:.0f}",
-            why="some boards carry peer access through memory of the host without saying so",
-            next="compare: NCCL_P2P_DISABLE=1 ep-backend doctor; keep what is faster",
+            what=f"peer access works and is slow between {len(staged)} ordered pairs: {staged[0]}",
+            why="transport peer and NCCL wait for every row that goes this way",
+            next="compare: EP_BACKEND_PEER_ACCESS=0 NCCL_P2P_DISABLE=1 ep-backend doctor; keep what is faster",
             wrong=False,
         )
-
-
-def _pcie_rate(record: Record, direction: Direction) -> float | None:
-    """What the slower PCIe link of a pair carries, one way; None with NVLink, or if it is not known."""
-    pair = {direction.source, direction.target}
-    if any(link.nvlink for link in record.links if {link.a, link.b} == pair):
-        return None
-    gpus = [gpu for gpu in record.gpus if gpu.uuid in pair]
-    rates = [PCIE_LANE.get(gpu.pcie_generation or 0, 0.0) * (gpu.pcie_width or 0) for gpu in gpus]
-    return min(rates) if len(rates) == 2 and min(rates) > 0 else None
 
 
 def _nccl_over_broken_links(
