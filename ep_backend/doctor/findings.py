@@ -172,7 +172,7 @@ def _peer_access(record: Record) -> Iterable[Finding]:
         yield Finding(
             what=f"peer access works and is slow between {len(staged)} ordered pairs: {staged[0]}",
             why="transport peer and NCCL wait for every row that goes this way",
-            next="compare: EP_BACKEND_PEER_ACCESS=0 NCCL_P2P_DISABLE=1 ep-backend doctor; keep what is faster",
+            next="compare with EP_BACKEND_PEER_ACCESS=0 ep-backend doctor; keep what is faster",
             wrong=False,
         )
 
