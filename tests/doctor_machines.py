@@ -106,6 +106,8 @@ def bridges(a, b):
     return a // 2 == b // 2
 
 
+# Profiles that are recognised by a data check that failed.
+BROKEN = ("pcie_blackwell", "pcie_partial")
 # By profile: a machine that must be recognised as it, and the transport that must be used.
 PROFILES = {
     "cpu": (cpus(), "cpu"),

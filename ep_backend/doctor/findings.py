@@ -47,7 +47,7 @@ def find(
     found = [
         *_environment(environ, undecided),
         *_driver(record, kernels),
-        *_peer_access(record),
+        *_peer_access(record, decision),
         *_nccl_over_broken_links(record, decision, environ),
         *_memory(record),
         *_warm_up(warm_up),
@@ -134,7 +134,7 @@ def _driver(record: Record, kernels: bool) -> Iterable[Finding]:
         )
 
 
-def _peer_access(record: Record) -> Iterable[Finding]:
+def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]:
     directions, names = used_directions(record), gpu_names(record)
     broken = [one for one in directions if one.works is False]
     if broken:
@@ -142,6 +142,11 @@ def _peer_access(record: Record) -> Iterable[Finding]:
             f"{names.get(d.source, d.source)} -> {names.get(d.target, d.target)}" for d in broken
         )
         said = next((f" ({one.problem})" for one in broken if one.problem), "")
+        given = [i for i in decision.env if i.name.startswith("NCCL_P2P_")] if decision else []
+        cure = P2P_CURE
+        if given:
+            settings = " ".join(f"{item.name}={item.value}" for item in given)
+            cure = f"engines with this library's plug-in get {settings}; for other programs: {P2P_CURE}"
         hint = ""
         if record.iommu == "translated":
             hint = "; the IOMMU translates addresses here, which often is the cause: boot with iommu=pt, or "
@@ -150,7 +155,7 @@ def _peer_access(record: Record) -> Iterable[Finding]:
             what=f"the data check of peer access failed: {pairs}{said}",
             why="the driver offers direct access, and what one GPU writes does not reach the other: NCCL "
             "hangs or sums wrong data. ep_backend does not use transport peer here",
-            next=f"{P2P_CURE}{hint}",
+            next=f"{cure}{hint}",
         )
     untried = [one for one in directions if one.access and one.works is None and one.problem]
     if untried:

@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 import pytest
-from doctor_machines import EVERYTHING, PROFILES, SMALL, cpus, examined, gpus, none, uuid, warmed
+from doctor_machines import BROKEN, EVERYTHING, PROFILES, SMALL, cpus, examined, gpus, none, uuid, warmed
 
 from ep_backend import cli, env, profiles
 from ep_backend.bench.engines import models
@@ -253,7 +253,7 @@ def test_pictures(doctor, tmp_path, name, suffix):
     if suffix == ".svg":
         # Texts are comments beside their outlines.
         assert content.count(b"<!-- GPU ") == len(record.gpus)
-        assert (b"data check FAILED" in content) == (name in ("broken", "pcie_blackwell"))
+        assert (b"data check FAILED" in content) == (name in ("broken", *BROKEN))
 
 
 def test_what_the_lines_of_a_picture_mean():

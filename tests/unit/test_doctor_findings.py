@@ -1,7 +1,7 @@
 """What doctor finds wrong, and what it advises: from made-up machines and numbers."""
 
 import pytest
-from doctor_machines import LARGE, PROFILES, SKIPPED, SMALL, cpus, examined, gpus, none, warmed
+from doctor_machines import BROKEN, LARGE, PROFILES, SKIPPED, SMALL, cpus, examined, gpus, none, warmed
 
 from ep_backend.doctor import advice, findings, plan
 from ep_backend.doctor.plan import AllReduces, Expected
@@ -27,8 +27,7 @@ def test_nothing_is_wrong_with_a_machine_of_each_profile(name):
     report = examined(record)
     assert (report.decision.profile, report.decision.transport) == (name, transport)
     broken = [one for one in report.record.directions if one.works is False]
-    # The boards of this profile are those whose check failed.
-    assert report.status == bool(broken) == (name == "pcie_blackwell")
+    assert report.status == bool(broken) == (name in BROKEN)
 
 
 def test_broken_peer_access_names_the_pairs_and_the_cure():
@@ -37,7 +36,10 @@ def test_broken_peer_access_names_the_pairs_and_the_cure():
     assert "NCCL_P2P_LEVEL=PIX" in finding.next
     assert "NCCL_P2P_DISABLE=1" in finding.next
     assert "iommu=pt" in finding.next
-    assert "iommu" not in only(examined(gpus(2, nvlink=none, works=none)), "failed").next
+    assert "this library's plug-in" not in finding.next  # no profile fits, and nothing is set
+    mended = only(examined(gpus(2, nvlink=none, works=none)), "failed").next
+    assert "iommu" not in mended
+    assert "engines with this library's plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export" in mended
 
 
 def test_pairs_that_are_not_used_do_not_matter():
