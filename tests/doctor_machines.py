@@ -119,6 +119,10 @@ PROFILES = {
         gpus(2, nvlink=none, ancestor="PXB", rate=50e9, environment={"EP_BACKEND_PROFILE": "pcie_rdma"}),
         "collective",
     ),
+    "pcie_partial": (
+        gpus(4, nvlink=none, works=bridges, ancestor="PHB", rate=50e9, hcas=()),
+        "collective",
+    ),
     "pcie_p2p": (gpus(4, nvlink=none, ancestor="PXB", rate=50e9, hcas=()), "peer"),
     "pcie_blackwell": (
         gpus(2, nvlink=none, works=none, name="NVIDIA RTX PRO 6000", hcas=()),

@@ -17,8 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ep_backend.bench.deadline import Deadline
 from ep_backend.bench.report import median
+from ep_backend.launch.deadline import Deadline
 
 if TYPE_CHECKING:
     import torch
