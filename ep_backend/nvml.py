@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import itertools
 import uuid
@@ -144,7 +145,8 @@ def _fabric(pynvml: Any, ask: Ask, handle: Any) -> dict[str, Any]:
     if structure is None:
         return {}
     info = structure()  # sets its own version
-    if ask(None, "nvmlDeviceGetGpuFabricInfoV", handle, info) is None:
+    # The module hands this argument on as it is; a structure by value would crash the process.
+    if ask(None, "nvmlDeviceGetGpuFabricInfoV", handle, ctypes.byref(info)) is None:
         return {}
     state = _FABRIC_STATES.get(info.state, "")
     if state == "completed" and info.status != 0:  # ready with an error

@@ -1,5 +1,6 @@
 """The probe, on this machine and on made-up ones. It never raises and never hangs."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -22,11 +23,16 @@ class FakeError(Exception):
         self.value = value
 
 
-class FabricInfo(types.SimpleNamespace):
+class FabricInfo(ctypes.Structure):
     """nvmlGpuFabricInfo_v2_t, as the module makes it: not filled yet."""
 
-    def __init__(self):
-        super().__init__(clusterUuid=[0] * 16, status=0, cliqueId=0, state=0)
+    _fields_ = (
+        ("version", ctypes.c_uint),
+        ("clusterUuid", ctypes.c_uint8 * 16),
+        ("status", ctypes.c_uint),
+        ("cliqueId", ctypes.c_uint32),
+        ("state", ctypes.c_uint8),
+    )
 
 
 def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, broken=(), fabric=None):
@@ -49,10 +55,13 @@ def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, bro
             raise FakeError(3)
         return state
 
-    def fabric_info(handle, info):
+    def fabric_info(handle, pointer):
+        """As the real one, which hands on what it is given: NVML crashes on anything but a pointer."""
+        info = pointer._obj
         if fabric is None:
             raise FakeError(3)
-        info.state, info.status, info.clusterUuid, info.cliqueId = fabric
+        info.state, info.status, cluster, info.cliqueId = fabric
+        info.clusterUuid[:] = cluster
         return 0
 
     module.NVML_P2P_CAPS_INDEX_READ = (0,)  # a mistake of the real module
