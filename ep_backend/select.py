@@ -181,6 +181,7 @@ def check_agreement(records: Sequence[Record]) -> None:
 
 def _recognise(known: Sequence[Profile], facts: Facts) -> tuple[Profile | None, str]:
     misses = []
+    one_gpu = facts.gpus == "all" and not facts.several_gpus and not facts.several_hosts
     for profile in known:
         if profile.recognition is None:
             continue
@@ -194,6 +195,8 @@ def _recognise(known: Sequence[Profile], facts: Facts) -> tuple[Profile | None, 
             ]
             return profile, f"Profile {profile.name}: {', '.join(held)}."
         misses.append(f"{profile.name}: {missing[0]}")
+    if one_gpu:
+        return None, "No profile: they tell how GPUs reach each other, and one GPU has no other."
     return None, f"No profile fits this machine ({'; '.join(misses)}), so nothing is set for it."
 
 

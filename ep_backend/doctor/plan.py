@@ -18,10 +18,16 @@ DTYPES = ("bf16", "fp8")
 
 # Transport peer.
 FLIGHTS = 4  # one-way latencies of a round trip: the rows' way out and back, and the flag's, in both phases
-KERNELS_S = 6.0e-6  # launches, loads, routing and sums of a round trip
+KERNELS_S = 8.0e-6  # launches, loads, routing and sums of a round trip
 QUANTISE_S = 1.3e-6  # fp8 in dispatch
 OWN_ROWS = 0.25  # work on a token inside its GPU, in rows on the link
 SM_BYTES_PER_S = 11e9  # that one multiprocessor moves, if there are too few of them to fill the link
+# Many tokens travel in chunks, a few of which are under way at a time: small rows do not fill the link.
+CHUNKED_FROM = 2048  # tokens
+CHUNK_TOKENS, CHUNKS_AT_ONCE = 4, 66
+CHUNK_S = (
+    7.5e-6  # of one chunk in one phase; half where dispatch quantises, which has two under way in a block
+)
 
 # Transport cpu. With more ranks than cores, ranks wait for each other's turn on a core.
 CPU_WAIT_S = 115e-6
@@ -107,12 +113,17 @@ def peer_s(
     FLIGHTS * latency_s + KERNELS_S [+ QUANTISE_S] + tokens * (r + OWN_ROWS) * (b + w) / rate, with r other
     ranks per token (`rows_per_token`), b and w bytes of a row (`row_bytes`), and rate = ``bytes_per_s``, at
     which a GPU stores into its peers, but no more than SM_BYTES_PER_S for each of ``sms`` multiprocessors
-    (None: enough of them). ``latency_s``: of a flag, one way.
+    (None: enough of them). ``latency_s``: of a flag, one way. From CHUNKED_FROM tokens on, the last term is
+    no less than CHUNK_S * tokens / (CHUNK_TOKENS * CHUNKS_AT_ONCE) in either phase.
     """
     away, _ = rows_per_token(shape, ranks)
     rate = bytes_per_s if sms is None else min(bytes_per_s, sms * SM_BYTES_PER_S)
     fixed = FLIGHTS * latency_s + KERNELS_S + (QUANTISE_S if dtype == "fp8" else 0.0)
-    return fixed + tokens * (away + OWN_ROWS) * sum(row_bytes(shape.hidden, dtype)) / rate
+    link = tokens * (away + OWN_ROWS) * sum(row_bytes(shape.hidden, dtype)) / rate
+    if tokens < CHUNKED_FROM:
+        return fixed + link
+    chunks = tokens / (CHUNK_TOKENS * CHUNKS_AT_ONCE) * CHUNK_S
+    return fixed + max(link, chunks * (1.5 if dtype == "fp8" else 2.0))
 
 
 def cpu_s(shape: Shape, ranks: int, tokens: int, dtype: str, *, copy_bytes_per_s: float, cpus: int) -> float:

@@ -17,7 +17,7 @@ from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record, probe
 from ep_backend.select import AVAILABLE, Conflict, Decision, decide, find_conflicts
 
-CHECKED = "model; within 30% of what was measured on this kind of machine (hidden 7168, 256 experts, top-8)"
+CHECKED = "model; within 30% of what was measured on this kind of machine (hidden 2048 and 7168, top-8)"
 MODEL = "model, not measured"
 FROM_NCCL = "model of all-gather + reduce-scatter, from the all-reduces measured just now"
 
@@ -132,7 +132,7 @@ def examine(
             found = advice.compare(shape, ranks, ours, all_reduces, warm_up.times(ranks // 2), name)
             comparisons += found
             words += advice.sentences(found)
-    if all_reduces is None:
+    if all_reduces is None and ranks > 1:
         words.append("EP was not compared with TP: no all-reduce was measured here.")
     return Report(
         record=record,

@@ -11,8 +11,8 @@ from ep_backend.doctor.plan import AllReduces, Shape
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WITHIN = 0.3
-# Of the H200s that were measured (docs/performance.md): stores of SMs to all peers at once, a flag one way.
-H200 = {"bytes_per_s": 350e9, "latency_s": 1.24e-6}
+# What doctor measured on 2 H200 (docs/doctor.md): stores of SMs between two GPUs, a flag one way.
+H200 = {"bytes_per_s": 370e9, "latency_s": 0.73e-6}
 MEASURED = Shape(name="measured", hidden=7168, experts=256, topk=8)
 
 
@@ -133,7 +133,7 @@ def test_row_bytes_are_those_of_the_library():
 def test_slower_links_and_longer_flights_take_longer():
     base = plan.peer_s(MEASURED, 4, 128, "bf16", **H200)
     assert plan.peer_s(MEASURED, 4, 128, "bf16", bytes_per_s=50e9, latency_s=1.24e-6) > 4 * base
-    slow = plan.peer_s(MEASURED, 4, 128, "bf16", bytes_per_s=350e9, latency_s=11.24e-6)
+    slow = plan.peer_s(MEASURED, 4, 128, "bf16", bytes_per_s=H200["bytes_per_s"], latency_s=10.73e-6)
     assert slow - base == pytest.approx(plan.FLIGHTS * 10e-6)
 
 

@@ -65,10 +65,10 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
             moe.hidden_dim,
             device,
         )
-        if type(self._format) is not Plain:
+        if not self._format.ran_in_an_engine:
             logger.warning_once(
-                "ep_backend: quantised rows (%s) have been tested without an engine only: compare answers "
-                "with those of --all2all-backend allgather_reducescatter before you rely on them.",
+                "ep_backend: rows in this format (%s) have been tested without an engine only: compare "
+                "answers with those of --all2all-backend allgather_reducescatter before you rely on them.",
                 type(fused_experts).__name__,
             )
         slots = -(-self._manager.scheduler_limit // moe.moe_parallel_config.sp_size)

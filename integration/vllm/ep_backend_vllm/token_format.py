@@ -17,6 +17,9 @@ BLOCK = 128  # elements that share a scale of the library's own fp8 quantisation
 class Plain:
     """As they are: the experts are not quantised, or quantise by themselves."""
 
+    ran_in_an_engine = True
+    """Whether docs/vllm.md lists a run with this format."""
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.fields: dict[str, Any] = {"payload": dtype}
 
@@ -49,6 +52,7 @@ class Opaque(Plain):
         self, quant_config: Any, dtype: torch.dtype, rows: torch.Tensor, scales: torch.Tensor | None
     ) -> None:
         self._quant_config = quant_config
+        self.ran_in_an_engine = list(quant_config.block_shape or ()) == [BLOCK, BLOCK]
         self._rows, self._scales = rows[0], None if scales is None else scales[0]
         self.fields = {
             "payload": torch.uint8,
