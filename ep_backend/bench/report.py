@@ -142,7 +142,8 @@ def table(document: Mapping[str, Any], baseline: str) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         caption="us: the slowest rank's time, median over exchanges. GB/s: least bytes of an exchange in "
-        f"that time; of limit: against {limit}. vs: time of {baseline} / time.",
+        f"that time; of limit: against {limit}. vs: time of {baseline} (round trip, or dispatch + combine if "
+        "that is shorter) / time.",
     )
     headers = (
         "dispatch\nus",

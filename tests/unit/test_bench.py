@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ep_backend import cli
-from ep_backend.bench import contenders, curves, exchange, report, workload
+from ep_backend.bench import contenders, curves, exchange, report, timing, workload
 from ep_backend.errors import EpConfigError
 
 # Experts that do not divide evenly.
@@ -450,3 +450,24 @@ def test_ranks_that_cannot_start_are_one_sentence(capfd, monkeypatch):
     words = capfd.readouterr().err
     assert "Traceback" not in words
     assert "EP_BACKEND_TIMEOUT_S='soon' is not usable" in words
+
+
+@pytest.mark.parametrize(("graph_us", "counts_as"), [(71.0, 34.0), (30.0, 30.0)])
+def test_the_baseline_counts_by_its_faster_way(graph_us, counts_as):
+    def result(transport, phase, median_us):
+        return {
+            "transport": transport,
+            "tokens": 8,
+            "dtype": "bf16",
+            "phase": phase,
+            "median_us": median_us,
+        }
+
+    ours = [result("peer", phase, 10.0) for phase in report.PHASES]
+    theirs = [
+        result(contenders.BASELINE, phase, us)
+        for phase, us in zip(report.PHASES, (23.0, 11.0, graph_us), strict=True)
+    ]
+    timing._compare([*theirs, *ours])
+    assert [r["vs_baseline"] for r in ours] == [2.3, 1.1, counts_as / 10]
+    assert not any("vs_baseline" in r for r in theirs)
