@@ -17,9 +17,9 @@ from vllm.distributed.parallel_state import get_dp_group
 from vllm.logger import init_logger
 
 from ep_backend import env, rendezvous
+from ep_backend.facts import gather
 from ep_backend.host_sum import HostSum
 from ep_backend.probe import probe
-from ep_backend.facts import gather
 
 logger = init_logger("vllm.ep_backend")
 
