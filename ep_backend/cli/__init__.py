@@ -30,6 +30,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("doctor", "ep_backend.doctor", "say what this machine is, what will be used, and what is wrong"),
     Command("env", "ep_backend.cli.env", "show what is chosen here and why, and the variables that matter"),
+    Command("plan", "ep_backend.planning", "compare EP with TP on hardware that is not at hand"),
     Command("profiles", "ep_backend.cli.profiles", "list, show and check hardware profiles"),
     Command("selftest", "ep_backend.selftest", "check that this machine exchanges rows rightly"),
     Command("bench", "ep_backend.bench", "measure dispatch and combine beside the baselines"),

@@ -36,6 +36,12 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     tp_pp_s: float | None
 
 
+def tensor_s(shape: Shape, tokens: float, all_reduces: AllReduces) -> float:
+    """Seconds that a layer's two all-reduces of ``tokens`` rows of bf16 take."""
+    _, row = row_bytes(shape.hidden, "bf16")
+    return 2 * all_reduces(tokens * row)
+
+
 def compare(
     shape: Shape,
     ranks: int,
@@ -44,8 +50,7 @@ def compare(
     in_halves: AllReduces | None,
     ep: str = "EP",
 ) -> list[Comparison]:
-    """One for each number of tokens of ``expected`` (of this shape, bf16, one way) that has a time."""
-    _, row = row_bytes(shape.hidden, "bf16")
+    """One for each number of tokens of ``expected`` (of this shape, one dtype, one way) that has a time."""
     return [
         Comparison(
             shape=shape.name,
@@ -54,8 +59,8 @@ def compare(
             tokens=one.tokens,
             ranks=ranks,
             ep_s=one.seconds,
-            tp_s=2 * all_reduces(ranks * one.tokens * row),
-            tp_pp_s=None if in_halves is None else 2 * in_halves(ranks * one.tokens * row / 2),
+            tp_s=tensor_s(shape, ranks * one.tokens, all_reduces),
+            tp_pp_s=None if in_halves is None else tensor_s(shape, ranks * one.tokens / 2, in_halves),
         )
         for one in expected
         if one.seconds is not None

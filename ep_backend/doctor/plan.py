@@ -59,7 +59,7 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
 class AllReduces:
     """Time of an all-reduce of any size, between and beyond the sizes that were measured."""
 
-    def __init__(self, measured: Sequence[tuple[int, float]]) -> None:
+    def __init__(self, measured: Sequence[tuple[float, float]]) -> None:
         """``measured``: at least one pair of bytes per rank and seconds."""
         self._bytes, self._seconds = zip(*sorted(measured), strict=True)
 

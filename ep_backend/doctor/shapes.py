@@ -9,10 +9,10 @@ from ep_backend.bench.arguments import list_of, whole
 from ep_backend.bench.engines import models
 from ep_backend.doctor.plan import Shape
 from ep_backend.errors import EpConfigError
+from ep_backend.planning.model import MOST_EXPERTS, of_registry
 
 DEFAULT = ("qwen3-30b-a3b", "deepseek-v3")
 TOKENS = (1, 8, 32, 128, 512, 4096)
-MOST_EXPERTS = 65536  # more would only make the binomial coefficients slow
 
 
 def add_options(parser: Any) -> None:
@@ -43,7 +43,7 @@ def chosen(args: argparse.Namespace) -> tuple[Shape, ...]:
     if all(size is None for size in sizes.values()):
         if args.layers is not None:
             raise EpConfigError("--layers goes with --hidden, --experts and --topk; or --shape NAME,layers=N")
-        return tuple(_known(text) for text in args.shape or DEFAULT)
+        return tuple(of_registry(text).shape for text in args.shape or DEFAULT)
     if args.shape:
         raise EpConfigError("give either --shape or --hidden, --experts and --topk")
     missing = [f"--{name}" for name, size in sizes.items() if size is None]
@@ -55,15 +55,3 @@ def chosen(args: argparse.Namespace) -> tuple[Shape, ...]:
         raise EpConfigError(f"--topk {sizes['topk']} is more than --experts {sizes['experts']}")
     name = f"hidden {sizes['hidden']}, {sizes['experts']} experts, top-{sizes['topk']}"
     return (Shape(name=name, layers=args.layers or 1, **sizes),)
-
-
-def _known(text: str) -> Shape:
-    shape = models.parse(text)
-    config = shape.architecture.config
-    return Shape(
-        name=text.partition(",")[0],
-        hidden=config["hidden_size"],
-        experts=config["num_experts"],
-        topk=config["num_experts_per_tok"],
-        layers=shape.layers,
-    )

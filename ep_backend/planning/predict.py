@@ -1,0 +1,273 @@
+"""Bytes and times of every way to run a model's layers on a link, and what to make of them. Pure.
+
+The times are those of `ep_backend.doctor.plan`, which doctor uses too, and the comparison with TP is
+doctor's (`ep_backend.doctor.advice`); only where the link's numbers come from is different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ep_backend.doctor import advice, plan
+from ep_backend.doctor.plan import AllReduces, Expected
+from ep_backend.planning import hardware, memory
+from ep_backend.planning.hardware import PLACES, Link
+from ep_backend.planning.memory import Weights
+from ep_backend.planning.model import Model
+from ep_backend.profiles import Profile
+
+CHECKED = "model; within 30% of what was measured on 2 and 4 H200 (hidden 2048 and 7168, top-8)"
+MODEL = "model, not measured on such hardware"
+CHECKED_GPUS = (2, 4)
+NO_HOST = (
+    "not in this version, so no time; its bytes alone, through pinned host memory, and four flags take "
+    "at least what stands in the row 'at least'"
+)
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer, one way. ``sent_bytes``: by one GPU; as many arrive. ``seconds`` None: ``basis`` says why.
+    ``least_s``: a bound where there is no time."""
+
+    way: str
+    link: str
+    dtype: str
+    tokens: int  # per GPU
+    sent_bytes: float
+    seconds: float | None
+    least_s: float | None = None
+    basis: str
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """``comparisons``: of EP with TP. ``advice``: sentences with numbers."""
+
+    model: Model
+    profile: str
+    gpus: int
+    links: tuple[Link, ...]
+    weights: tuple[Weights, ...]
+    rows: tuple[Row, ...]
+    comparisons: tuple[advice.Comparison, ...]
+    advice: tuple[str, ...]
+
+
+def make(
+    model: Model,
+    profile: Profile,
+    links: Sequence[Link],
+    gpus: int,
+    tokens: Sequence[int],
+    dtypes: Sequence[str],
+    memory_bytes: float | None = None,
+) -> Plan:
+    """Everything about ``gpus`` GPUs (at least 2) of one machine joined by each of ``links``; no links: only
+    memory and bytes, or with profile cpu its own formula."""
+    held = [one for dtype in dtypes for one in memory.all_ways(model, gpus, dtype, memory_bytes)]
+    rows: list[Row] = []
+    comparisons: list[advice.Comparison] = []
+    words: list[str] = []
+    each: Sequence[Link | None] = links or (None,)
+    for dtype in dtypes:
+        too_large = {one.way for one in held if one.dtype == dtype and one.fits is False}
+        for link in each:
+            found = of_link(model, profile, link, gpus, tokens, dtype)
+            rows += found
+            words += best(model, found, too_large)
+            if link is not None:
+                compared = compare(model, link, gpus, found)
+                comparisons += compared
+                words += advice.sentences(compared) if memory.can_split(model, gpus) else []
+                words += host_sentence(found)
+    return Plan(
+        model=model,
+        profile=profile.name,
+        gpus=gpus,
+        links=tuple(links),
+        weights=tuple(held),
+        rows=tuple(rows),
+        comparisons=tuple(comparisons),
+        advice=tuple(words),
+    )
+
+
+def of_link(
+    model: Model, profile: Profile, link: Link | None, gpus: int, tokens: Sequence[int], dtype: str
+) -> list[Row]:
+    """All ways at all numbers of tokens."""
+    return [row for count in tokens for row in _ways(model, profile, link, gpus, count, dtype)]
+
+
+def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: int, dtype: str) -> list[Row]:
+    shape = model.shape
+    away, _ = plan.rows_per_token(shape, gpus)
+    there, back = plan.row_bytes(shape.hidden, dtype)
+    direct = tokens * away * (there + back)
+    gathered = (gpus - 1) * tokens * (there + back)
+    found: list[Row] = []
+
+    def add(way: str, sent: float, seconds: float | None, basis: str, least_s: float | None = None) -> None:
+        found.append(
+            Row(
+                way=way,
+                link=link.name if link else "",
+                dtype=dtype,
+                tokens=tokens,
+                sent_bytes=sent,
+                seconds=seconds,
+                least_s=least_s,
+                basis=basis,
+            )
+        )
+
+    place = PLACES[profile.name]
+    one_machine = gpus <= place.most_gpus and bool(place.links or profile.name == "cpu")
+    transports = profile.transport.inside if one_machine else profile.transport.across
+    for name in transports:
+        if name == "peer":
+            if link is not None and link.stores is not None:
+                seconds = plan.peer_s(
+                    shape,
+                    gpus,
+                    tokens,
+                    dtype,
+                    bytes_per_s=link.stores.value,
+                    latency_s=link.flag.value,
+                    sms=profile.sm_budget.sms if profile.sm_budget else None,
+                )
+                known = link.stores.kind == "measured" and gpus in CHECKED_GPUS
+                add("EP over peer", direct, seconds, CHECKED if known else MODEL)
+            else:
+                add("EP over peer", direct, None, "no numbers for so many GPUs or for this link")
+        elif name == "host":
+            least = None if link is None else _host_least_s(link, gpus, direct)
+            add("EP over host", direct, None, NO_HOST, least)
+        elif name == "cpu":
+            rate = gpus * hardware.CORE_COPY.value
+            seconds = plan.cpu_s(shape, gpus, tokens, dtype, copy_bytes_per_s=rate, cpus=gpus)
+            add("EP over cpu", direct, seconds, f"{MODEL}; a core per rank that copies 10 GB/s")
+        elif name == "collective":
+            add("EP over collective", direct, None, "no formula: rows are packed on the CPU")
+        else:
+            add(f"EP over {name}", direct, None, "not in this version, no formula")
+    if profile.name == "cpu":
+        return found
+    all_reduces = None if link is None else hardware.all_reduces_of(link, gpus)
+    unknown = place.why or "no number for a network between machines is known here"
+    basis = unknown if link is None else f"model from all-reduces of two GPUs ({link.all_reduces_kind})"
+    add(
+        "EP over NCCL",
+        gathered,
+        None if all_reduces is None else plan.nccl_s(shape, gpus, tokens, dtype, all_reduces),
+        basis,
+    )
+    if memory.can_split(model, gpus):
+        add(f"TP {gpus}", *_tensor(model, link, gpus, gpus * tokens), basis)
+    if memory.halves(model, gpus):
+        half = gpus // 2
+        add(f"TP {half} x PP 2", *_tensor(model, link, half, gpus * tokens / 2), basis)
+    return found
+
+
+def _tensor(model: Model, link: Link | None, width: int, tokens: float) -> tuple[float, float | None]:
+    """Bytes that a GPU sends in rings, and seconds: two all-reduces of ``tokens`` rows, ``width`` GPUs."""
+    _, row = plan.row_bytes(model.hidden, "bf16")
+    sent = 2 * tokens * row * 2 * (width - 1) / width
+    if link is None:
+        return sent, None
+    return sent, advice.tensor_s(model.shape, tokens, hardware.all_reduces_of(link, width))
+
+
+def _host_least_s(link: Link, gpus: int, sent: float) -> float | None:
+    """What transport host cannot go below: four flags, and its stores into host memory."""
+    if link.staging is None:
+        return None
+    one, four = link.staging
+    return plan.FLIGHTS * link.flag.value + sent / (four if gpus > 2 else one).value
+
+
+def compare(model: Model, link: Link, gpus: int, rows: Sequence[Row]) -> list[advice.Comparison]:
+    """Doctor's comparison of EP over our transport, or over NCCL where that has no time, with TP."""
+    ours = [row for row in rows if row.way == "EP over peer" and row.seconds is not None]
+    ours = ours or [row for row in rows if row.way == "EP over NCCL"]
+    expected = [
+        Expected(
+            shape=model.name,
+            tokens=row.tokens,
+            dtype=row.dtype,
+            way=row.way,
+            seconds=row.seconds,
+            basis=row.basis,
+        )
+        for row in ours
+    ]
+    in_halves: AllReduces | None = None
+    if memory.halves(model, gpus):
+        in_halves = hardware.all_reduces_of(link, gpus // 2)
+    name = f"{ours[0].way} ({link.name}, {ours[0].dtype})" if ours else "EP"
+    all_reduces = hardware.all_reduces_of(link, gpus)
+    return advice.compare(model.shape, gpus, expected, all_reduces, in_halves, name)
+
+
+def best(model: Model, rows: Sequence[Row], too_large: set[str]) -> list[str]:
+    """Which way sends its bytes soonest, of those whose weights fit, by numbers of tokens."""
+    timed = [row for row in rows if row.seconds is not None]
+    if len({row.way for row in timed}) < 2:
+        return ["No choice: fewer than two ways have a time here; what each row rests on says why."]
+    fit = [row for row in timed if _split(row.way) not in too_large]
+    if not fit:
+        return ["No choice: the weights do not fit in any way. More GPUs, a smaller dtype, or more memory."]
+    winners: dict[str, list[list[Row]]] = {}
+    for tokens in dict.fromkeys(row.tokens for row in fit):
+        ranking = sorted((row for row in fit if row.tokens == tokens), key=lambda row: row.seconds or 0)
+        winners.setdefault(ranking[0].way, []).append(ranking)
+    found = []
+    for way, cases in winners.items():
+        first, *others = max(cases, key=_lead)
+        rest = ", ".join(f"{row.way} {_step(model, row)}" for row in others) or "no other way fits"
+        counts = ", ".join(str(case[0].tokens) for case in cases)
+        where = ", ".join(part for part in (first.link, first.dtype) if part)
+        found.append(
+            f"Choose {way} at {counts} tokens per GPU ({where}): at {first.tokens} its communication takes "
+            f"{_step(model, first)} per step; {rest}."
+        )
+    return found
+
+
+def _lead(ranking: Sequence[Row]) -> float:
+    """By what factor the first is faster than the second."""
+    return (ranking[1].seconds or 0) / (ranking[0].seconds or 1) if len(ranking) > 1 else 0.0
+
+
+def host_sentence(rows: Sequence[Row]) -> list[str]:
+    """Where EP over transport host, at its limit, would lose to TP and PP and where it need not."""
+    need_not: list[str] = []
+    loses: list[str] = []
+    for row in rows:
+        rivals = [
+            other.seconds
+            for other in rows
+            if other.tokens == row.tokens and other.seconds is not None and other.way.startswith("TP")
+        ]
+        if row.least_s is not None and rivals:
+            (need_not if row.least_s < min(rivals) else loses).append(str(row.tokens))
+    if not need_not + loses:
+        return []
+    parts = [f"need not lose at {', '.join(need_not)}"] if need_not else []
+    parts += [f"would lose at {', '.join(loses)}"] if loses else []
+    return [
+        f"EP over transport host, which is not in this version, {' and '.join(parts)} tokens per GPU against "
+        f"TP and TP x PP ({rows[0].link}, {rows[0].dtype}): a bound from measured rates, not a prediction."
+    ]
+
+
+def _split(way: str) -> str:
+    """How the weights lie."""
+    return "EP + DP" if way.startswith("EP") else way
+
+
+def _step(model: Model, row: Row) -> str:
+    seconds = row.seconds or 0.0
+    return f"{seconds * model.moe_layers * 1e3:.2f} ms ({model.moe_layers} x {seconds * 1e6:.1f} us)"

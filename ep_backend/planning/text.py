@@ -1,0 +1,138 @@
+"""The plan for a person, and as plain data."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from ep_backend.planning.hardware import Link, Number
+from ep_backend.planning.predict import Plan, Row
+
+WIDTH = 110
+NOTES = (
+    "Only what MoE layers send is timed. Computation, KV cache, the hand-over of a pipeline, all-reduces of "
+    "layers without experts, all-reduces faster than NCCL's, and overlap are left out: docs/planning.md."
+)
+
+
+def lines(plan: Plan) -> list[str]:
+    """All of it."""
+    model = plan.model
+    found = _wrap(
+        f"model        {model.name}: hidden {model.hidden}, {model.experts} experts, top-{model.topk}, "
+        f"{model.moe_layers} of {model.layers} layers with experts",
+        13,
+    )
+    found += _wrap(f"note         {model.note}", 13) if model.note else []
+    found += [f"GPUs         {plan.gpus}, profile {plan.profile}"]
+    for link in plan.links:
+        found += _wrap(f"link         {link.name}: {_link(link)}", 13)
+    found += ["", *_weights(plan), "", *_volumes(plan)]
+    for name in dict.fromkeys(row.link for row in plan.rows):
+        rows = [row for row in plan.rows if row.link == name]
+        found += ["", *_times(rows, name, model.moe_layers)]
+    found += ["", "What each row rests on:"]
+    for way, basis in dict.fromkeys((row.way, row.basis) for row in plan.rows):
+        found += _wrap(f"  {way}: {basis}", 4)
+    found += ["", "Advice:"]
+    found += [line for one in plan.advice for line in _wrap(f"  - {one}", 4)]
+    return [*found, "", *_wrap(NOTES, 0)]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """One object of plain data: bytes, seconds, and the numbers of the links with their sources."""
+    found: dict[str, Any] = msgspec.to_builtins(plan)
+    for weights, one in zip(found["weights"], plan.weights, strict=True):
+        weights["total"] = one.total
+    for row in found["rows"]:
+        of_layer = row["seconds"]
+        row["step_seconds"] = None if of_layer is None else of_layer * plan.model.moe_layers
+    return found
+
+
+def _link(link: Link) -> str:
+    parts = [link.title, f"one way {_rate(link.one_way)}"]
+    parts += [f"stores of SMs {_rate(link.stores)}"] if link.stores else []
+    if link.staging:
+        one, four = link.staging
+        parts += [f"stores into host memory {_rate(one)}, with four GPUs at once {_rate(four)}"]
+    parts += [f"a flag {link.flag.value * 1e6:.2f} us ({link.flag.kind})"]
+    parts += [f"NCCL's all-reduces: {link.all_reduces_kind}, {link.all_reduces_source}"]
+    return "; ".join(parts)
+
+
+def _rate(number: Number) -> str:
+    digits = 0 if number.value >= 1e11 else 1
+    return f"{number.value / 1e9:.{digits}f} GB/s ({number.kind})"
+
+
+def _weights(plan: Plan) -> list[str]:
+    parts = ("experts", "attention", "embeddings", "rest", "total")
+    labels = [f"{one.way}, {one.dtype}" for one in plan.weights]
+    width = max(map(len, labels))
+    found = ["Weights on one GPU, GB (10^9 bytes), without KV cache and activations:"]
+    found += [f"  {'':<{width}}" + "".join(f"{part:>12}" for part in parts)]
+    fits = {None: "", True: "  fits", False: "  DOES NOT FIT"}
+    for label, one in zip(labels, plan.weights, strict=True):
+        cells = "".join(f"{getattr(one, part) / 1e9:>12.2f}" for part in parts)
+        found += [f"  {label:<{width}}{cells}{fits[one.fits]}"]
+    return found
+
+
+def _volumes(plan: Plan) -> list[str]:
+    first = plan.rows[0].link
+    rows = [row for row in plan.rows if row.link == first]
+    title = "One GPU sends in one layer, MB (as much arrives), by tokens per GPU:"
+    return _table(title, rows, [("", lambda row: row.sent_bytes / 1e6)], 3)
+
+
+def _times(rows: Sequence[Row], link: str, layers: int) -> list[str]:
+    over = f" over {link}" if link else ""
+    title = f"Communication of one layer{over}, us, by tokens per GPU:"
+    found = _table(title, rows, [("", lambda row: _scaled(row.seconds, 1e6)), (" at least", _least)], 1)
+    title = f"The same for one step, ms ({layers} layers with experts):"
+    timed = [row for row in rows if row.seconds is not None]
+    if timed:
+        found += _table(title, timed, [("", lambda row: _scaled(row.seconds, 1e3 * layers))], 2)
+    return found
+
+
+def _least(row: Row) -> float | None:
+    return _scaled(row.least_s, 1e6)
+
+
+def _scaled(seconds: float | None, factor: float) -> float | None:
+    return None if seconds is None else seconds * factor
+
+
+def _table(
+    title: str,
+    rows: Sequence[Row],
+    values: Sequence[tuple[str, Callable[[Row], float | None]]],
+    digits: int,
+) -> list[str]:
+    """One line for each way and dtype and each of ``values``; a further one only if it has a number."""
+    tokens = list(dict.fromkeys(row.tokens for row in rows))
+    cases = list(dict.fromkeys((row.way, row.dtype) for row in rows))
+    shown: list[tuple[str, list[float | None]]] = []
+    for case in cases:
+        of_case = {row.tokens: row for row in rows if (row.way, row.dtype) == case}
+        for suffix, value in values:
+            cells = [value(of_case[count]) for count in tokens]
+            if not suffix or any(cell is not None for cell in cells):
+                shown.append((f"{case[0]}, {case[1]}{suffix}", cells))
+    width = max(len(label) for label, _ in shown)
+    found = [title, f"  {'':<{width}}" + "".join(f"{count:>11}" for count in tokens)]
+    for label, cells in shown:
+        texts = ["-" if cell is None else f"{cell:,.{digits}f}" for cell in cells]
+        found.append(f"  {label:<{width}}" + "".join(f"{cell:>11}" for cell in texts))
+    return found
+
+
+def _wrap(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -1,0 +1,358 @@
+"""`ep-backend plan`: the seed facts, measurements on H200, sizes of models, and the command."""
+
+import json
+
+import pytest
+from measurements import RESULTS, WITHIN, peer_cases
+
+from ep_backend import cli, profiles
+from ep_backend.bench.engines import models
+from ep_backend.doctor import plan
+from ep_backend.doctor.plan import Shape
+from ep_backend.errors import EpConfigError
+from ep_backend.planning import hardware, memory, model, predict
+from ep_backend.planning.hardware import LINKS, PLACES
+
+PROFILES = {profile.name: profile for profile in profiles.shipped()}
+
+MIXTRAL = {
+    "hidden_size": 4096,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "vocab_size": 32000,
+}
+DEEPSEEK_V3 = {
+    "hidden_size": 7168,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 1,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def parameters(config):
+    one = memory.expert_parallel(model.of_config("m", config, "m"), 1, "bf16")
+    return one.total / 2
+
+
+def planned(name, profile, gpus, tokens, *, links=None, memory_bytes=None, dtypes=("bf16",)):
+    place = PLACES[profile]
+    chosen = [LINKS[link] for link in (links or place.links[: place.usual])]
+    return predict.make(model.read(name), PROFILES[profile], chosen, gpus, tokens, dtypes, memory_bytes)
+
+
+def rows(found, way, link=None):
+    return [row for row in found.rows if row.way == way and link in (None, row.link)]
+
+
+def test_the_seed_facts():
+    assert LINKS["nvlink5"].one_way.value * 2 == 1.8e12
+    assert LINKS["nvlink4"].one_way.value * 2 == 900e9
+    assert LINKS["pcie5"].one_way.value == LINKS["pcie5-host"].one_way.value == 64e9
+    assert LINKS["pcie4"].one_way.value == LINKS["pcie4-host"].one_way.value == 32e9
+    assert LINKS["nvlink4"].stores.value == 370e9
+    assert (LINKS["nvlink4"].flag.value, LINKS["pcie5-host"].flag.value) == (0.73e-6, 2.23e-6)
+    assert [number.value for number in LINKS["pcie5-host"].staging] == [52.6e9, 39e9]
+
+
+def test_every_profile_has_a_place_with_known_links():
+    assert set(PLACES) == set(PROFILES)
+    for place in PLACES.values():
+        assert set(place.links) <= set(LINKS)
+        assert bool(place.links) or place.why or place is PLACES["cpu"]
+
+
+def test_a_link_that_peers_do_not_reach_has_no_rate_of_stores_and_the_others_lose_some():
+    for link in LINKS.values():
+        assert (link.stores is None) == (link.staging is not None)
+        for number in (link.stores, *(link.staging or ())):
+            assert number is None or (number.value < link.one_way.value and number.source)
+
+
+def test_the_plan_is_within_30_percent_of_every_measurement_on_h200():
+    """Through the plan itself, for the runs that used all SMs."""
+    seen = set()
+    for name, shape, ranks, tokens, dtype, sms, measured_us in peer_cases():
+        if not name.startswith("peer-") or sms is not None:
+            continue
+        config = {**MIXTRAL, "hidden_size": shape.hidden, "num_local_experts": shape.experts}
+        config = {**config, "num_experts_per_tok": shape.topk}
+        size = model.of_config("measured", config, name)
+        link, profile = LINKS["nvlink4"], PROFILES["nvswitch"]
+        found = predict.of_link(size, profile, link, ranks, [tokens], dtype)
+        (row,) = [row for row in found if row.way == "EP over peer"]
+        assert row.basis == predict.CHECKED
+        assert abs(row.seconds * 1e6 / measured_us - 1) < WITHIN, (name, ranks, tokens, dtype, row.seconds)
+        seen.add((ranks, dtype, tokens))
+    assert {(2, "bf16", 1), (4, "bf16", 4096), (4, "fp8", 128), (2, "fp8", 4096)} <= seen
+
+
+def test_all_reduces_of_two_h200_are_those_that_doctor_measured():
+    document = json.loads((RESULTS / "doctor-2h200.json").read_text())
+    times = hardware.all_reduces_of(LINKS["nvlink4"], 2)
+    for one in document["warm_up"]["all_reduces"]:
+        assert times(one["bytes"]) == pytest.approx(one["seconds"], rel=1e-3)
+
+
+def test_all_reduces_of_more_gpus_send_more_in_more_steps():
+    link = LINKS["nvlink4"]
+    two, four = (hardware.all_reduces_of(link, gpus) for gpus in (2, 4))
+    assert four.launch_s - two.launch_s == pytest.approx(4 * 0.73e-6)
+    assert four(1 << 26) == pytest.approx(two(1.5 * (1 << 26)) + 4 * 0.73e-6, rel=0.01)
+
+
+def test_nothing_but_two_and_four_h200_is_called_checked():
+    for profile, gpus, links in (("nvswitch", 8, None), ("nvswitch", 4, ["nvlink5"]), ("pcie_p2p", 2, None)):
+        found = rows(planned("qwen3-30b-a3b", profile, gpus, [8], links=links), "EP over peer")
+        assert [row.basis for row in found] == [predict.MODEL]
+
+
+def test_published_sizes_of_models():
+    """Numbers of parameters as the makers state them."""
+    assert parameters(models.config_of(models.parse("qwen3-30b-a3b"))) == pytest.approx(30.5e9, rel=0.01)
+    assert parameters(models.config_of(models.parse("qwen1.5-moe-a2.7b"))) == pytest.approx(14.3e9, rel=0.01)
+    assert parameters(MIXTRAL) == pytest.approx(46.7e9, rel=0.01)
+    assert parameters(DEEPSEEK_V3) == pytest.approx(671e9, rel=0.01)
+
+
+def test_layers_without_experts():
+    found = model.of_config("v3", DEEPSEEK_V3, "v3")
+    assert (found.layers, found.moe_layers, found.shared_width, found.shape.layers) == (61, 58, 2048, 58)
+    sparse = {**MIXTRAL, "decoder_sparse_step": 2, "mlp_only_layers": [1], "moe_intermediate_size": 8}
+    assert model.of_config("m", sparse, "m").moe_layers == 15  # 1, 3, ... but not 1
+    with pytest.raises(EpConfigError, match="no layer has experts"):
+        model.of_config("m", {**MIXTRAL, "first_k_dense_replace": 32}, "m")
+
+
+def test_a_model_inside_another():
+    assert model.of_config("m", {"text_config": MIXTRAL}, "m").hidden == 4096
+
+
+@pytest.mark.parametrize("key", [key for key in MIXTRAL if key not in ("num_key_value_heads", "head_dim")])
+def test_a_missing_key_is_named(key):
+    with pytest.raises(EpConfigError, match=rf"f\.json: .*{key} is missing"):
+        model.of_config("m", {name: value for name, value in MIXTRAL.items() if name != key}, "f.json")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, 10**12])
+def test_a_wrong_value_is_named(value):
+    with pytest.raises(EpConfigError, match="hidden_size is"):
+        model.of_config("m", {**MIXTRAL, "hidden_size": value}, "m")
+
+
+def test_weights_by_hand():
+    size = model.Model(
+        name="m",
+        hidden=10,
+        experts=5,
+        topk=1,
+        expert_width=2,
+        shared_width=3,
+        dense_width=4,
+        layers=4,
+        moe_layers=2,
+        attention=model.Attention(heads=4, kv_heads=2, heads_share=80, kv_share=40, whole=8),
+        vocabulary=100,
+        tied=False,
+    )
+    ep = memory.expert_parallel(size, 4, "bf16")  # two of five experts on the fullest
+    assert (ep.experts, ep.attention, ep.embeddings) == (2 * 2 * 2 * 60, 2 * 4 * 128, 2 * 2000)
+    assert ep.rest == 2 * (3 * 10 * (2 * 4 + 2 * 3) + 2 * 50)
+    tp = memory.tensor_parallel(size, 4, "bf16")
+    assert (tp.experts, tp.attention, tp.embeddings) == (2 * 2 * 5 * 60 / 4, 2 * 4 * (20 + 20 + 8), 1000)
+    pp = memory.tensor_parallel(size, 4, "bf16", stages=2)
+    assert (pp.way, pp.experts, pp.attention) == ("TP 2 x PP 2", tp.experts, 2 * 2 * (40 + 20 + 8))
+    assert memory.expert_parallel(size, 4, "fp8").experts == pytest.approx(ep.experts / 2, rel=1e-3)
+
+
+def test_bytes_by_hand():
+    found = planned("qwen3-30b-a3b", "nvswitch", 4, [16])
+    away, _ = plan.rows_per_token(Shape(name="", hidden=2048, experts=128, topk=8), 4)
+    (peer,), (nccl,) = rows(found, "EP over peer"), rows(found, "EP over NCCL")
+    (tp,), (pp,) = rows(found, "TP 4"), rows(found, "TP 2 x PP 2")
+    assert peer.sent_bytes == pytest.approx(16 * away * 8192)
+    assert nccl.sent_bytes == 3 * 16 * 8192
+    assert tp.sent_bytes == 2 * 1.5 * 64 * 4096
+    assert pp.sent_bytes == 2 * 1.0 * 32 * 4096
+    assert tp.seconds == found.comparisons[0].tp_s
+    assert pp.seconds == found.comparisons[0].tp_pp_s
+
+
+def test_without_peer_access_ep_over_nccl_loses_to_tp_and_pp_in_decode():
+    found = planned("qwen3-30b-a3b", "pcie_blackwell", 4, [1, 8, 64])
+    assert [link.name for link in found.links] == ["pcie5-host", "consumer", "consumer-memcpy"]
+    for link in found.links:
+        ours = rows(found, "EP over NCCL", link.name)
+        theirs = rows(found, "TP 2 x PP 2", link.name)
+        assert all(one.seconds > other.seconds for one, other in zip(ours, theirs, strict=True))
+    assert all(row.seconds is None and row.least_s for row in rows(found, "EP over host"))
+    assert any("Choose TP 2 x PP 2 at 1, 8, 64 tokens" in line for line in found.advice)
+
+
+def test_the_words_about_host_say_where_it_would_lose():
+    def row(way, tokens, seconds, least_s=None):
+        return predict.Row(
+            way=way,
+            link="l",
+            dtype="bf16",
+            tokens=tokens,
+            sent_bytes=1,
+            seconds=seconds,
+            least_s=least_s,
+            basis="",
+        )
+
+    made = [
+        row("EP over host", 1, None, 5e-6),
+        row("TP 4", 1, 6e-6),
+        row("EP over host", 9, None, 5e-6),
+        row("TP 4", 9, 4e-6),
+    ]
+    (said,) = predict.host_sentence(made)
+    assert "need not lose at 1 and would lose at 9 tokens" in said
+    assert predict.host_sentence(made[1:2]) == []
+
+
+def test_peer_access_makes_ep_the_choice_on_nvlink():
+    found = planned("deepseek-v3", "nvswitch", 4, [8, 128])
+    assert found.advice[0].startswith("Choose EP over peer at 8, 128 tokens per GPU (nvlink4, bf16): at ")
+    (peer,) = [row for row in rows(found, "EP over peer") if row.tokens == 128]
+    assert any(f"{peer.seconds * 1e6:.1f} us" in line for line in found.advice)
+
+
+def test_what_does_not_fit_is_not_chosen():
+    deepseek = {"name": "deepseek-v3", "profile": "nvswitch", "gpus": 8, "tokens": [8]}
+    found = planned(**deepseek, memory_bytes=180e9)
+    assert {one.way: one.fits for one in found.weights} == {
+        "EP + DP": False,
+        "TP 8": True,
+        "TP 4 x PP 2": True,
+    }
+    assert found.advice[0].startswith("Choose TP")
+    assert "EP over" not in found.advice[0]
+    assert "do not fit in any way" in planned(**deepseek, memory_bytes=1e9).advice[0]
+
+
+def test_between_machines_there_are_bytes_and_no_times():
+    for profile, gpus in (("pcie_rdma", 4), ("nvswitch", 16)):
+        found = predict.make(model.read("qwen3-30b-a3b"), PROFILES[profile], [], gpus, [8], ["bf16"])
+        assert found.rows
+        assert all(row.seconds is None and row.sent_bytes > 0 for row in found.rows)
+        assert {row.way for row in found.rows} >= {"EP over hier", "EP over NCCL"}
+        assert found.advice == (predict.best(found.model, found.rows, set())[0],)
+
+
+def test_heads_that_tp_cannot_split():
+    found = planned("qwen3-30b-a3b", "nvswitch", 6, [8])
+    assert not [row for row in found.rows if row.way.startswith("TP")]
+    assert [one.way for one in found.weights] == ["EP + DP"]
+
+
+def test_the_rows_of_cpu_are_doctors_formula():
+    found = planned("qwen3-30b-a3b", "cpu", 2, [8])
+    (row,) = rows(found, "EP over cpu")
+    rate = {"copy_bytes_per_s": 2 * hardware.CORE_COPY.value, "cpus": 2}
+    assert row.seconds == plan.cpu_s(found.model.shape, 2, 8, "bf16", **rate)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        status = cli.main(["plan", *arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out, captured.err
+
+    return call
+
+
+H200 = ("--model", "qwen3-30b-a3b", "--gpus", "4", "--profile", "dgx")
+
+
+def test_the_command(run, tmp_path):
+    status, out, err = run(*H200, "--batch", "1,64", "--dtype", "bf16,fp8", "--memory", "141")
+    assert (status, err) == (0, "")
+    assert all(len(line) <= 110 for line in out.splitlines())
+    for words in (
+        "profile nvswitch",
+        "EP over peer, fp8",
+        "TP 2 x PP 2, bf16",
+        "fits",
+        "Choose EP over peer",
+    ):
+        assert words in out
+    folder = tmp_path / "mixtral"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MIXTRAL))
+    for given in (folder, folder / "config.json"):
+        status, out, _ = run("--model", str(given), "--gpus", "2", "--profile", "pcie_p2p", "--batch", "4")
+        assert status == 0
+        assert "mixtral: hidden 4096, 8 experts, top-2, 32 of 32 layers" in out
+
+
+def test_the_command_as_json(run):
+    status, out, _ = run(*H200, "--batch", "64", "--json", "--link", "nvlink4,nvlink5")
+    document = json.loads(out)
+    assert status == 0
+    assert [link["name"] for link in document["links"]] == ["nvlink4", "nvlink5"]
+    assert document["links"][0]["stores"]["kind"] == "measured"
+    peer = next(row for row in document["rows"] if row["way"] == "EP over peer")
+    assert peer["step_seconds"] == pytest.approx(48 * peer["seconds"])
+    assert document["weights"][0]["total"] > 14e9
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_every_profile_is_planned(run, profile):
+    status, out, err = run("--model", "qwen1.5-moe-a2.7b", "--gpus", "2", "--profile", profile)
+    assert (status, err) == (0, "")
+    assert f"profile {profile}" in out
+    assert "Advice:" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "qwen3-30b-a3"), "did you mean"),
+        (("--model", "qwen3-30b-a3b,layers=0"), "is no option"),
+        (("--model", "/nonesuch"), "neither a known model"),
+        (("--profile", "dgy"), "there is no hardware profile"),
+        (("--gpus", "1"), "whole number from 2 on"),
+        (("--gpus", "5000"), "at most 1024"),
+        (("--batch", "0"), "whole number from 1 on"),
+        (("--dtype", "int8"), "none of bf16, fp8"),
+        (("--memory", "-3"), "no number of gigabytes"),
+        (("--memory", "nan"), "no number of gigabytes"),
+        (("--link", "pcie5"), "profile nvswitch has nvlink4, nvlink5"),
+        (("--link", "string"), "none of nvlink5"),
+    ],
+)
+def test_wrong_usage_is_status_2(run, arguments, words):
+    status, out, err = run(*H200, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"hidden_size": 8}', "\ud800"])
+def test_a_config_that_cannot_be_used_is_status_2(run, tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_bytes(content.encode("utf-8", "surrogatepass"))
+    status, out, err = run(*H200, "--model", str(file))
+    assert (status, out) == (2, "")
+    assert str(file) in err
