@@ -120,7 +120,7 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_PROFILE",
         "str",
         "auto",
-        "Hardware profile: auto recognises the machine; a name, an alias or a TOML file's path forces one.",
+        "Hardware profile: auto recognises it; a name or alias forces one; a path adds a TOML file of yours.",
     ),
     _read(
         "EP_BACKEND_PEER_ACCESS",

@@ -88,8 +88,11 @@ def decide(
     asked_by = "the command line"
     if wish is None:
         wish, asked_by = records[0].environment.get("EP_BACKEND_PROFILE", "auto"), "EP_BACKEND_PROFILE"
-    known, name = profiles.load(wish)
-    return select(records, known, requested_transport, profile=name, asked_by=asked_by, available=available)
+    known, name, forced = profiles.load(wish)
+    return select(
+        records, known, requested_transport, profile=name, forced=forced, asked_by=asked_by,
+        available=available,
+    )  # fmt: skip
 
 
 def select(
@@ -98,26 +101,21 @@ def select(
     requested: str = "auto",
     *,
     profile: str = "auto",
+    forced: bool = True,
     asked_by: str = "EP_BACKEND_PROFILE",
     available: frozenset[str] = AVAILABLE,
 ) -> Decision:
     """Choose profile, transport and environment for a group. Pure.
 
     ``known``: profiles, tried in the order given by `profiles.in_order`. ``requested``: a transport or
-    "auto". ``profile``: a profile's name or alias, or "auto". Raises EpConfigError.
+    "auto". ``profile``: a profile's name or alias, or "auto". ``forced``: use it whatever the machine is;
+    else it only goes before the others. Raises EpConfigError.
     """
     check_agreement(records)
     refused = env.get("EP_BACKEND_PEER_ACCESS", records[0].environment) == "0"
     facts = gather(records)
     known = profiles.in_order(known)
-    if profile == "auto":
-        chosen, why_profile = _recognise(known, facts)
-    else:
-        chosen = profiles.find(profile, known)
-        why_profile = f"Profile {chosen.name}: asked for by {asked_by}."
-        missing = unmet(chosen.recognition.require, facts) if chosen.recognition else []
-        if missing:
-            why_profile += f" It would not have been chosen here: {'; '.join(missing)}."
+    chosen, why_profile = _profile(known, facts, profile, forced, asked_by)
     transport, why_transport = _transport(records, facts, chosen, requested, available)
     environment, engine = _settings(chosen, facts)
     return Decision(
@@ -177,6 +175,22 @@ def check_agreement(records: Sequence[Record]) -> None:
             differences.append(f"{key}: {', '.join(sides)}")
     if differences:
         raise EpConfigError(f"the ranks of the group are not set up alike: {'; '.join(differences)}")
+
+
+def _profile(
+    known: Sequence[Profile], facts: Facts, asked: str, forced: bool, asked_by: str
+) -> tuple[Profile | None, str]:
+    if asked == "auto":
+        return _recognise(known, facts)
+    first = profiles.find(asked, known)
+    missing = unmet(first.recognition.require, facts) if first.recognition else []
+    if forced:
+        why = f"Profile {first.name}: asked for by {asked_by}."
+        return first, why + (f" It would not have been chosen here: {'; '.join(missing)}." if missing else "")
+    if not missing:
+        return _recognise([first], facts)
+    others, why = _recognise([profile for profile in known if profile is not first], facts)
+    return others, f"Profile {first.name}, named by {asked_by}, does not fit: {'; '.join(missing)}. {why}"
 
 
 def _recognise(known: Sequence[Profile], facts: Facts) -> tuple[Profile | None, str]:

@@ -434,6 +434,57 @@ def test_no_transport_at_all():
         decide([cpu_rank(), cpu_rank(boot_id="b1")], available=frozenset({"cpu"}))
 
 
+# --- a profile in a file of the user's ---
+
+OWN = """
+name = "{name}"
+description = "Mine."
+[transport]
+inside = ["collective"]
+across = ["collective"]
+source = "me"
+"""
+RECOGNITION = """
+[recognition]
+order = 500
+require = {{ nvlink = "{nvlink}" }}
+source = "me"
+"""
+
+
+def own_file(folder, name="mine", nvlink=None):
+    file = folder / "own.toml"
+    file.write_text(OWN.format(name=name) + (RECOGNITION.format(nvlink=nvlink) if nvlink else ""))
+    return {"EP_BACKEND_PROFILE": str(file)}
+
+
+def test_a_file_without_recognition_is_forced(tmp_path):
+    decision = decide(gpu_machine(2, environment=own_file(tmp_path)))
+    assert decision.profile == "mine"
+    assert "asked for by EP_BACKEND_PROFILE" in decision.reason
+
+
+def test_a_file_with_recognition_goes_before_the_others_where_it_fits(tmp_path):
+    decision = decide(gpu_machine(2, environment=own_file(tmp_path, nvlink="all")))
+    assert decision.profile == "mine"
+    assert "Profile mine: nvlink is all." in decision.reason
+
+
+@pytest.mark.parametrize(("name", "instead"), [("mine", "pcie_p2p"), ("pcie_p2p", None)])
+def test_a_file_with_recognition_is_not_used_where_it_does_not_fit(tmp_path, name, instead):
+    decision = decide(pcie_machine(2, environment=own_file(tmp_path, name=name, nvlink="all")))
+    assert decision.profile == instead
+    assert f"Profile {name}, named by EP_BACKEND_PROFILE, does not fit" in decision.reason
+    assert "nvlink must be all and is none" in decision.reason
+
+
+def test_a_file_with_recognition_from_the_command_line(tmp_path):
+    path = own_file(tmp_path, nvlink="some")["EP_BACKEND_PROFILE"]
+    decision = decide(gpu_machine(2), requested_profile=path)
+    assert decision.profile == "nvswitch"
+    assert "Profile mine, named by the command line, does not fit" in decision.reason
+
+
 # --- ranks that disagree ---
 
 
