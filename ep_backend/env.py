@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ep_backend.errors import EpConfigError
 
 PREFIX = "EP_BACKEND_"
+APPLIED = "EP_BACKEND_APPLIED"
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,12 @@ VARIABLES: tuple[Variable, ...] = (
         "Tests only: engine adapters multiply the combined result by this, to see a check fail.",
     ),
     _read(
+        APPLIED,
+        "str",
+        "",
+        "Not for you: NAME=VALUE of what ep_backend itself has set, so that it is not taken for yours.",
+    ),
+    _read(
         "CUDA_VISIBLE_DEVICES",
         "str",
         "",
@@ -204,6 +211,26 @@ def get(name: str, environ: Mapping[str, str] | None = None) -> Any:
         raise EpConfigError(f"{name} is set by profiles and not read by ep_backend")
     text = (os.environ if environ is None else environ).get(name, "")
     return entry.parse(text) if text.strip() else entry.default
+
+
+def applied(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of kind "set" that ep_backend has set, here or in a process above, and that still hold that
+    value."""
+    environ = os.environ if environ is None else environ
+    noted = (entry.partition("=") for entry in environ.get(APPLIED, "").split())
+    return {
+        name: value
+        for name, _, value in noted
+        if value and environ.get(name) == value and name in _BY_NAME and _BY_NAME[name].kind == "set"
+    }
+
+
+def apply(values: Mapping[str, str], environ: MutableMapping[str, str]) -> None:
+    """Set what is not set yet, and note in EP_BACKEND_APPLIED that it was us."""
+    ours = applied(environ)
+    ours.update((name, value) for name, value in values.items() if name not in environ)
+    environ.update(ours)
+    environ[APPLIED] = " ".join(f"{name}={value}" for name, value in sorted(ours.items()))
 
 
 def wrong_values(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:

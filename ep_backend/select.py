@@ -135,26 +135,31 @@ def select(
 def apply_env(decision: Decision, environ: MutableMapping[str, str] = os.environ) -> tuple[Conflict, ...]:
     """Set the decision's variables where nothing is set yet; nothing that is set is changed.
 
-    Must run before NCCL starts. Returns the variables whose present value differs, for the caller to report
-    once.
+    Must run before NCCL starts. Returns the user's own values that differ, for the caller to report once.
+    What was set is noted in the environment (`env.applied`): the processes below inherit it and do not take
+    it for the user's.
     """
     conflicts = find_conflicts(decision, environ)
-    for item in decision.env:
-        environ.setdefault(item.name, item.value)
+    env.apply({item.name: item.value for item in decision.env}, environ)
     return conflicts
 
 
 def find_conflicts(decision: Decision, environ: Mapping[str, str]) -> tuple[Conflict, ...]:
     """What `apply_env` would return, without setting anything."""
+    ours = env.applied(environ)
     return tuple(
         Conflict(item.name, environ[item.name], item.value, item.why)
         for item in decision.env
-        if environ.get(item.name, item.value) != item.value
+        if environ.get(item.name, item.value) != item.value and item.name not in ours
     )
 
 
 def check_agreement(records: Sequence[Record]) -> None:
-    """Raise EpConfigError, with every difference and its ranks, unless the ranks can decide alike."""
+    """Raise EpConfigError, with every difference and its ranks, unless the ranks can decide alike.
+
+    What ep_backend itself has set on a host follows from what the host is, and hosts may differ. It counts
+    only where somebody has a value of their own for the same variable, which must then hold on all ranks.
+    """
     if not records:
         raise EpConfigError("there are no records to decide from")
     views: dict[str, list[str]] = {}
@@ -165,13 +170,19 @@ def check_agreement(records: Sequence[Record]) -> None:
         view["computes on"] = "a GPU" if record.used_gpus() else "the CPU"
         for key, text in view.items():
             views.setdefault(key, [""] * len(records))[rank] = text
+    for rank, record in enumerate(records):
+        for name in views.keys() & record.applied.keys():
+            views[name][rank] = record.applied[name]
     differences = []
     for key, texts in sorted(views.items()):
         if len(set(texts)) > 1:
-            sides = [
-                f"{text or 'nothing'} on {_ranks(r for r, t in enumerate(texts) if t == text)}"
-                for text in dict.fromkeys(texts)
-            ]
+            sides = []
+            for text in dict.fromkeys(texts):
+                ranks = [rank for rank, other in enumerate(texts) if other == text]
+                ours = all(key in records[rank].applied for rank in ranks)
+                sides.append(
+                    f"{text or 'nothing'} on {_ranks(ranks)}{' (set by ep_backend)' if ours else ''}"
+                )
             differences.append(f"{key}: {', '.join(sides)}")
     if differences:
         raise EpConfigError(f"the ranks of the group are not set up alike: {'; '.join(differences)}")

@@ -76,6 +76,23 @@ def test_env_for_a_shell_can_be_evaluated(capsys, monkeypatch):
     assert (shell.returncode, shell.stdout, shell.stderr) == (0, "1 1\n", "")
 
 
+def test_what_a_shell_was_given_is_known_as_ours(capsys, monkeypatch):
+    _, out, _ = run(capsys, "env", "--shell", "--profile", "hgx")
+    shell = subprocess.run(["sh", "-euc", out + "\nenv"], capture_output=True, text=True)
+    given = dict(line.split("=", 1) for line in shell.stdout.splitlines() if "=" in line)
+    assert env.applied(given) == {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
+    _, out, _ = run(capsys, "env", "--shell", "--profile", "cpu")
+    assert "export" not in out
+
+
+def test_what_was_set_for_another_profile_is_no_conflict(capsys, monkeypatch):
+    monkeypatch.setenv("NCCL_P2P_LEVEL", "LOC")
+    monkeypatch.setenv("EP_BACKEND_APPLIED", "NCCL_P2P_LEVEL=LOC")
+    _, out, _ = run(capsys, "env", "--profile", "pcie_p2p")
+    assert "NCCL_P2P_LEVEL=PHB  [set before by ep_backend]" in out
+    assert "conflict:" not in out
+
+
 def test_env_changes_nothing(capsys):
     before = dict(os.environ)
     run(capsys, "env", "--profile", "hgx")

@@ -341,6 +341,12 @@ def test_what_the_user_chose_is_recorded(machine):
     assert record.profiles_digest
 
 
+def test_what_ep_backend_set_itself_is_kept_apart(machine):
+    environ = {"NCCL_IB_SL": "3", "NCCL_IB_TC": "7", "EP_BACKEND_APPLIED": "NCCL_IB_TC=7 NCCL_IB_SL=1"}
+    record = machine(environ=environ)
+    assert (record.environment, record.applied) == ({"NCCL_IB_SL": "3"}, {"NCCL_IB_TC": "7"})
+
+
 def test_a_part_that_breaks_does_not_take_the_others_along(machine, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: 1 / 0)
     record = machine(fake_nvml())
