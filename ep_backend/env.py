@@ -155,6 +155,12 @@ VARIABLES: tuple[Variable, ...] = (
         "",
         "Read by the probe to learn which GPUs this process uses; it may hold ordinals or UUIDs.",
     ),
+    _read(
+        "CUDA_DEVICE_ORDER",
+        "str",
+        "FASTEST_FIRST",
+        "CUDA's; read by the probe: unless it is PCI_BUS_ID, the numbers of unlike GPUs may mean others.",
+    ),
     _set(
         "NCCL_P2P_LEVEL",
         "Longest path over which NCCL uses peer-to-peer access.",

@@ -269,6 +269,8 @@ def _gpus(
     )
     found["iommu"] = surroundings.iommu(root, (gpu.bus_id for gpu in found["gpus"] if gpu.bus_id))
     found.update(_use(found["gpus"], root, environ, torch_version, problems))
+    if note := devices.doubt(found["gpus"], environ, wanted) if found.get("visible") else "":
+        problems.append(note)
     if wanted:
         found["device"] = (
             "cpu" if wanted == "cpu" else devices.uuid_of(wanted, found.get("visible", ()), problems)
