@@ -6,7 +6,9 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from ep_backend import env
 from ep_backend.nvml import Gpu
 
 
@@ -45,14 +47,39 @@ def visible(names: Sequence[str], environ: Mapping[str, str], problems: list[str
     return tuple(found)
 
 
+def doubt(gpus: Sequence[Gpu], environ: Mapping[str, str], device: str) -> str:
+    """A sentence if ``device`` ("cuda:1"; empty: all visible ones) may be another GPU than it is taken for.
+
+    NVML numbers GPUs by their place on the bus. CUDA puts the fastest first, by a measure that it does not
+    tell, so that the numbers agree for sure only among GPUs of one kind.
+    """
+    if len({gpu.name for gpu in gpus if gpu.name}) < 2 or device == "cpu":
+        return ""
+    if env.get("CUDA_DEVICE_ORDER", environ) == "PCI_BUS_ID" or (device and _running_cuda()):
+        return ""
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = device != "" if listed is None else any(part.strip().isdecimal() for part in listed.split(","))
+    if not numbers:
+        return ""
+    return (
+        "this machine has different GPUs, and CUDA may number them otherwise than by their place on the bus: "
+        "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name GPUs by UUID in CUDA_VISIBLE_DEVICES"
+    )
+
+
+def _running_cuda() -> Any:
+    """The module torch if it has started CUDA in this process; else None."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_initialized() else None
+
+
 def uuid_of(device: str, visible: tuple[str, ...], problems: list[str]) -> str:
     """The UUID of "cuda" or "cuda:1"; ``device`` itself, with a problem, where it cannot be told."""
     kind, _, ordinal = device.partition(":")
     if kind != "cuda":
         problems.append(f"device {device!r} is neither cpu nor cuda")
         return device
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if torch := _running_cuda():
         # CUDA may number the GPUs otherwise than NVML does; once it runs, it can be asked.
         index = int(ordinal) if ordinal else torch.cuda.current_device()
         uuid = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))

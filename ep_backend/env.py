@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ep_backend.errors import EpConfigError
 
 PREFIX = "EP_BACKEND_"
+APPLIED = "EP_BACKEND_APPLIED"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_PROFILE",
         "str",
         "auto",
-        "Hardware profile: auto recognises the machine; a name, an alias or a TOML file's path forces one.",
+        "Hardware profile: auto recognises it; a name or alias forces one; a path adds a TOML file of yours.",
     ),
     _read(
         "EP_BACKEND_PEER_ACCESS",
@@ -143,10 +144,22 @@ VARIABLES: tuple[Variable, ...] = (
         "Tests only: engine adapters multiply the combined result by this, to see a check fail.",
     ),
     _read(
+        APPLIED,
+        "str",
+        "",
+        "Not for you: NAME=VALUE of what ep_backend itself has set, so that it is not taken for yours.",
+    ),
+    _read(
         "CUDA_VISIBLE_DEVICES",
         "str",
         "",
         "Read by the probe to learn which GPUs this process uses; it may hold ordinals or UUIDs.",
+    ),
+    _read(
+        "CUDA_DEVICE_ORDER",
+        "str",
+        "FASTEST_FIRST",
+        "CUDA's; read by the probe: unless it is PCI_BUS_ID, the numbers of unlike GPUs may mean others.",
     ),
     _set(
         "NCCL_P2P_LEVEL",
@@ -204,6 +217,26 @@ def get(name: str, environ: Mapping[str, str] | None = None) -> Any:
         raise EpConfigError(f"{name} is set by profiles and not read by ep_backend")
     text = (os.environ if environ is None else environ).get(name, "")
     return entry.parse(text) if text.strip() else entry.default
+
+
+def applied(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of kind "set" that ep_backend has set, here or in a process above, and that still hold that
+    value."""
+    environ = os.environ if environ is None else environ
+    noted = (entry.partition("=") for entry in environ.get(APPLIED, "").split())
+    return {
+        name: value
+        for name, _, value in noted
+        if value and environ.get(name) == value and name in _BY_NAME and _BY_NAME[name].kind == "set"
+    }
+
+
+def apply(values: Mapping[str, str], environ: MutableMapping[str, str]) -> None:
+    """Set what is not set yet, and note in EP_BACKEND_APPLIED that it was us."""
+    ours = applied(environ)
+    ours.update((name, value) for name, value in values.items() if name not in environ)
+    environ.update(ours)
+    environ[APPLIED] = " ".join(f"{name}={value}" for name, value in sorted(ours.items()))
 
 
 def wrong_values(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:

@@ -105,9 +105,12 @@ def _query(pynvml: Any, problems: list[str]) -> dict[str, Any]:
             continue
         handles[name] = handle
         gpus.append(_gpu(pynvml, ask, handle, name))
+    bare = {name for name, handle in handles.items() if _has_no_nvlink(pynvml, handle)}
     return {
         "gpus": tuple(gpus),
-        "links": tuple(_link(pynvml, ask, handles, a, b) for a, b in itertools.combinations(handles, 2)),
+        "links": tuple(
+            _link(pynvml, ask, handles, bare, a, b) for a, b in itertools.combinations(handles, 2)
+        ),
         "driver": ask("", "nvmlSystemGetDriverVersion"),
         "cuda_driver": f"{version // 1000}.{version % 1000 // 10}" if version else "",
     }
@@ -138,6 +141,21 @@ def _gpu(pynvml: Any, ask: Ask, handle: Any, name: str) -> Gpu:
     )
 
 
+def _has_no_nvlink(pynvml: Any, handle: Any) -> bool:
+    """Whether it is known that no NVLink of this GPU is active: each one is off or does not exist."""
+    absent = (pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if pynvml.nvmlDeviceGetNvLinkState(handle, link) != 0:
+                return False
+        except AttributeError:  # an older module
+            return False
+        except pynvml.NVMLError as error:
+            if error.value not in absent:
+                return False
+    return True
+
+
 def _fabric(pynvml: Any, ask: Ask, handle: Any) -> dict[str, Any]:
     """The NVLink fabric across machines. Machines without one may say that theirs is complete, with a cluster
     of zeros."""
@@ -166,16 +184,19 @@ def _bus_id(pci: Any) -> str:
     return bus_id.decode() if isinstance(bus_id, bytes) else str(bus_id)
 
 
-def _link(pynvml: Any, ask: Ask, handles: dict[str, Any], a: str, b: str) -> Link:
+def _link(pynvml: Any, ask: Ask, handles: dict[str, Any], bare: set[str], a: str, b: str) -> Link:
     def ok(capability: int) -> bool | None:
         status = ask(None, "nvmlDeviceGetP2PStatus", handles[a], handles[b], capability)
         return None if status is None else bool(status == pynvml.NVML_P2P_STATUS_OK)
 
+    nvlink = ok(_NVLINK)
+    if nvlink is None and bare.intersection((a, b)):  # NVML does not tell, and there is nothing it could be
+        nvlink = False
     level = ask(None, "nvmlDeviceGetTopologyCommonAncestor", handles[a], handles[b])
     return Link(
         a=a,
         b=b,
-        nvlink=ok(_NVLINK),
+        nvlink=nvlink,
         nvml_read=ok(_READ),
         nvml_write=ok(_WRITE),
         nvml_atomics=ok(_ATOMICS),

@@ -53,7 +53,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     fabric_works: bool | None = None
     iommu: str = ""  # off, passthrough, translated; empty: not known
     container: str = ""  # docker, podman, kubernetes, other; empty: none
-    environment: dict[str, str] = {}  # registered variables that steer the choice, as they were found
+    environment: dict[str, str] = {}  # registered variables that steer the choice, as the user has set them
+    applied: dict[str, str] = {}  # and those that ep_backend itself has set before, here or in a parent
     profiles_digest: str = ""  # of the profile files this rank would read
     problems: tuple[str, ...] = ()
 
@@ -241,8 +242,12 @@ def _choices(root: Path, environ: Mapping[str, str], problems: list[str]) -> dic
         "EP_BACKEND_TRANSPORT",
         "EP_BACKEND_PEER_ACCESS",
     }
+    ours = env.applied(environ)
     return {
-        "environment": {name: environ[name] for name in sorted(steering) if environ.get(name, "").strip()},
+        "environment": {
+            name: environ[name] for name in sorted(steering - set(ours)) if environ.get(name, "").strip()
+        },
+        "applied": ours,
         "profiles_digest": profiles.digest(environ.get("EP_BACKEND_PROFILE", "")),
     }
 
@@ -264,6 +269,8 @@ def _gpus(
     )
     found["iommu"] = surroundings.iommu(root, (gpu.bus_id for gpu in found["gpus"] if gpu.bus_id))
     found.update(_use(found["gpus"], root, environ, torch_version, problems))
+    if note := devices.doubt(found["gpus"], environ, wanted) if found.get("visible") else "":
+        problems.append(note)
     if wanted:
         found["device"] = (
             "cpu" if wanted == "cpu" else devices.uuid_of(wanted, found.get("visible", ()), problems)

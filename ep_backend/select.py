@@ -88,8 +88,11 @@ def decide(
     asked_by = "the command line"
     if wish is None:
         wish, asked_by = records[0].environment.get("EP_BACKEND_PROFILE", "auto"), "EP_BACKEND_PROFILE"
-    known, name = profiles.load(wish)
-    return select(records, known, requested_transport, profile=name, asked_by=asked_by, available=available)
+    known, name, forced = profiles.load(wish)
+    return select(
+        records, known, requested_transport, profile=name, forced=forced, asked_by=asked_by,
+        available=available,
+    )  # fmt: skip
 
 
 def select(
@@ -98,26 +101,21 @@ def select(
     requested: str = "auto",
     *,
     profile: str = "auto",
+    forced: bool = True,
     asked_by: str = "EP_BACKEND_PROFILE",
     available: frozenset[str] = AVAILABLE,
 ) -> Decision:
     """Choose profile, transport and environment for a group. Pure.
 
     ``known``: profiles, tried in the order given by `profiles.in_order`. ``requested``: a transport or
-    "auto". ``profile``: a profile's name or alias, or "auto". Raises EpConfigError.
+    "auto". ``profile``: a profile's name or alias, or "auto". ``forced``: use it whatever the machine is;
+    else it only goes before the others. Raises EpConfigError.
     """
     check_agreement(records)
     refused = env.get("EP_BACKEND_PEER_ACCESS", records[0].environment) == "0"
     facts = gather(records)
     known = profiles.in_order(known)
-    if profile == "auto":
-        chosen, why_profile = _recognise(known, facts)
-    else:
-        chosen = profiles.find(profile, known)
-        why_profile = f"Profile {chosen.name}: asked for by {asked_by}."
-        missing = unmet(chosen.recognition.require, facts) if chosen.recognition else []
-        if missing:
-            why_profile += f" It would not have been chosen here: {'; '.join(missing)}."
+    chosen, why_profile = _profile(known, facts, profile, forced, asked_by)
     transport, why_transport = _transport(records, facts, chosen, requested, available)
     environment, engine = _settings(chosen, facts)
     return Decision(
@@ -137,26 +135,31 @@ def select(
 def apply_env(decision: Decision, environ: MutableMapping[str, str] = os.environ) -> tuple[Conflict, ...]:
     """Set the decision's variables where nothing is set yet; nothing that is set is changed.
 
-    Must run before NCCL starts. Returns the variables whose present value differs, for the caller to report
-    once.
+    Must run before NCCL starts. Returns the user's own values that differ, for the caller to report once.
+    What was set is noted in the environment (`env.applied`): the processes below inherit it and do not take
+    it for the user's.
     """
     conflicts = find_conflicts(decision, environ)
-    for item in decision.env:
-        environ.setdefault(item.name, item.value)
+    env.apply({item.name: item.value for item in decision.env}, environ)
     return conflicts
 
 
 def find_conflicts(decision: Decision, environ: Mapping[str, str]) -> tuple[Conflict, ...]:
     """What `apply_env` would return, without setting anything."""
+    ours = env.applied(environ)
     return tuple(
         Conflict(item.name, environ[item.name], item.value, item.why)
         for item in decision.env
-        if environ.get(item.name, item.value) != item.value
+        if environ.get(item.name, item.value) != item.value and item.name not in ours
     )
 
 
 def check_agreement(records: Sequence[Record]) -> None:
-    """Raise EpConfigError, with every difference and its ranks, unless the ranks can decide alike."""
+    """Raise EpConfigError, with every difference and its ranks, unless the ranks can decide alike.
+
+    What ep_backend itself has set on a host follows from what the host is, and hosts may differ. It counts
+    only where somebody has a value of their own for the same variable, which must then hold on all ranks.
+    """
     if not records:
         raise EpConfigError("there are no records to decide from")
     views: dict[str, list[str]] = {}
@@ -167,16 +170,38 @@ def check_agreement(records: Sequence[Record]) -> None:
         view["computes on"] = "a GPU" if record.used_gpus() else "the CPU"
         for key, text in view.items():
             views.setdefault(key, [""] * len(records))[rank] = text
+    for rank, record in enumerate(records):
+        for name in views.keys() & record.applied.keys():
+            views[name][rank] = record.applied[name]
     differences = []
     for key, texts in sorted(views.items()):
         if len(set(texts)) > 1:
-            sides = [
-                f"{text or 'nothing'} on {_ranks(r for r, t in enumerate(texts) if t == text)}"
-                for text in dict.fromkeys(texts)
-            ]
+            sides = []
+            for text in dict.fromkeys(texts):
+                ranks = [rank for rank, other in enumerate(texts) if other == text]
+                ours = all(key in records[rank].applied for rank in ranks)
+                sides.append(
+                    f"{text or 'nothing'} on {_ranks(ranks)}{' (set by ep_backend)' if ours else ''}"
+                )
             differences.append(f"{key}: {', '.join(sides)}")
     if differences:
         raise EpConfigError(f"the ranks of the group are not set up alike: {'; '.join(differences)}")
+
+
+def _profile(
+    known: Sequence[Profile], facts: Facts, asked: str, forced: bool, asked_by: str
+) -> tuple[Profile | None, str]:
+    if asked == "auto":
+        return _recognise(known, facts)
+    first = profiles.find(asked, known)
+    missing = unmet(first.recognition.require, facts) if first.recognition else []
+    if forced:
+        why = f"Profile {first.name}: asked for by {asked_by}."
+        return first, why + (f" It would not have been chosen here: {'; '.join(missing)}." if missing else "")
+    if not missing:
+        return _recognise([first], facts)
+    others, why = _recognise([profile for profile in known if profile is not first], facts)
+    return others, f"Profile {first.name}, named by {asked_by}, does not fit: {'; '.join(missing)}. {why}"
 
 
 def _recognise(known: Sequence[Profile], facts: Facts) -> tuple[Profile | None, str]:

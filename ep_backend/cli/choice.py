@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from ep_backend import env
 from ep_backend.probe import Record
 from ep_backend.select import AVAILABLE, Conflict, Decision
 
@@ -27,7 +28,11 @@ def available() -> frozenset[str]:
 def status(name: str, wanted: str, environ: Mapping[str, str]) -> str:
     """What setting ``name`` where it is unset would do."""
     found = environ.get(name)
-    return "will be set" if found is None else "already so" if found == wanted else "conflict"
+    if found is None:
+        return "will be set"
+    if found == wanted:
+        return "already so"
+    return "set before by ep_backend" if name in env.applied(environ) else "conflict"
 
 
 def as_json(

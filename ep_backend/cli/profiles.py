@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from ep_backend import env, profiles
@@ -23,7 +24,11 @@ def add_parser(subparsers: Any) -> None:
     listing = actions.add_parser("list", help="names and descriptions, in the order in which they are tried")
     listing.set_defaults(func=run_list)
     show = actions.add_parser("show", help="print one profile's file")
-    show.add_argument("name", help="name or alias of a shipped profile")
+    show.add_argument(
+        "name",
+        metavar="NAME|FILE",
+        help="name or alias of a profile, shipped or in the file that EP_BACKEND_PROFILE names; or a file",
+    )
     show.set_defaults(func=run_show)
     validate = actions.add_parser("validate", help="check files, or with none given the shipped ones")
     validate.add_argument("files", nargs="*", metavar="FILE")
@@ -34,20 +39,35 @@ def add_parser(subparsers: Any) -> None:
 def run_list(args: argparse.Namespace) -> int:
     # What the user has forced must not hide what the machine is.
     environ = {name: text for name, text in os.environ.items() if not name.startswith(env.PREFIX)}
-    here = decide([probe(environ=environ)], requested_profile="auto").profile
-    for profile in profiles.shipped():
+    path = _own_path()
+    known, own, forced = profiles.load(path or "auto")
+    here = decide([probe(environ=environ)], requested_profile="auto" if forced or not path else path).profile
+    for profile in known:
         aliases = f" (also: {', '.join(profile.aliases)})" if profile.aliases else ""
+        source = f" from {path}" if path and profile.name == own else ""
         mark = "  <- this machine" if profile.name == here else ""
-        print(f"{profile.name}{aliases}{mark}\n    {profile.description}")
+        print(f"{profile.name}{aliases}{source}{mark}\n    {profile.description}")
     return 0
 
 
 def run_show(args: argparse.Namespace) -> int:
+    path = args.name if profiles.is_path(args.name) else _own_path()
+    if path:
+        own, content = profiles.load_file(path), Path(path).read_bytes().decode()
+        if path == args.name or args.name in own.names:
+            print(content, end="")
+            return 0
     wanted = profiles.find(args.name, profiles.shipped()).name
-    for file, content in profiles.shipped_files():
-        if profiles.loads(content, file).name == wanted:
-            print(content.decode(), end="")
+    for file, shipped in profiles.shipped_files():
+        if profiles.loads(shipped, file).name == wanted:
+            print(shipped.decode(), end="")
     return 0
+
+
+def _own_path() -> str:
+    """The file that EP_BACKEND_PROFILE names; empty if it names none."""
+    wish: str = env.get("EP_BACKEND_PROFILE")
+    return wish if profiles.is_path(wish) else ""
 
 
 def run_validate(args: argparse.Namespace) -> int:

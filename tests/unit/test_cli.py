@@ -76,6 +76,23 @@ def test_env_for_a_shell_can_be_evaluated(capsys, monkeypatch):
     assert (shell.returncode, shell.stdout, shell.stderr) == (0, "1 1\n", "")
 
 
+def test_what_a_shell_was_given_is_known_as_ours(capsys, monkeypatch):
+    _, out, _ = run(capsys, "env", "--shell", "--profile", "hgx")
+    shell = subprocess.run(["sh", "-euc", out + "\nenv"], capture_output=True, text=True)
+    given = dict(line.split("=", 1) for line in shell.stdout.splitlines() if "=" in line)
+    assert env.applied(given) == {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
+    _, out, _ = run(capsys, "env", "--shell", "--profile", "cpu")
+    assert "export" not in out
+
+
+def test_what_was_set_for_another_profile_is_no_conflict(capsys, monkeypatch):
+    monkeypatch.setenv("NCCL_P2P_LEVEL", "LOC")
+    monkeypatch.setenv("EP_BACKEND_APPLIED", "NCCL_P2P_LEVEL=LOC")
+    _, out, _ = run(capsys, "env", "--profile", "pcie_p2p")
+    assert "NCCL_P2P_LEVEL=PHB  [set before by ep_backend]" in out
+    assert "conflict:" not in out
+
+
 def test_env_changes_nothing(capsys):
     before = dict(os.environ)
     run(capsys, "env", "--profile", "hgx")
@@ -126,6 +143,51 @@ def test_profiles_show(capsys):
     status, _, err = run(capsys, "profiles", "show", "dgy")
     assert status == 1
     assert "did you mean 'dgx'" in err
+
+
+OWN = """
+name = "mine"
+aliases = ["my_own"]
+description = "Mine."
+[transport]
+inside = ["collective"]
+across = ["collective"]
+source = "me"
+"""
+RECOGNISED = '[recognition]\norder = 500\nrequire = { gpus = "none" }\nsource = "me"\n'
+
+
+def test_profiles_show_a_file(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN)
+    assert run(capsys, "profiles", "show", str(file)) == (0, OWN, "")
+    monkeypatch.setenv("EP_BACKEND_PROFILE", str(file))
+    for name in ("mine", "my_own"):
+        assert run(capsys, "profiles", "show", name) == (0, OWN, "")
+    assert "NVLink" in run(capsys, "profiles", "show", "hgx")[1]
+    file.write_text(OWN.replace("Mine.", ""))
+    status, out, err = run(capsys, "profiles", "show", str(file))
+    assert (status, out) == (1, "")
+    assert "own.toml: description: must not be empty" in err
+
+
+@pytest.mark.parametrize(("more", "here"), [("", "cpu"), (RECOGNISED, "mine")])
+def test_profiles_list_has_a_users_own_file(capsys, monkeypatch, tmp_path, more, here):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN + more)
+    monkeypatch.setenv("EP_BACKEND_PROFILE", str(file))
+    status, out, _ = run(capsys, "profiles", "list")
+    assert status == 0
+    assert f"mine (also: my_own) from {file}" in out
+    (marked,) = [line for line in out.splitlines() if line.endswith("<- this machine")]
+    assert marked.startswith(here)
+
+
+def test_profiles_list_says_what_is_wrong_with_a_users_own_file(capsys, monkeypatch):
+    monkeypatch.setenv("EP_BACKEND_PROFILE", "/nonexistent/own.toml")
+    status, _, err = run(capsys, "profiles", "list")
+    assert status == 1
+    assert "there is no such file" in err
 
 
 def test_profiles_validate(capsys, tmp_path):

@@ -70,6 +70,20 @@ def test_misspelt():
     )
 
 
+@pytest.mark.parametrize(
+    ("environ", "ours"),
+    [
+        ({}, {}),
+        ({"EP_BACKEND_APPLIED": "", "NCCL_IB_SL": "3"}, {}),
+        ({"EP_BACKEND_APPLIED": "NCCL_IB_SL=3 NCCL_IB_TC=7", "NCCL_IB_SL": "3"}, {"NCCL_IB_SL": "3"}),
+        ({"EP_BACKEND_APPLIED": "NCCL_IB_SL=3", "NCCL_IB_SL": "4"}, {}),
+        ({"EP_BACKEND_APPLIED": "HOME=/ rubbish = NCCL_IB_SL", "HOME": "/", "NCCL_IB_SL": ""}, {}),
+    ],
+)
+def test_what_ep_backend_has_set_is_remembered_while_it_holds(environ, ours):
+    assert env.applied(environ) == ours
+
+
 def test_registry_is_consistent():
     names = [variable.name for variable in env.VARIABLES]
     assert len(set(names)) == len(names)

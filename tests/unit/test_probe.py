@@ -43,6 +43,7 @@ def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, bro
     module = types.ModuleType("pynvml")
     module.NVMLError = FakeError
     module.NVML_ERROR_LIBRARY_NOT_FOUND, module.NVML_ERROR_DRIVER_NOT_LOADED = 12, 9
+    module.NVML_ERROR_NOT_SUPPORTED, module.NVML_ERROR_INVALID_ARGUMENT = 3, 2
     module.NVML_NVLINK_MAX_LINKS, module.NVML_P2P_CAPS_INDEX_NVLINK, module.NVML_P2P_STATUS_OK = 3, 2, 0
 
     def init():
@@ -199,6 +200,31 @@ def test_nvlink_that_does_not_work(machine):
     assert decide([record]).profile is None
 
 
+def test_gpus_without_links_have_no_nvlink_even_where_nvml_does_not_say(machine, tried):
+    """Some boards refuse the question about pairs; without a link there is nothing to ask."""
+    asked = tried(checks.Results())
+    module = fake_nvml(broken=("nvmlDeviceGetP2PStatus", "nvmlDeviceGetNvLinkState"))
+    record = machine(module, checks="auto")
+    assert record.links[0].nvlink is False
+    assert asked[0]["among"] == ["GPU-0a", "GPU-1a"], "so peer access is tried out"
+    one_has_links = fake_nvml(broken=("nvmlDeviceGetP2PStatus",))
+    one_has_links.nvmlDeviceGetNvLinkState = lambda handle, link: handle
+    assert machine(one_has_links).links[0].nvlink is False
+
+
+@pytest.mark.parametrize("error", [999, 4, None])
+def test_links_that_cannot_be_asked_about_are_not_absent(machine, error):
+    module = fake_nvml(broken=("nvmlDeviceGetP2PStatus",))
+
+    def fail(handle, link):
+        raise FakeError(error)
+
+    module.nvmlDeviceGetNvLinkState = fail
+    if error is None:
+        del module.nvmlDeviceGetNvLinkState
+    assert machine(module).links[0].nvlink is None
+
+
 def test_nvlink_bridges_between_pairs(machine):
     module = fake_nvml(4, peer=0)
     module.nvmlDeviceGetP2PStatus = lambda a, b, index: 0 if a // 2 == b // 2 else 5
@@ -297,6 +323,33 @@ def test_device_is_found_by_its_place_among_the_visible(machine):
     assert machine(fake_nvml(), environ, device="cpu").used_gpus() == ()
 
 
+MIXED = ("NVIDIA Small", "NVIDIA Large")
+BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+@pytest.mark.parametrize(
+    ("names", "environ", "device", "doubtful"),
+    [
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "0"}, None, True),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, None, True),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "0", **BY_BUS}, None, False),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "GPU-0a"}, "cuda:0", False),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": ""}, None, False),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "0,1"}, "cuda:0", True),
+        (MIXED, {}, None, False),  # all of them, in whatever order
+        (MIXED, {}, "cuda:0", True),
+        (MIXED, BY_BUS, "cuda:0", False),
+        (MIXED, {}, "cpu", False),
+        (MIXED[:1] * 2, {"CUDA_VISIBLE_DEVICES": "0"}, "cuda:0", False),
+    ],
+)
+def test_numbers_of_different_gpus_may_mean_others(machine, names, environ, device, doubtful):
+    module = fake_nvml()
+    module.nvmlDeviceGetName = lambda handle: names[handle]
+    problems = machine(module, environ, device=device).problems
+    assert sum("CUDA_DEVICE_ORDER=PCI_BUS_ID" in problem for problem in problems) == doubtful
+
+
 def test_a_torch_for_cpus_does_not_use_the_gpus(machine, monkeypatch):
     monkeypatch.setattr(
         "ep_backend.probe._versions", lambda root, environ, problems: {"versions": {"torch": "2.13.0+cpu"}}
@@ -339,6 +392,12 @@ def test_what_the_user_chose_is_recorded(machine):
     record = machine(environ=environ)
     assert record.environment == {"EP_BACKEND_PROFILE": "hgx", "NCCL_IB_SL": "3"}
     assert record.profiles_digest
+
+
+def test_what_ep_backend_set_itself_is_kept_apart(machine):
+    environ = {"NCCL_IB_SL": "3", "NCCL_IB_TC": "7", "EP_BACKEND_APPLIED": "NCCL_IB_TC=7 NCCL_IB_SL=1"}
+    record = machine(environ=environ)
+    assert (record.environment, record.applied) == ({"NCCL_IB_SL": "3"}, {"NCCL_IB_TC": "7"})
 
 
 def test_a_part_that_breaks_does_not_take_the_others_along(machine, monkeypatch):

@@ -68,8 +68,15 @@ MISTAKES = [
     (["transport"], DELETE, "missing required field `transport`"),
     (["recognition", "order"], "5", "recognition.order: expected `int`, got `str`"),
     (["recognition", "require", "hca"], 1, "recognition.require.hca: expected `bool"),
-    (["environment", "NCCL_IB_SL", "value"], 3, "expected `str`, got `int`"),
-    (["environment", "NCCL_IB_SL", "source"], DELETE, "missing required field `source`"),
+    (["environment", "NCCL_IB_SL", "value"], 3, "environment.NCCL_IB_SL.value: expected `str`, got `int`"),
+    (["environment", "NCCL_IB_SL", "source"], DELETE,
+     "environment.NCCL_IB_SL: missing required field `source`"),
+    (["environment", "NCCL_IB_SL"], "3", "environment.NCCL_IB_SL: expected a table, got `str`"),
+    (["engine", "vllm", "--max-num-seqs", "value"], 4,
+     "engine.vllm.--max-num-seqs.value: expected `str`, got `int`"),
+    (["conditional", 0, "environment", "NCCL_CUMEM_HOST_ENABLE", "why"], DELETE,
+     "conditional[0].environment.NCCL_CUMEM_HOST_ENABLE: missing required field `why`"),
+    (["aliases"], ["crate", 3], "aliases[1]: expected `str`, got `int`"),
     (["conditional"], {"when": {}}, "conditional: expected `array`"),
     # values
     (["recognition", "require", "gpus"], "al", "gpus: unknown value 'al'; did you mean 'all'?"),
@@ -103,6 +110,18 @@ MISTAKES = [
     (["conditional", 0, "environment"], {}, "conditional[0]: has no effect"),
     (["environment"], {"NCCL_P2P_DISABLE": SETTING, "NCCL_P2P_LEVEL": {**SETTING, "value": "PIX"}},
      "NCCL_P2P_LEVEL means nothing while NCCL_P2P_DISABLE is 1"),
+    *((["conditional", 0, "when"], when, f"conditional[0].when: {words}") for when, words in (
+        ({"several_gpus": False, "peer_access": "some"}, "without several_gpus there are no pairs"),
+        ({"several_gpus": False, "nvlink": "all"}, "without several_gpus there are no pairs"),
+        ({"several_gpus": False, "pcie_switch": "some"}, "without several_gpus there are no pairs"),
+        ({"several_gpus": False, "peer_level": "LOC"}, "without several_gpus there are no pairs"),
+        ({"peer_access": "all", "peer_level": "LOC"}, "peer_level cannot be 'LOC' while"),
+        ({"peer_access": "none", "peer_level": "PXB"}, "peer_level cannot be 'PXB' while"),
+        ({"peer_access": "some", "peer_level": "SYS"}, "peer_level cannot be 'SYS' while"),
+        ({"nvlink": "none", "fabric": True}, "a fabric joins GPUs by NVLink"),
+    )),
+    (["recognition", "require"], {"peer_access": "none"}, "transport.inside: 'peer' needs"),
+    (["recognition", "require"], {"peer_access": "some"}, "transport.inside: 'peer' needs"),
 ]  # fmt: skip
 
 
@@ -112,6 +131,38 @@ def test_every_mistake_names_file_key_and_remedy(path, value, message):
         profiles.from_dict(changed(path, value), "box.toml")
     assert str(error.value).startswith("box.toml: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("first", "second"), [("DISABLE", "LEVEL"), ("LEVEL", "DISABLE")])
+def test_a_block_must_not_contradict_what_it_adds_to(first, second):
+    """The level and the switch that makes it meaningless, one for all machines and one under a condition."""
+    setting = {"DISABLE": SETTING, "LEVEL": {**SETTING, "value": "PIX"}}
+    data = changed(["environment"], {f"NCCL_P2P_{first}": setting[first]})
+    data["conditional"][0]["environment"] = {f"NCCL_P2P_{second}": setting[second]}
+    words = r"conditional\[0\].environment: NCCL_P2P_LEVEL means nothing while NCCL_P2P_DISABLE is 1"
+    with pytest.raises(EpConfigError, match=words):
+        profiles.from_dict(data, "box.toml")
+    data["environment"]["NCCL_P2P_DISABLE"] = SETTING
+    data["environment"].pop("NCCL_P2P_LEVEL", None)
+    data["conditional"][0]["environment"] = {"NCCL_P2P_DISABLE": {**SETTING, "value": "0"},
+                                             "NCCL_P2P_LEVEL": setting["LEVEL"]}  # fmt: skip
+    assert profiles.from_dict(data, "box.toml"), "the block takes the switch back"
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"several_gpus": False, "peer_access": "none", "nvlink": "none"},
+        {"several_gpus": False, "nvlink": "none", "fabric": True},
+        {"peer_access": "all", "peer_level": "PIX"},
+        {"peer_access": "some", "peer_level": "LOC"},
+        {"peer_access": "some", "peer_level": "PHB"},
+        {"peer_access": "none", "peer_level": "LOC"},
+        {"nvlink": "some", "fabric": True},
+    ],
+)
+def test_combinations_that_can_be(condition):
+    assert profiles.from_dict(changed(["conditional", 0, "when"], condition), "box.toml")
 
 
 @pytest.mark.parametrize("data", [None, 3, "text", [], [VALID]])
@@ -174,7 +225,7 @@ def test_shipped_profiles_are_valid_and_complete():
 )
 def test_aliases(name, found):
     assert profiles.find(name, profiles.shipped()).name == found
-    assert profiles.load(name)[1] == found
+    assert profiles.load(name)[1:] == (found, True)
 
 
 def test_unknown_name():
@@ -183,7 +234,15 @@ def test_unknown_name():
 
 
 def test_load_auto():
-    assert profiles.load("auto") == profiles.load(" ") == (profiles.shipped(), "auto")
+    assert (
+        profiles.load("auto")
+        == profiles.load(" ")
+        == (
+            profiles.shipped(),
+            "auto",
+            False,
+        )
+    )
 
 
 OWN = """
@@ -200,15 +259,26 @@ source = "me"
 def test_a_users_file_is_added(tmp_path):
     file = tmp_path / "own.toml"
     file.write_text(OWN.format(name="mine", aliases=""))
-    known, name = profiles.load(str(file))
-    assert name == "mine"
+    known, name, forced = profiles.load(str(file))
+    assert (name, forced) == ("mine", True)
     assert len(known) == len(profiles.shipped()) + 1
+
+
+def test_a_users_file_that_says_how_it_is_recognised_is_not_forced(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(
+        OWN.format(name="mine", aliases="")
+        + '[recognition]\norder = 500\nrequire = { nvlink = "all" }\nsource = "me"\n'
+    )
+    known, name, forced = profiles.load(str(file))
+    assert (name, forced) == ("mine", False)
+    assert [profile.name for profile in known][-1] == "mine"
 
 
 def test_a_users_file_replaces_a_shipped_profile(tmp_path):
     file = tmp_path / "own.toml"
     file.write_text(OWN.format(name="cpu", aliases=""))
-    known, name = profiles.load(str(file))
+    known, name, _ = profiles.load(str(file))
     assert profiles.find(name, known).description == "Mine."
     assert len(known) == len(profiles.shipped())
 

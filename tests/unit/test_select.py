@@ -12,7 +12,7 @@ from ep_backend import profiles
 from ep_backend.errors import EpConfigError
 from ep_backend.facts import neighbours, unchecked
 from ep_backend.nvml import Gpu, Link
-from ep_backend.probe import Record
+from ep_backend.probe import Record, probe
 from ep_backend.select import apply_env, check_agreement, decide, gather, select, unmet
 
 KNOWN = profiles.shipped()
@@ -434,6 +434,57 @@ def test_no_transport_at_all():
         decide([cpu_rank(), cpu_rank(boot_id="b1")], available=frozenset({"cpu"}))
 
 
+# --- a profile in a file of the user's ---
+
+OWN = """
+name = "{name}"
+description = "Mine."
+[transport]
+inside = ["collective"]
+across = ["collective"]
+source = "me"
+"""
+RECOGNITION = """
+[recognition]
+order = 500
+require = {{ nvlink = "{nvlink}" }}
+source = "me"
+"""
+
+
+def own_file(folder, name="mine", nvlink=None):
+    file = folder / "own.toml"
+    file.write_text(OWN.format(name=name) + (RECOGNITION.format(nvlink=nvlink) if nvlink else ""))
+    return {"EP_BACKEND_PROFILE": str(file)}
+
+
+def test_a_file_without_recognition_is_forced(tmp_path):
+    decision = decide(gpu_machine(2, environment=own_file(tmp_path)))
+    assert decision.profile == "mine"
+    assert "asked for by EP_BACKEND_PROFILE" in decision.reason
+
+
+def test_a_file_with_recognition_goes_before_the_others_where_it_fits(tmp_path):
+    decision = decide(gpu_machine(2, environment=own_file(tmp_path, nvlink="all")))
+    assert decision.profile == "mine"
+    assert "Profile mine: nvlink is all." in decision.reason
+
+
+@pytest.mark.parametrize(("name", "instead"), [("mine", "pcie_p2p"), ("pcie_p2p", None)])
+def test_a_file_with_recognition_is_not_used_where_it_does_not_fit(tmp_path, name, instead):
+    decision = decide(pcie_machine(2, environment=own_file(tmp_path, name=name, nvlink="all")))
+    assert decision.profile == instead
+    assert f"Profile {name}, named by EP_BACKEND_PROFILE, does not fit" in decision.reason
+    assert "nvlink must be all and is none" in decision.reason
+
+
+def test_a_file_with_recognition_from_the_command_line(tmp_path):
+    path = own_file(tmp_path, nvlink="some")["EP_BACKEND_PROFILE"]
+    decision = decide(gpu_machine(2), requested_profile=path)
+    assert decision.profile == "nvswitch"
+    assert "Profile mine, named by the command line, does not fit" in decision.reason
+
+
 # --- ranks that disagree ---
 
 
@@ -459,6 +510,52 @@ def test_disagreement_is_an_error_with_the_difference(changes, message):
         decide(records)
     with pytest.raises(EpConfigError, match="not set up alike"):
         select(records, KNOWN, "auto")
+
+
+ON_TWO_HOSTS = "not set up alike: NCCL_IB_DISABLE: "
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "difference"),
+    [
+        # what ep_backend itself set may differ between hosts, and be absent
+        ({"applied": {"NCCL_IB_DISABLE": "1"}}, {}, None),
+        ({"applied": {"NCCL_IB_DISABLE": "1"}}, {"applied": {"NCCL_IB_DISABLE": "0"}}, None),
+        # a value of the user's own must hold everywhere, wherever it comes from
+        ({"environment": {"NCCL_IB_DISABLE": "1"}}, {"applied": {"NCCL_IB_DISABLE": "1"}}, None),
+        ({"environment": {"NCCL_IB_DISABLE": "1"}}, {"environment": {"NCCL_IB_DISABLE": "1"}}, None),
+        ({"environment": {"NCCL_IB_DISABLE": "1"}}, {}, "1 on rank 0, nothing on rank 1"),
+        ({"environment": {"NCCL_IB_DISABLE": "0"}}, {"applied": {"NCCL_IB_DISABLE": "1"}},
+         r"0 on rank 0, 1 on rank 1 \(set by ep_backend\)"),
+    ],
+)  # fmt: skip
+def test_what_ep_backend_set_itself_is_no_disagreement(here, there, difference):
+    records = [cpu_rank(**here), cpu_rank(boot_id="b1", **there)]
+    if difference is None:
+        check_agreement(records)
+    else:
+        with pytest.raises(EpConfigError, match=ON_TWO_HOSTS + difference):
+            check_agreement(records)
+
+
+def test_two_hosts_of_which_one_has_a_port(tmp_path):
+    """As in an engine: each host's first process decides alone, its workers inherit, the group decides."""
+    machines = [pcie_machine(2, **HCA), pcie_machine(2, host="node1")]
+    records = []
+    for machine in machines:
+        environ = {"NCCL_IB_SL": "3"}
+        apply_env(decide([msgspec.structs.replace(machine[0], device="")]), environ)
+        found = probe("cpu", environ=environ, root=tmp_path, checks="never")
+        records += [
+            msgspec.structs.replace(record, environment=found.environment, applied=found.applied)
+            for record in machine
+        ]
+    assert [record.applied.get("NCCL_IB_DISABLE") for record in records] == [None, None, "1", "1"]
+    assert {record.environment["NCCL_IB_SL"] for record in records} == {"3"}
+    assert decide(records).profile == "pcie_p2p"
+    wrong = msgspec.structs.replace(records[3], environment={"NCCL_IB_SL": "4"})
+    with pytest.raises(EpConfigError, match="not set up alike: NCCL_IB_SL: 3 on ranks 0-2, 4 on rank 3"):
+        decide([*records[:3], wrong])
 
 
 def test_several_differences_are_all_named():
@@ -685,14 +782,31 @@ def test_apply_env_fills_in_and_never_overrides():
     decision = decide(gpu_machine(2))
     environ = {"NCCL_NVLS_ENABLE": "1", "HOME": "/"}
     conflicts = apply_env(decision, environ)
-    assert environ == {"NCCL_NVLS_ENABLE": "1", "NCCL_CUMEM_ENABLE": "1", "HOME": "/"}
+    assert environ == {
+        "NCCL_NVLS_ENABLE": "1",
+        "NCCL_CUMEM_ENABLE": "1",
+        "EP_BACKEND_APPLIED": "NCCL_CUMEM_ENABLE=1",
+        "HOME": "/",
+    }
     assert [(c.name, c.found, c.wanted) for c in conflicts] == [("NCCL_NVLS_ENABLE", "1", "0")]
     assert "NCCL_NVLS_ENABLE=1 is kept" in str(conflicts[0])
     assert apply_env(decision, environ) == conflicts, "a second time changes nothing"
 
 
+def test_what_a_process_above_set_stays_and_is_no_conflict():
+    environ = {}
+    assert apply_env(decide(pcie_machine(4)), environ) == ()
+    before = dict(environ)
+    assert apply_env(decide(pcie_machine(4, works=False)), environ) == ()
+    assert environ == before
+    environ["NCCL_P2P_LEVEL"] = "SYS"  # somebody has changed it: now it is theirs
+    (conflict,) = apply_env(decide(pcie_machine(4)), environ)
+    assert (conflict.name, conflict.found) == ("NCCL_P2P_LEVEL", "SYS")
+
+
 def test_apply_env_to_this_process(monkeypatch):
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    monkeypatch.setenv("EP_BACKEND_APPLIED", "")
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
     import os
 

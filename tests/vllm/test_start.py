@@ -1,8 +1,13 @@
 """What is refused, said and set when an engine's configuration is complete."""
 
 import dataclasses
+import logging
+import multiprocessing
+import os
+from pathlib import Path
 
 import pytest
+from ep_backend_vllm import start
 from ep_backend_vllm.start import (
     MAX_TOKENS_PER_RANK,
     Launch,
@@ -11,7 +16,9 @@ from ep_backend_vllm.start import (
     version_note,
 )
 
-from ep_backend import EpConfig, EpConfigError
+from ep_backend import EpConfig, EpConfigError, env
+from ep_backend.probe import Record, _choices
+from ep_backend.select import Decision, EnvValue, check_agreement
 
 GOOD = Launch(
     expert_parallel=True,
@@ -97,3 +104,89 @@ def test_other_versions_get_one_warning_with_the_range(version):
     note = version_note(version)
     assert "0.26 to 0.33" in note
     assert version in note
+
+
+# --- the settings of a machine's profile ---
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """A process of an engine, as `announce` finds it, and what it logs.
+
+    ``process(wanted, first=..., **environ)``: what the decision asks for, whether nobody started it, and
+    its environment.
+    """
+
+    class Log(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    lines, log = [], Log()
+    start.logger.addHandler(log)
+    monkeypatch.setattr(start.logger, "level", logging.INFO)
+    monkeypatch.setattr("ep_backend.probe.probe", lambda device: Record())
+
+    def run(wanted, *, first=True, environ=None):
+        for variable in env.VARIABLES:
+            monkeypatch.delenv(variable.name, raising=False)
+        for name, value in (environ or {}).items():
+            monkeypatch.setenv(name, value)
+        values = tuple(EnvValue(name, value, "Because.", "here") for name, value in wanted.items())
+        decision = Decision(profile="box", transport="collective", env=values, reason="")
+        monkeypatch.setattr("ep_backend.select.decide", lambda records: decision)
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda: None if first else object())
+        start._announce_once.cache_clear()
+        start._set_environment.cache_clear()
+        lines.clear()
+        for limit in (2048, 4096):  # vLLM completes a configuration several times
+            start._announce_once(but(max_tokens_per_rank=limit))
+        return {v.name: os.environ[v.name] for v in env.VARIABLES if v.name in os.environ}, list(lines)
+
+    yield run
+    for variable in env.VARIABLES:
+        os.environ.pop(variable.name, None)  # monkeypatch restores what was there before
+    start.logger.removeHandler(log)
+    start._announce_once.cache_clear()
+    start._set_environment.cache_clear()
+
+
+WANTED = {"NCCL_IB_SL": "3", "NCCL_NVLS_ENABLE": "0"}
+
+
+def test_the_first_process_reports_each_conflict_once_and_what_it_really_set(process):
+    environ, lines = process(WANTED, environ={"NCCL_NVLS_ENABLE": "1"})
+    assert (environ["NCCL_IB_SL"], environ["NCCL_NVLS_ENABLE"]) == ("3", "1")
+    (conflict,) = [line for line in lines if "NCCL_NVLS_ENABLE" in line]
+    assert "NCCL_NVLS_ENABLE=1 is kept" in conflict
+    (told,) = [line for line in lines if "NCCL_IB_SL" in line]
+    assert told == "ep_backend: profile box sets NCCL_IB_SL=3"
+
+
+def test_nothing_is_said_where_nothing_was_set(process):
+    environ, lines = process(WANTED, environ=WANTED)
+    assert [line for line in lines if "NCCL" in line] == []
+    assert env.applied(environ) == {}
+
+
+def test_other_processes_are_given_the_settings_without_a_word(process):
+    environ, lines = process(WANTED, first=False, environ={"NCCL_NVLS_ENABLE": "1"})
+    assert (environ["NCCL_IB_SL"], environ["NCCL_NVLS_ENABLE"]) == ("3", "1")
+    assert lines == []
+
+
+def test_other_processes_keep_what_the_first_one_set(process):
+    """With fewer GPUs to see, an engine core may come to another decision."""
+    inherited, _ = process(WANTED)
+    environ, lines = process({"NCCL_IB_SL": "4", "NCCL_IB_TC": "7"}, first=False, environ=inherited)
+    assert environ == inherited
+    assert lines == []
+
+
+def test_workers_of_several_hosts_agree_although_their_first_processes_set_other_things(process):
+    records = []
+    for wanted in ({"NCCL_IB_DISABLE": "1"}, {}):
+        inherited, _ = process(wanted)
+        environ, _ = process(wanted, first=False, environ=inherited)
+        records.append(Record(**_choices(Path(), environ, [])))
+    check_agreement(records)
+    assert [record.applied for record in records] == [{"NCCL_IB_DISABLE": "1"}, {}]

@@ -5,6 +5,7 @@ The decisions are pure functions of `Launch`, so that every sentence can be test
 
 import functools
 import multiprocessing
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,23 +160,36 @@ def _announce_once(launch: Launch) -> None:
 
     from ep_backend import env
 
-    # The engine's other processes inherit what there is to say about.
-    notes = multiprocessing.parent_process() is None
     for note in (version_note(vllm.__version__), unused_note(launch), *env.misspelt()):
-        if notes and note is not None:
+        if _is_first_process() and note is not None:
             logger.warning(note)
     if launch.calls_all_to_all:
         _set_environment(launch.device)
 
 
+def _is_first_process() -> bool:
+    """Of the engine, on this host: the others would only say the same again."""
+    return multiprocessing.parent_process() is None
+
+
+@functools.cache
 def _set_environment(device: str) -> None:
-    """Apply the machine profile's settings. Workers inherit them; NCCL has not started anywhere yet."""
+    """Apply the machine profile's settings; NCCL has not started anywhere yet.
+
+    The other processes of an engine keep what the first one has set. With fewer GPUs to see they might decide
+    otherwise, each for itself. One that did not inherit it decides as the first one would, and says nothing.
+    """
+    from ep_backend import env
     from ep_backend.probe import probe
     from ep_backend.select import apply_env, decide
 
+    if not _is_first_process() and env.APPLIED in os.environ:
+        return
     decision = decide([probe("cpu" if device == "cpu" else None)])
-    for conflict in apply_env(decision):
-        logger.warning("ep_backend: %s", conflict)
-    if decision.env:
-        settings = " ".join(f"{item.name}={item.value}" for item in decision.env)
-        logger.info("ep_backend: profile %s sets, where not set before: %s", decision.profile, settings)
+    missing = [f"{item.name}={item.value}" for item in decision.env if item.name not in os.environ]
+    conflicts = apply_env(decision)
+    if _is_first_process():
+        for conflict in conflicts:
+            logger.warning("ep_backend: %s", conflict)
+        if missing:
+            logger.info("ep_backend: profile %s sets %s", decision.profile, " ".join(missing))
