@@ -246,7 +246,7 @@ def _remarks(facts: Facts, transport: str, refused: bool, said: str) -> list[str
     remarks = []
     if refused and facts.gpus == "all":
         remarks.append("EP_BACKEND_PEER_ACCESS=0: no peer access is used.")
-    elif facts.failed_pairs and _failure(facts) not in said:
+    elif _failure(facts) and _failure(facts) not in said:
         remarks.append(f"T{_failure(facts)[1:]}.")
     space = facts.shared_memory_bytes
     through_host = transport == "collective" and facts.gpus == "all" and facts.several_gpus
@@ -259,10 +259,17 @@ def _remarks(facts: Facts, transport: str, refused: bool, said: str) -> list[str
 
 
 def _failure(facts: Facts) -> str:
-    pairs = facts.failed_pairs
-    named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
-    more = f", and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
-    return f"the data check of peer access failed between {named}{more}"
+    """Which pairs of the group's GPUs do not reach each other and why, or an empty text."""
+    reasons = (
+        ("the data check of peer access failed", facts.failed_pairs),
+        ("the driver offers no peer access", facts.closed_pairs),
+    )
+    said = []
+    for why, pairs in reasons:
+        named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
+        more = f", and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
+        said += [f"{why} between {named}{more}"] if pairs else []
+    return ", and ".join(said)
 
 
 def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available: frozenset[str]) -> str:
@@ -289,7 +296,7 @@ def _no_peer_access(records: Sequence[Record], facts: Facts) -> str:
         sliced = [gpu.uuid for gpu in record.gpus if gpu.mig and gpu.uuid in record.used_gpus()]
         if len(records) > 1 and (sliced or any(uuid.startswith("MIG-") for uuid in record.used_gpus())):
             return f"rank {rank} uses a slice of a GPU (MIG), which reaches no other"
-    return _failure(facts) if facts.failed_pairs else ""
+    return _failure(facts)
 
 
 def _settings(

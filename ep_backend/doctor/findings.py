@@ -10,14 +10,13 @@ from ep_backend import checks, env
 from ep_backend.checks import Direction
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
+from ep_backend.facts import reaches
 from ep_backend.probe import Record
 from ep_backend.profiles import version
 from ep_backend.select import Decision
 from ep_backend.transports import OLDEST_CUDA
 
 LEAST_SHARED_MEMORY = 1 << 30  # docs.nvidia.com/deeplearning/nccl: troubleshooting.html#shared-memory
-# How far each NCCL_P2P_LEVEL reaches, and how far apart two GPUs with this common ancestor are.
-REACH = {"LOC": 0, "NVL": 1, "PIX": 2, "PXB": 3, "PHB": 4, "NODE": 5, "SYS": 5}
 P2P_CURE = (
     "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or if that fails too, export "
     "NCCL_P2P_DISABLE=1 (never direct access); then ep-backend doctor again"
@@ -136,7 +135,7 @@ def _driver(record: Record, kernels: bool) -> Iterable[Finding]:
 
 def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]:
     directions, names = used_directions(record), gpu_names(record)
-    broken = [one for one in directions if one.works is False]
+    broken = [one for one in directions if one.broken]
     if broken:
         pairs = ", ".join(
             f"{names.get(d.source, d.source)} -> {names.get(d.target, d.target)}" for d in broken
@@ -186,17 +185,15 @@ def _nccl_over_broken_links(
     record: Record, decision: Decision | None, environ: Mapping[str, str]
 ) -> Iterable[Finding]:
     """The user's own values win. These ones break something."""
-    used = set(record.used_gpus())
-    broken = [link for link in record.links if link.peer_works is False and {link.a, link.b} <= used]
+    broken = {frozenset((one.source, one.target)) for one in used_directions(record) if one.broken}
     level = environ.get("NCCL_P2P_LEVEL", "").strip()
-    if environ.get("NCCL_P2P_DISABLE") != "1" and level in REACH:
-        reached = [link for link in broken if REACH.get(link.ancestor, REACH["SYS"]) <= REACH[level]]
-        if reached:
-            yield Finding(
-                what=f"NCCL_P2P_LEVEL={level} makes NCCL use peer access between GPUs where it does not work",
-                why="NCCL hangs or sums wrong data",
-                next="unset NCCL_P2P_LEVEL, or export NCCL_P2P_DISABLE=1",
-            )
+    reached = any(frozenset((link.a, link.b)) in broken and reaches(level, link) for link in record.links)
+    if reached and environ.get("NCCL_P2P_DISABLE") != "1":
+        yield Finding(
+            what=f"NCCL_P2P_LEVEL={level} makes NCCL use peer access between GPUs where it does not work",
+            why="NCCL hangs or sums wrong data",
+            next="unset NCCL_P2P_LEVEL, or export NCCL_P2P_DISABLE=1",
+        )
     wanted = {item.name for item in decision.env} if decision else set()
     if "NCCL_MNNVL_ENABLE" in wanted and environ.get("NCCL_CUMEM_ENABLE") == "0":
         yield Finding(

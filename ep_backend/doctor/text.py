@@ -145,9 +145,9 @@ def _peer_access(record: Record) -> list[str]:
 
 
 def _check(direction: Direction) -> str:
-    if direction.works is None:
-        return "no access" if direction.access is False else "not tried"
-    return "ok" if direction.works else "FAILED"
+    if direction.access is False:
+        return "no access"
+    return "FAILED" if direction.broken else "ok" if direction.works else "not tried"
 
 
 def _matrix(uuids: Sequence[str], record: Record, cell: Callable[[str, str], str]) -> list[str]:

@@ -1,9 +1,23 @@
 """What doctor finds wrong, and what it advises: from made-up machines and numbers."""
 
+import msgspec
 import pytest
-from doctor_machines import BROKEN, LARGE, PROFILES, SKIPPED, SMALL, cpus, examined, gpus, none, warmed
+from doctor_machines import (
+    BROKEN,
+    LARGE,
+    PROFILES,
+    SKIPPED,
+    SMALL,
+    bridges,
+    cpus,
+    examined,
+    gpus,
+    none,
+    warmed,
+)
 
-from ep_backend.doctor import advice, findings, plan
+from ep_backend import env, facts, nvml
+from ep_backend.doctor import advice, plan
 from ep_backend.doctor.plan import AllReduces, Expected
 
 
@@ -26,8 +40,7 @@ def test_nothing_is_wrong_with_a_machine_of_each_profile(name):
     record, transport = PROFILES[name]
     report = examined(record)
     assert (report.decision.profile, report.decision.transport) == (name, transport)
-    broken = [one for one in report.record.directions if one.works is False]
-    assert report.status == bool(broken) == (name in BROKEN)
+    assert report.status == (name in BROKEN)
 
 
 def test_broken_peer_access_names_the_pairs_and_the_cure():
@@ -46,9 +59,42 @@ def test_pairs_that_are_not_used_do_not_matter():
     assert not wrong(examined(record))
 
 
-def test_a_machine_without_peer_access_is_not_broken():
-    record = gpus(2, nvlink=none, works=lambda a, b: None, access=False)
-    assert not examined(record, warmed(2)).findings
+@pytest.mark.parametrize("level", ["", "SYS"])
+def test_a_machine_without_peer_access_is_not_broken(level):
+    record, _ = PROFILES["pcie_blackwell"]
+    assert {(one.access, one.works) for one in record.directions} == {(False, False)}  # as the worker says
+    report = examined(record, warmed(2), environ={"NCCL_P2P_LEVEL": level} if level else {})
+    assert (report.decision.profile, report.status, report.findings) == ("pcie_blackwell", 0, ())
+    assert "driver offers no peer access between GPU-0000 and GPU-0001" in report.decision.reason
+    assert "data check" not in report.decision.reason
+
+
+def test_access_between_some_pairs_only_is_not_broken():
+    report = examined(gpus(4, nvlink=none, access=bridges, ancestor="PHB", rate=50e9, hcas=()))
+    assert (report.decision.profile, report.status, report.findings) == ("pcie_partial", 0, ())
+    assert "no peer access between GPU-0000 and GPU-0002, GPU-0000 and GPU-0003" in report.decision.reason
+
+
+def test_no_access_beside_a_failed_check():
+    record = gpus(3, nvlink=none, access=lambda a, b: 2 not in (a, b), works=none, ancestor="PHB")
+    report = examined(record, environ={"NCCL_P2P_LEVEL": "SYS"})
+    assert [one.what.split(":")[0] for one in wrong(report)] == [
+        "the data check of peer access failed",
+        "NCCL_P2P_LEVEL=SYS makes NCCL use peer access between GPUs where it does not work",
+    ]
+    assert "GPU 0 -> GPU 1, GPU 1 -> GPU 0 (what" in report.findings[0].what
+    assert (
+        "The data check of peer access failed between GPU-0000 and GPU-0001, and the driver offers no peer "
+        "access between GPU-0000 and GPU-0002, GPU-0001 and GPU-0002."
+    ) in report.decision.reason
+
+
+def test_a_level_over_links_that_only_the_user_forbids():
+    """EP_BACKEND_PEER_ACCESS=0: the probe makes every link count as failed; doctor's own checks passed."""
+    record = gpus(2)
+    vetoed = tuple(msgspec.structs.replace(link, nvlink=False, peer_works=False) for link in record.links)
+    record = msgspec.structs.replace(record, links=vetoed, environment={"EP_BACKEND_PEER_ACCESS": "0"})
+    assert not wrong(examined(record, environ={"NCCL_P2P_LEVEL": "SYS"}))
 
 
 def test_peer_access_through_the_host():
@@ -160,11 +206,28 @@ def test_what_is_wrong_comes_first():
     assert [finding.wrong for finding in report.findings] == [True, True, False]
 
 
-def test_every_level_of_nccl_and_every_ancestor_has_a_reach():
-    from ep_backend import env, nvml
+@pytest.mark.parametrize(
+    ("ancestor", "levels"),
+    [
+        ("LOC", "PIX PXB PHB SYS"),  # two GPUs of one board: a switch joins them
+        ("PIX", "PIX PXB PHB SYS"),
+        ("PXB", "PXB PHB SYS"),
+        ("PHB", "PHB SYS"),
+        ("NODE", "PHB SYS"),  # to NCCL, the host bridges of a NUMA node are one
+        ("SYS", "SYS"),
+        ("", "SYS"),
+        ("NVL", "NVL PIX PXB PHB SYS"),
+    ],
+)
+def test_what_a_level_of_the_user_reaches(ancestor, levels):
+    record = gpus(2, nvlink=lambda a, b: ancestor == "NVL", works=none, ancestor=ancestor)
+    for level in ("", "FAR", *env.variable("NCCL_P2P_LEVEL").choices):
+        said = [one.what for one in wrong(examined(record, environ={"NCCL_P2P_LEVEL": level}))]
+        assert any(f"NCCL_P2P_LEVEL={level} makes" in one for one in said) == (level in levels.split()), level
 
-    assert set(env.variable("NCCL_P2P_LEVEL").choices) <= set(findings.REACH)
-    assert set(nvml._ANCESTORS.values()) <= set(findings.REACH)
+
+def test_every_ancestor_has_a_distance():
+    assert set(nvml._ANCESTORS.values()) == set(facts.DISTANCE)
 
 
 # --- advice ---
