@@ -11,11 +11,15 @@ from ep_backend.nvml import Link
 from ep_backend.probe import Record
 from ep_backend.profiles import Condition, version
 
-# The NCCL_P2P_LEVELs for PCIe, by how far they reach, and how far two GPUs with a common ancestor are apart
-# (NCCL, src/graph/topo.h: PATH_PIX ... PATH_SYS). GPUs of one board count as if a switch joined them, and host
-# bridges of one NUMA node as one.
+# The NCCL_P2P_LEVELs for PCIe, by how far they reach, and how far two GPUs with a common ancestor are
+# apart (NCCL, src/graph/topo.h: PATH_PIX ... PATH_SYS). GPUs of one board count as if a switch joined
+# them, and host bridges of one NUMA node as one.
 _LEVELS = ("LOC", "PIX", "PXB", "PHB", "SYS")
 DISTANCE = {"LOC": 1, "PIX": 1, "PXB": 2, "PHB": 3, "NODE": 3, "SYS": 4}
+
+# What NVIDIA asks for where NCCL shares memory of the host:
+# https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html#shared-memory
+LEAST_SHARED_MEMORY = 1 << 30
 
 Pairs = Mapping[tuple[str, str], Link | None]
 
@@ -111,9 +115,16 @@ def unmet(condition: Condition, facts: Facts) -> list[str]:
     return missing
 
 
+def short_of_shared_memory(facts: Facts, transport: str) -> bool:
+    """Whether NCCL goes through /dev/shm here, with ``transport`` chosen, and that is small."""
+    through_host = transport == "collective" and facts.gpus == "all" and facts.several_gpus
+    space = facts.shared_memory_bytes
+    return through_host and facts.nvlink != "all" and space is not None and space < LEAST_SHARED_MEMORY
+
+
 def reaches(level: str, link: Link) -> bool:
-    """Whether NCCL_P2P_LEVEL=``level`` makes NCCL use peer access over ``link``. An unknown link is as long as
-    can be, and an unknown level makes nothing."""
+    """Whether NCCL_P2P_LEVEL=``level`` makes NCCL use peer access over ``link``. An unknown link is as long
+    as can be, and an unknown level makes nothing."""
     if link.nvlink:
         return level == "NVL" or level in _LEVELS[1:]
     return level in _LEVELS and DISTANCE.get(link.ancestor, DISTANCE["SYS"]) <= _LEVELS.index(level)

@@ -14,16 +14,13 @@ import msgspec
 
 from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import Facts, gather, unmet, word
+from ep_backend.facts import Facts, gather, short_of_shared_memory, unmet, word
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
 
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
 AVAILABLE = frozenset({"cpu", "collective", "peer"})
-# What NVIDIA asks for where NCCL shares memory of the host:
-# https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html#shared-memory
-NCCL_SHARED_MEMORY = 1 << 30
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -248,11 +245,10 @@ def _remarks(facts: Facts, transport: str, refused: bool, said: str) -> list[str
         remarks.append("EP_BACKEND_PEER_ACCESS=0: no peer access is used.")
     elif _failure(facts) and _failure(facts) not in said:
         remarks.append(f"T{_failure(facts)[1:]}.")
-    space = facts.shared_memory_bytes
-    through_host = transport == "collective" and facts.gpus == "all" and facts.several_gpus
-    if through_host and facts.nvlink != "all" and space is not None and space < NCCL_SHARED_MEMORY:
+    if short_of_shared_memory(facts, transport):
+        space = (facts.shared_memory_bytes or 0) >> 20
         remarks.append(
-            f"/dev/shm has {space >> 20} MiB and NCCL may need more to reach GPUs through the host"
+            f"/dev/shm has {space} MiB and NCCL may need more to reach GPUs through the host"
             " (containers: start them with --ipc=host or --shm-size=1g)."
         )
     return remarks

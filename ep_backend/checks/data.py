@@ -11,8 +11,8 @@ class Direction(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     target: str
     access: bool | None = None  # the driver offers it (cudaDeviceCanAccessPeer)
-    # What source stored, and announced by a flag, was read by target unchanged; None: not tried; without access
-    # False
+    # What source stored, and announced by a flag, was read by target unchanged. None: not tried;
+    # without access False
     works: bool | None = None
     problem: str = ""  # why it does not work or was not tried, in one sentence
     store_bytes_per_s: float | None = None  # stored by the SMs of source

@@ -217,10 +217,15 @@ def _findings(report: Report) -> list[str]:
 def _finding(finding: Finding) -> list[str]:
     mark = "WRONG" if finding.wrong else "note"
     return [
-        *_wrap(f"  {mark}: {finding.what}.", 4),
-        *_wrap(f"    why: {finding.why}.", 6),
+        *_wrap(f"  {mark}: {_ended(finding.what)}", 4),
+        *_wrap(f"    why: {_ended(finding.why)}", 6),
         *_wrap(f"    next: {finding.next}", 6),
     ]
+
+
+def _ended(words: str) -> str:
+    """``words`` as a sentence: some end as one already, for example with the nearest name."""
+    return words if words.endswith((".", "?", "!")) else f"{words}."
 
 
 def _wrap(text: str, indent: int) -> list[str]:

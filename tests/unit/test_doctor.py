@@ -187,12 +187,22 @@ def test_fewer_ranks_than_gpus(doctor):
 def test_something_wrong_is_status_1(doctor):
     failed = warmup.WarmUp(outcome="crash", why="a rank ended.", ranks=4, took_s=1.0)
     assert doctor(gpus(4), warm_up=failed)[0] == 1
-    assert doctor(cpus(shared_memory_bytes=1 << 20))[0] == 1
+    blackwell, _ = PROFILES["pcie_blackwell"]
+    assert doctor(blackwell)[0] == 0
+    assert doctor(msgspec.structs.replace(blackwell, shared_memory_bytes=1 << 20))[0] == 1
+    assert doctor(cpus(shared_memory_bytes=1 << 20))[0] == 0
     status, out, _, warmed_up = doctor(gpus(2, environment={"EP_BACKEND_PROFILE": "nonesuch"}))
     assert (status, warmed_up) == (1, [])
     assert "profile      none: nothing can be chosen" in out
     assert "NCCL warm-up: skipped" in out
     assert "nonesuch" in out
+
+
+def test_no_sentence_ends_twice():
+    said = shown(cpus(), environ={"EP_BACKEND_TIMOUT_S": "3"}).splitlines()
+    assert any(line.endswith("did you mean 'EP_BACKEND_TIMEOUT_S'?") for line in said)
+    broken = warmup.WarmUp(outcome="crash", why="a rank ended with an error.", ranks=4, took_s=1.0)
+    assert "NCCL does not start: a rank ended with an error.\n" in shown(gpus(4), broken)
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,30 @@ def test_peer_access_through_the_host():
     assert not examined(gpus(2, nvlink=none, rate=3.5e9, gpu={"pcie_width": None})).findings
 
 
-def test_small_shared_memory():
-    assert "--ipc=host" in only(examined(cpus(shared_memory_bytes=64 << 20)), "/dev/shm has only 64 MiB").next
-    assert not wrong(examined(cpus(shared_memory_bytes=1 << 30)))
-    assert not wrong(examined(cpus(shared_memory_bytes=None)))
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("pcie_blackwell", True),
+        ("pcie_partial", True),
+        ("pcie_p2p", False),
+        ("nvswitch", False),
+        ("cpu", False),
+    ],
+)
+def test_small_shared_memory_is_wrong_where_nccl_needs_it(name, wrong):
+    """One rule for the finding and for the reason of the choice."""
+
+    def told(size):
+        report = examined(msgspec.structs.replace(PROFILES[name][0], shared_memory_bytes=size))
+        return report, [one for one in report.findings if "/dev/shm" in one.what]
+
+    report, [finding] = told(64 << 20)
+    assert "/dev/shm has only 64 MiB" in finding.what
+    assert "--ipc=host" in finding.next
+    assert finding.wrong == ("/dev/shm has 64 MiB and NCCL may need more" in report.decision.reason) == wrong
+    assert report.status == (wrong or name in BROKEN)
+    assert not told(1 << 30)[1]
+    assert not told(None)[1]
 
 
 def test_the_environment():
@@ -141,7 +161,7 @@ def test_a_choice_that_cannot_be_made(name, value, words):
 @pytest.mark.parametrize(
     ("changes", "kernels", "words"),
     [
-        ({"cuda_driver": "12.8", "driver": "570.1"}, True, "driver 570.1 is too old"),
+        ({"cuda_driver": "12.8", "driver": "570.1"}, True, "driver 570.1 is too old for transport peer"),
         ({}, False, "has no CUDA kernels"),
         ({"versions": {"torch": "2.13.0+cpu"}, "visible": ()}, True, "built for CPUs only"),
         (
@@ -158,6 +178,15 @@ def test_a_choice_that_cannot_be_made(name, value, words):
 )
 def test_drivers_and_builds(changes, kernels, words):
     only(examined(gpus(2, **changes), kernels=kernels), words)
+
+
+@pytest.mark.parametrize("name", ["pcie_blackwell", "pcie_rdma", "nvlink_pairs"])
+def test_an_older_driver_is_worth_a_note_where_peer_is_not_chosen(name):
+    record = msgspec.structs.replace(PROFILES[name][0], cuda_driver="12.8", driver="570.1")
+    [finding] = examined(record).findings
+    assert "driver 570.1 is too old for transport peer" in finding.what
+    assert "transport collective, which is chosen here, works with it" in finding.why
+    assert not finding.wrong
 
 
 @pytest.mark.parametrize(
@@ -203,7 +232,7 @@ def test_peer_access_switched_off_by_hand_is_worth_a_note():
 def test_what_is_wrong_comes_first():
     record = cpus(shared_memory_bytes=1 << 20)
     report = examined(record, environ={"NCCL_P2P_LEVEL": "FAR", "EP_BACKEND_BOGUS": "1"})
-    assert [finding.wrong for finding in report.findings] == [True, True, False]
+    assert [finding.wrong for finding in report.findings] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +277,8 @@ def test_ep_against_tp_with_the_numbers():
     [sentence] = advice.sentences([one])
     assert sentence == (
         "EP is faster than TP 4 for small at 8 tokens per GPU: at 8 its communication takes 0.96 ms per step "
-        "(48 x 20.0 us), that of TP 4 2.88 ms per step (48 x 60.0 us): TP 4 takes 3.0 times as long."
+        "(48 x 20.0 us), that of TP 4 2.88 ms per step (48 x 60.0 us): TP 4 takes 3.0 times as long, with "
+        "the all-reduce of NCCL; an engine's own may be faster."
     )
 
 
