@@ -11,10 +11,15 @@ from ep_backend.nvml import Link
 from ep_backend.probe import Record
 from ep_backend.profiles import Condition, version
 
-# How far NCCL's levels reach (NCCL, src/graph/topo.h: PATH_PIX ... PATH_SYS). GPUs of one board count as if a
-# switch joined them, and host bridges of one NUMA node as one.
+# The NCCL_P2P_LEVELs for PCIe, by how far they reach, and how far two GPUs with a common ancestor are
+# apart (NCCL, src/graph/topo.h: PATH_PIX ... PATH_SYS). GPUs of one board count as if a switch joined
+# them, and host bridges of one NUMA node as one.
 _LEVELS = ("LOC", "PIX", "PXB", "PHB", "SYS")
-_REACH = {"LOC": 1, "PIX": 1, "PXB": 2, "PHB": 3, "NODE": 3, "SYS": 4}
+DISTANCE = {"LOC": 1, "PIX": 1, "PXB": 2, "PHB": 3, "NODE": 3, "SYS": 4}
+
+# What NVIDIA asks for where NCCL shares memory of the host:
+# https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html#shared-memory
+LEAST_SHARED_MEMORY = 1 << 30
 
 Pairs = Mapping[tuple[str, str], Link | None]
 
@@ -36,6 +41,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     shares_memory: bool  # all ranks see the same /dev/shm of one kernel
     hosts: int
     failed_pairs: tuple[tuple[str, str], ...] = ()  # of the group's GPUs: the data check failed
+    closed_pairs: tuple[tuple[str, str], ...] = ()  # of the group's GPUs: the driver offers no peer access
     shared_memory_bytes: int | None = None  # of the smallest /dev/shm
 
 
@@ -44,6 +50,7 @@ def gather(records: Sequence[Record]) -> Facts:
     hosts = _hosts(records)
     shared = {(_host(record), record.shared_memory) for record in records}
     pairs = [_pairs(host) for host in hosts.values()]
+    failed, closed = _failed(pairs, records)
     return Facts(
         gpus="all" if all(record.used_gpus() for record in records) else "none",
         several_gpus=bool(_verdicts(pairs, lambda link: True)),
@@ -63,7 +70,8 @@ def gather(records: Sequence[Record]) -> Facts:
         shared_memory_bytes=min(
             (r.shared_memory_bytes for r in records if r.shared_memory_bytes is not None), default=None
         ),
-        failed_pairs=_failed(pairs, {uuid for record in records for uuid in record.used_gpus()}),
+        failed_pairs=failed,
+        closed_pairs=closed,
     )
 
 
@@ -107,6 +115,21 @@ def unmet(condition: Condition, facts: Facts) -> list[str]:
     return missing
 
 
+def short_of_shared_memory(facts: Facts, transport: str) -> bool:
+    """Whether NCCL goes through /dev/shm here, with ``transport`` chosen, and that is small."""
+    through_host = transport == "collective" and facts.gpus == "all" and facts.several_gpus
+    space = facts.shared_memory_bytes
+    return through_host and facts.nvlink != "all" and space is not None and space < LEAST_SHARED_MEMORY
+
+
+def reaches(level: str, link: Link) -> bool:
+    """Whether NCCL_P2P_LEVEL=``level`` makes NCCL use peer access over ``link``. An unknown link is as long
+    as can be, and an unknown level makes nothing."""
+    if link.nvlink:
+        return level == "NVL" or level in _LEVELS[1:]
+    return level in _LEVELS and DISTANCE.get(link.ancestor, DISTANCE["SYS"]) <= _LEVELS.index(level)
+
+
 def _host(record: Record) -> str:
     return record.boot_id or record.host
 
@@ -143,13 +166,28 @@ def _worse(a: Link, b: Link) -> Link:
         a,
         nvlink=verdict(a.nvlink, b.nvlink),
         peer_works=verdict(a.peer_works, b.peer_works),
-        ancestor=max(a.ancestor, b.ancestor, key=lambda name: (_REACH.get(name, 0), name)),
+        ancestor=max(a.ancestor, b.ancestor, key=lambda name: (DISTANCE.get(name, 0), name)),
     )
 
 
-def _failed(hosts: Iterable[Pairs], used: set[str]) -> tuple[tuple[str, str], ...]:
-    failed = (pair for host in hosts for pair, link in host.items() if link and link.peer_works is False)
-    return tuple(sorted(pair for pair in failed if used.issuperset(pair)))
+def _failed(
+    hosts: Iterable[Pairs], records: Sequence[Record]
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """The used pairs without working peer access: where it is broken, and where the driver offers none."""
+    used = {uuid for record in records for uuid in record.used_gpus()}
+    directions = [one for record in records for one in record.directions]
+    closed = {frozenset((one.source, one.target)) for one in directions if one.access is False}
+    closed -= {frozenset((one.source, one.target)) for one in directions if one.broken}
+    without = sorted(
+        pair
+        for host in hosts
+        for pair, link in host.items()
+        if link and link.peer_works is False and used.issuperset(pair)
+    )
+    return (
+        tuple(pair for pair in without if frozenset(pair) not in closed),
+        tuple(pair for pair in without if frozenset(pair) in closed),
+    )
 
 
 def _fabric(records: Sequence[Record]) -> bool | None:
@@ -174,9 +212,9 @@ def _peer_level(hosts: Iterable[Pairs]) -> str | None:
     links = [link for host in hosts for link in host.values()]
     reach: dict[bool, set[int]] = {True: set(), False: set()}
     for link in links:
-        if link is None or link.peer_works is None or link.ancestor not in _REACH:
+        if link is None or link.peer_works is None or link.ancestor not in DISTANCE:
             return None
-        reach[link.peer_works].add(_REACH[link.ancestor])
+        reach[link.peer_works].add(DISTANCE[link.ancestor])
     nearest_failure = min(reach[False], default=len(_LEVELS))
     return _LEVELS[max((far for far in reach[True] if far < nearest_failure), default=0)] if links else None
 

@@ -14,16 +14,13 @@ import msgspec
 
 from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import Facts, gather, unmet, word
+from ep_backend.facts import Facts, gather, short_of_shared_memory, unmet, word
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
 
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
 AVAILABLE = frozenset({"cpu", "collective", "peer"})
-# What NVIDIA asks for where NCCL shares memory of the host:
-# https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html#shared-memory
-NCCL_SHARED_MEMORY = 1 << 30
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -271,23 +268,29 @@ def _remarks(facts: Facts, transport: str, refused: bool, said: str) -> list[str
     remarks = []
     if refused and facts.gpus == "all":
         remarks.append("EP_BACKEND_PEER_ACCESS=0: no peer access is used.")
-    elif facts.failed_pairs and _failure(facts) not in said:
+    elif _failure(facts) and _failure(facts) not in said:
         remarks.append(f"T{_failure(facts)[1:]}.")
-    space = facts.shared_memory_bytes
-    through_host = transport == "collective" and facts.gpus == "all" and facts.several_gpus
-    if through_host and facts.nvlink != "all" and space is not None and space < NCCL_SHARED_MEMORY:
+    if short_of_shared_memory(facts, transport):
+        space = (facts.shared_memory_bytes or 0) >> 20
         remarks.append(
-            f"/dev/shm has {space >> 20} MiB and NCCL may need more to reach GPUs through the host"
+            f"/dev/shm has {space} MiB and NCCL may need more to reach GPUs through the host"
             " (containers: start them with --ipc=host or --shm-size=1g)."
         )
     return remarks
 
 
 def _failure(facts: Facts) -> str:
-    pairs = facts.failed_pairs
-    named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
-    more = f", and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
-    return f"the data check of peer access failed between {named}{more}"
+    """Which pairs of the group's GPUs do not reach each other and why, or an empty text."""
+    reasons = (
+        ("the data check of peer access failed", facts.failed_pairs),
+        ("the driver offers no peer access", facts.closed_pairs),
+    )
+    said = []
+    for why, pairs in reasons:
+        named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
+        more = f", and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
+        said += [f"{why} between {named}{more}"] if pairs else []
+    return ", and ".join(said)
 
 
 def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available: frozenset[str]) -> str:
@@ -314,7 +317,7 @@ def _no_peer_access(records: Sequence[Record], facts: Facts) -> str:
         sliced = [gpu.uuid for gpu in record.gpus if gpu.mig and gpu.uuid in record.used_gpus()]
         if len(records) > 1 and (sliced or any(uuid.startswith("MIG-") for uuid in record.used_gpus())):
             return f"rank {rank} uses a slice of a GPU (MIG), which reaches no other"
-    return _failure(facts) if facts.failed_pairs else ""
+    return _failure(facts)
 
 
 def _settings(

@@ -2,12 +2,14 @@
 
 import itertools
 
-from ep_backend.checks import Direction
+import msgspec
+
+from ep_backend.checks import Direction, worker
 from ep_backend.doctor import report
 from ep_backend.doctor.plan import Shape
 from ep_backend.doctor.warmup import AllReduce, WarmUp
 from ep_backend.nvml import Gpu, Link
-from ep_backend.probe import Record
+from ep_backend.probe import Record, _both_ways
 
 SMALL = Shape(name="small", hidden=2048, experts=128, topk=8, layers=48)
 LARGE = Shape(name="large", hidden=7168, experts=256, topk=8, layers=61)
@@ -30,6 +32,21 @@ def cpus(**changes):
     return Record(**{**fields, **changes})
 
 
+class NoAccess:
+    """Operators on a machine whose driver offers no peer access; there are no others to call."""
+
+    @staticmethod
+    def gpu_pair_attributes(source, target):
+        return 0, 0
+
+
+def without_access(a, b):
+    """What the checks report of such a direction."""
+    direction, broken = worker.try_direction(NoAccess, a, b, uuid(a), uuid(b))
+    assert not broken
+    return direction
+
+
 def gpus(
     count=4,
     *,
@@ -37,12 +54,13 @@ def gpus(
     nvlink=lambda a, b: True,
     ancestor="NODE",
     works=lambda a, b: True,
-    access=True,
+    access=lambda a, b: True,
     rate=350e9,
     gpu=None,
     **changes,
 ):
-    """``works(a, b)``: what the data check from a to b said; None: it was not made, and nothing is known."""
+    """``works(a, b)``: what the data check from a to b said; None: it was not made, and nothing is known.
+    ``access(a, b)``: whether the driver offers peer access; without it there is no check."""
     about = {
         "memory_bytes": 141 << 30,
         "bar1_bytes": 256 << 30,
@@ -54,10 +72,12 @@ def gpus(
         **(gpu or {}),
     }
     directions = tuple(
-        Direction(
+        without_access(a, b)
+        if not access(a, b)
+        else Direction(
             source=uuid(a),
             target=uuid(b),
-            access=access,
+            access=True,
             works=works(a, b),
             problem="what arrived was not what was sent" if works(a, b) is False else "",
             store_bytes_per_s=rate if works(a, b) else None,
@@ -68,13 +88,7 @@ def gpus(
         for a, b in itertools.permutations(range(count), 2)
     )
     links = tuple(
-        Link(
-            a=uuid(a),
-            b=uuid(b),
-            nvlink=nvlink(a, b),
-            ancestor=ancestor,
-            peer_works=None if works(a, b) is None else works(a, b) and works(b, a),
-        )
+        Link(a=uuid(a), b=uuid(b), nvlink=nvlink(a, b), ancestor=ancestor)
         for a, b in itertools.combinations(range(count), 2)
     )
     fields = {
@@ -90,7 +104,9 @@ def gpus(
             for n in range(count)
         ),
         "visible": tuple(uuid(n) for n in range(count)),
-        "links": links,
+        "links": tuple(
+            msgspec.structs.replace(link, peer_works=_both_ways(link, directions)) for link in links
+        ),
         "directions": directions,
         "hcas": ("mlx5_0:1",),
     }
@@ -107,7 +123,7 @@ def bridges(a, b):
 
 
 # Profiles that are recognised by a data check that failed.
-BROKEN = ("pcie_blackwell", "pcie_partial")
+BROKEN = ("pcie_partial",)
 # By profile: a machine that must be recognised as it, and the transport that must be used.
 PROFILES = {
     "cpu": (cpus(), "cpu"),
@@ -125,7 +141,7 @@ PROFILES = {
     ),
     "pcie_p2p": (gpus(4, nvlink=none, ancestor="PXB", rate=50e9, hcas=()), "peer"),
     "pcie_blackwell": (
-        gpus(2, nvlink=none, works=none, name="NVIDIA RTX PRO 6000", hcas=()),
+        gpus(2, nvlink=none, access=none, ancestor="PHB", name="NVIDIA GeForce RTX 4090", hcas=()),
         "collective",
     ),
 }

@@ -11,13 +11,19 @@ class Direction(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     target: str
     access: bool | None = None  # the driver offers it (cudaDeviceCanAccessPeer)
-    # What source stored, and announced by a flag, was read by target unchanged; None: not tried
+    # What source stored, and announced by a flag, was read by target unchanged. None: not tried;
+    # without access False
     works: bool | None = None
     problem: str = ""  # why it does not work or was not tried, in one sentence
     store_bytes_per_s: float | None = None  # stored by the SMs of source
     copy_bytes_per_s: float | None = None  # moved by a copy engine
     latency_s: float | None = None  # of a flag, one way: half a round trip
     atomics: bool | None = None  # cudaDevP2PAttrNativeAtomicSupported; recorded, never needed
+
+    @property
+    def broken(self) -> bool:
+        """Whether the driver offers access and it does not work. Where it offers none, nothing is wrong."""
+        return self.works is False and self.access is not False
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ep_backend import __version__
 from ep_backend.errors import EpError
+from ep_backend.launch.terminable import Terminated
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -54,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EpError, OSError) as error:
         print(f"ep-backend: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
+    except Terminated as end:
+        return end.status
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
 def _run(arguments: Sequence[str]) -> int:

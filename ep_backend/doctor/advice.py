@@ -20,6 +20,8 @@ from ep_backend.doctor.plan import AllReduces, Expected, Shape, row_bytes
 from ep_backend.probe import Record
 from ep_backend.select import Decision
 
+# vLLM has one for small messages over NVLink.
+CAVEAT = "with the all-reduce of NCCL; an engine's own may be faster"
 SAME = 0.1  # a difference below this share is none: the times of EP are a model
 
 
@@ -114,7 +116,7 @@ def _against(rival: str, pairs: Sequence[tuple[Comparison, float]]) -> list[str]
     if faster:
         one, other = max(faster, key=lambda case: case[1] / case[0].ep_s)
         shown = _numbers("faster", rival, [case for case, _ in faster], one, other)
-        found.append(f"{shown}: {rival} takes {other / one.ep_s:.1f} times as long.")
+        found.append(f"{shown}: {rival} takes {other / one.ep_s:.1f} times as long, {CAVEAT}.")
     if slower:
         one, other = max(slower, key=lambda case: case[0].ep_s / case[1])
         shown = _numbers("slower", rival, [case for case, _ in slower], one, other)

@@ -10,14 +10,12 @@ from ep_backend import checks, env
 from ep_backend.checks import Direction
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
+from ep_backend.facts import LEAST_SHARED_MEMORY, gather, reaches, short_of_shared_memory
 from ep_backend.probe import Record
 from ep_backend.profiles import version
 from ep_backend.select import Decision
 from ep_backend.transports import OLDEST_CUDA
 
-LEAST_SHARED_MEMORY = 1 << 30  # docs.nvidia.com/deeplearning/nccl: troubleshooting.html#shared-memory
-# How far each NCCL_P2P_LEVEL reaches, and how far apart two GPUs with this common ancestor are.
-REACH = {"LOC": 0, "NVL": 1, "PIX": 2, "PXB": 3, "PHB": 4, "NODE": 5, "SYS": 5}
 P2P_CURE = (
     "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or if that fails too, export "
     "NCCL_P2P_DISABLE=1 (never direct access); then ep-backend doctor again"
@@ -46,10 +44,10 @@ def find(
     ``undecided``. ``kernels``: this build has CUDA kernels."""
     found = [
         *_environment(environ, undecided),
-        *_driver(record, kernels),
+        *_driver(record, decision, kernels),
         *_peer_access(record, decision),
         *_nccl_over_broken_links(record, decision, environ),
-        *_memory(record),
+        *_memory(record, decision),
         *_warm_up(warm_up),
         *_boards(record),
     ]
@@ -104,7 +102,7 @@ def _environment(environ: Mapping[str, str], undecided: str) -> Iterable[Finding
                 )
 
 
-def _driver(record: Record, kernels: bool) -> Iterable[Finding]:
+def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterable[Finding]:
     torch = record.versions.get("torch", "")
     if record.gpus and torch.endswith("+cpu"):
         yield Finding(
@@ -121,10 +119,16 @@ def _driver(record: Record, kernels: bool) -> Iterable[Finding]:
     if not record.used_gpus():
         return
     if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
+        need = "its kernels need CUDA 13.0, that is driver 580 or newer"
+        other = decision.transport if decision is not None and decision.transport != "peer" else ""
         yield Finding(
-            what=f"NVIDIA driver {record.driver} is too old: it serves CUDA {record.cuda_driver}",
-            why="the kernels of transport peer need CUDA 13.0, that is driver 580 or newer",
-            next="install driver 580 or newer, or export EP_BACKEND_TRANSPORT=collective",
+            what=f"NVIDIA driver {record.driver} is too old for transport peer: it serves CUDA "
+            f"{record.cuda_driver}",
+            why=f"{need}; transport {other}, which is chosen here, works with it" if other else need,
+            next="install driver 580 or newer, if you want transport peer or the checks of peer access"
+            if other
+            else "install driver 580 or newer, or export EP_BACKEND_TRANSPORT=collective",
+            wrong=not other,
         )
     if not kernels:
         yield Finding(
@@ -136,7 +140,7 @@ def _driver(record: Record, kernels: bool) -> Iterable[Finding]:
 
 def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]:
     directions, names = used_directions(record), gpu_names(record)
-    broken = [one for one in directions if one.works is False]
+    broken = [one for one in directions if one.broken]
     if broken:
         pairs = ", ".join(
             f"{names.get(d.source, d.source)} -> {names.get(d.target, d.target)}" for d in broken
@@ -186,17 +190,15 @@ def _nccl_over_broken_links(
     record: Record, decision: Decision | None, environ: Mapping[str, str]
 ) -> Iterable[Finding]:
     """The user's own values win. These ones break something."""
-    used = set(record.used_gpus())
-    broken = [link for link in record.links if link.peer_works is False and {link.a, link.b} <= used]
+    broken = {frozenset((one.source, one.target)) for one in used_directions(record) if one.broken}
     level = environ.get("NCCL_P2P_LEVEL", "").strip()
-    if environ.get("NCCL_P2P_DISABLE") != "1" and level in REACH:
-        reached = [link for link in broken if REACH.get(link.ancestor, REACH["SYS"]) <= REACH[level]]
-        if reached:
-            yield Finding(
-                what=f"NCCL_P2P_LEVEL={level} makes NCCL use peer access between GPUs where it does not work",
-                why="NCCL hangs or sums wrong data",
-                next="unset NCCL_P2P_LEVEL, or export NCCL_P2P_DISABLE=1",
-            )
+    reached = any(frozenset((link.a, link.b)) in broken and reaches(level, link) for link in record.links)
+    if reached and environ.get("NCCL_P2P_DISABLE") != "1":
+        yield Finding(
+            what=f"NCCL_P2P_LEVEL={level} makes NCCL use peer access between GPUs where it does not work",
+            why="NCCL hangs or sums wrong data",
+            next="unset NCCL_P2P_LEVEL, or export NCCL_P2P_DISABLE=1",
+        )
     wanted = {item.name for item in decision.env} if decision else set()
     if "NCCL_MNNVL_ENABLE" in wanted and environ.get("NCCL_CUMEM_ENABLE") == "0":
         yield Finding(
@@ -206,15 +208,20 @@ def _nccl_over_broken_links(
         )
 
 
-def _memory(record: Record) -> Iterable[Finding]:
+def _memory(record: Record, decision: Decision | None) -> Iterable[Finding]:
     size = record.shared_memory_bytes
     if size is not None and size < LEAST_SHARED_MEMORY:
+        short = decision is not None and short_of_shared_memory(gather([record]), decision.transport)
         yield Finding(
             what=f"/dev/shm has only {size / (1 << 20):.0f} MiB",
             why="NCCL without peer access and the processes of an engine exchange data there, and end with a "
-            "bus error when it is full",
+            "bus error when it is full"
+            if short
+            else "ep_backend does not use it, and NCCL hardly does here; processes of an engine may exchange "
+            "data there, and end with a bus error when it is full",
             next="docker run --ipc=host, or --shm-size=1g or more (Kubernetes: an emptyDir of medium Memory "
             "on /dev/shm); without a container: mount -o remount,size=50% /dev/shm",
+            wrong=short,
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_backend.bench import pictures
+from ep_backend.checks import Direction
 from ep_backend.doctor.findings import gpu_names
 from ep_backend.doctor.report import Report
 from ep_backend.doctor.text import WAYS
@@ -34,21 +35,22 @@ def write(report: Report, path: Path) -> None:
     pictures.write(made, path)
 
 
-def kind(link: Link) -> str:
+def kind(record: Record, link: Link) -> str:
     """What joins a pair, in the words of the picture; a failed check goes before all."""
-    if link.peer_works is False:
+    if any(one.broken for one in _directions(record, link)):
         return FAILED
     return "NVLink" if link.nvlink else KINDS.get(link.ancestor, "NUMA")
 
 
 def rate(record: Record, link: Link) -> float | None:
     """GB/s of stores between the two, in the slower direction; None if one failed or was not measured."""
-    if link.peer_works is False:
-        return None
-    pair = {link.a, link.b}
-    rates = [one.store_bytes_per_s for one in record.directions if {one.source, one.target} == pair]
-    known = [value / 1e9 for value in rates if value]
-    return min(known) if known else None
+    directions = _directions(record, link)
+    known = [one.store_bytes_per_s / 1e9 for one in directions if one.store_bytes_per_s]
+    return min(known) if known and not any(one.broken for one in directions) else None
+
+
+def _directions(record: Record, link: Link) -> list[Direction]:
+    return [one for one in record.directions if {one.source, one.target} == {link.a, link.b}]
 
 
 def _topology(axes: Any, record: Record) -> None:
@@ -73,7 +75,7 @@ def _topology(axes: Any, record: Record) -> None:
         if link.a not in at or link.b not in at:
             continue
         (x0, y0), (x1, y1) = at[link.a], at[link.b]
-        name, speed = kind(link), rate(record, link)
+        name, speed = kind(record, link), rate(record, link)
         failed = name == FAILED
         new = name not in by_kind
         by_kind.setdefault(name, []).extend([] if speed is None else [speed])

@@ -145,9 +145,9 @@ def _peer_access(record: Record) -> list[str]:
 
 
 def _check(direction: Direction) -> str:
-    if direction.works is None:
-        return "no access" if direction.access is False else "not tried"
-    return "ok" if direction.works else "FAILED"
+    if direction.access is False:
+        return "no access"
+    return "FAILED" if direction.broken else "ok" if direction.works else "not tried"
 
 
 def _matrix(uuids: Sequence[str], record: Record, cell: Callable[[str, str], str]) -> list[str]:
@@ -217,10 +217,15 @@ def _findings(report: Report) -> list[str]:
 def _finding(finding: Finding) -> list[str]:
     mark = "WRONG" if finding.wrong else "note"
     return [
-        *_wrap(f"  {mark}: {finding.what}.", 4),
-        *_wrap(f"    why: {finding.why}.", 6),
+        *_wrap(f"  {mark}: {_ended(finding.what)}", 4),
+        *_wrap(f"    why: {_ended(finding.why)}", 6),
         *_wrap(f"    next: {finding.next}", 6),
     ]
+
+
+def _ended(words: str) -> str:
+    """``words`` as a sentence: some end as one already, for example with the nearest name."""
+    return words if words.endswith((".", "?", "!")) else f"{words}."
 
 
 def _wrap(text: str, indent: int) -> list[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 
-def advise(phase: str, kind: str, transport: str, device: str, text: str = "") -> tuple[str, ...]:
+def advise(phase: str, kind: str, transport: str, device: str, error: str = "") -> tuple[str, ...]:
     """Steps in the order in which to take them.
 
-    ``kind`` as in `phases.Failure`; ``transport``: what the group was asked to use, "auto" if nothing;
-    ``text``: what was said of the failure.
+    ``kind`` and ``error`` as in `phases.Failure`; ``transport``: what the group was asked to use, "auto" if
+    nothing.
     """
     steps = []
     if kind == "late":
         steps.append("If the machine is only slow or busy, allow more time: --deadline 600.")
-    if "EpConfigError" not in text and device == "cuda" and phase == "local":
+    if error != "EpConfigError" and device == "cuda" and phase == "local":
         steps.append(
             "One GPU was on its own, so no link is to blame: look for Xid errors in the kernel's log and for "
             "ECC errors in nvidia-smi -q, and update a driver older than 580."

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -33,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         description="Exchanges rows in four phases and compares every bit with the reference: local (the "
         "kernels on one device), node (all ranks of this machine), graph (CUDA graphs) and network (several "
         "machines, under torchrun). Stops at the first phase that fails and says what to do.",
-        epilog="Exit status: 0 all that ran passed, 1 something failed, 2 wrong usage.",
+        epilog="Exit status: 0 all that ran passed, 1 something failed or nothing could run, 2 wrong usage.",
     )
     add = parser.add_argument
     add("--phase", choices=PHASES, help="only this one (all, in order)")
@@ -57,7 +58,13 @@ def run(args: argparse.Namespace) -> int:
 
     joined = network.started_by_others()
     try:
+        _check_environment()
         options = _options(args, joined)
+        _check_choice(args, options, joined)
+    except EpConfigError:
+        if joined and int(os.environ.get("LOCAL_RANK", "0")):
+            return FAILED  # the first rank of the machine finds the same, and says so
+        raise
     except _UsageError as error:
         print(f"ep-backend selftest: {error}", file=sys.stderr)
         return USAGE
@@ -67,10 +74,32 @@ def run(args: argparse.Namespace) -> int:
         return _print(args, options, [*alone, partial(phases.skipped, "network", why)], sys.stdout)
     with _own_output() as own, network.meeting(options) as meeting:
         if meeting.rank != 0:
-            return FAILED if meeting.run().status == "failed" else 0
+            return 0 if meeting.run().status == "passed" else FAILED
         why = "starts its own ranks: run ep-backend selftest without torchrun"
         others = [partial(phases.skipped, phase, why) for phase in PHASES[:-1]]
         return _print(args, options, [*others, partial(_network, meeting)], own)
+
+
+def _check_environment() -> None:
+    """Raise EpConfigError if a variable of ours has a wrong value, or a name that means nothing."""
+    wrong = [*env.wrong_values(), *env.misspelt()]
+    if wrong:
+        raise EpConfigError("; ".join(wrong))
+
+
+def _check_choice(args: argparse.Namespace, options: Options, joined: bool) -> None:
+    """Raise EpConfigError if nothing can be chosen here, before ranks find that out one by one."""
+    from ep_backend.selftest import phases
+
+    # What other machines bring along is for the phases to find, and one rank needs no other.
+    ranks = 1 if joined or args.phase in ("local", "network") else options.ranks
+    try:
+        phases.decision(replace(options, ranks=ranks, transport=args.transport or "auto"))
+    except EpConfigError as error:
+        profile = env.get("EP_BACKEND_PROFILE")
+        if profile == "auto":
+            raise
+        raise EpConfigError(f"nothing can be chosen with EP_BACKEND_PROFILE={profile}: {error}") from error
 
 
 def _options(args: argparse.Namespace, joined: bool) -> Options:
@@ -157,4 +186,5 @@ def _print(
         print(json.dumps(report.document(reports, record, options), indent=2), file=out, flush=True)
     else:
         print(report.last_line(reports), file=out, flush=True)
-    return FAILED if any(one.status == "failed" for one in reports) else 0
+    statuses = {one.status for one in reports}
+    return 0 if "passed" in statuses and "failed" not in statuses else FAILED

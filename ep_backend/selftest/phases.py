@@ -77,6 +77,8 @@ class Failure:
     kind: str
     """"wrong" (another result than the reference's), or the end of the rank: "raised", "died", "late"."""
     text: str
+    error: str = ""
+    """Name of the exception's class, if the rank raised."""
     details: str = ""
     """Tracebacks, and where ranks without an answer were."""
     others: tuple[str, ...] = ()
@@ -216,6 +218,7 @@ def judge(name: str, outcomes: Sequence[Outcome]) -> Group | Failure:
             rank=failed.rank,
             kind=failed.end,
             text=failed.text + (f" (at: {failed.at})" if failed.at else ""),
+            error=failed.error,
             details="\n".join(f"rank {o.rank}:\n{o.details}" for o in (failed, *others) if o.details),
             others=tuple(map(str, others)),
         )
@@ -240,7 +243,7 @@ def conclude(
     report = Report(phase=phase, status="passed", ranks=ranks, hosts=hosts)
     for transport, group in found:
         if isinstance(group, Failure):
-            steps = advise(phase, group.kind, transport, options.device, group.text)
+            steps = advise(phase, group.kind, transport, options.device, group.error)
             report = replace(report, status="failed", failure=group, next=steps)
             break
         report = replace(report, groups=(*report.groups, group))

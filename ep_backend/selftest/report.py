@@ -49,7 +49,7 @@ def last_line(reports: Sequence[Report]) -> str:
         return f"FAILED: phase {failed[0]}"
     passed = [report.phase for report in reports if report.status == "passed"]
     if not passed:
-        return "nothing was tested"
+        return f"nothing was tested: {', '.join(report.phase for report in reports)} cannot run here"
     return f"passed: {', '.join(passed)}; every bit as the reference has it"
 
 

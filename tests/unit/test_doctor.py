@@ -103,6 +103,9 @@ def test_text_of_failed_and_missing_checks():
     assert row.split() == ["GPU", "0", "-", "FAILED", "ok"]
     assert "PHB" in "\n".join(lines)
     assert lines[-1] == "1 thing is wrong."
+    assert "no access" not in "\n".join(lines)
+    row = next(line for line in shown(PROFILES["pcie_blackwell"][0]).splitlines() if "no access" in line)
+    assert row.split() == ["GPU", "0", "-", "no", "access"]
     unknown = shown(gpus(2, directions=()))
     assert "not tried" in unknown
     assert "no expectation: the links were not measured" in unknown
@@ -184,12 +187,22 @@ def test_fewer_ranks_than_gpus(doctor):
 def test_something_wrong_is_status_1(doctor):
     failed = warmup.WarmUp(outcome="crash", why="a rank ended.", ranks=4, took_s=1.0)
     assert doctor(gpus(4), warm_up=failed)[0] == 1
-    assert doctor(cpus(shared_memory_bytes=1 << 20))[0] == 1
+    blackwell, _ = PROFILES["pcie_blackwell"]
+    assert doctor(blackwell)[0] == 0
+    assert doctor(msgspec.structs.replace(blackwell, shared_memory_bytes=1 << 20))[0] == 1
+    assert doctor(cpus(shared_memory_bytes=1 << 20))[0] == 0
     status, out, _, warmed_up = doctor(gpus(2, environment={"EP_BACKEND_PROFILE": "nonesuch"}))
     assert (status, warmed_up) == (1, [])
     assert "profile      none: nothing can be chosen" in out
     assert "NCCL warm-up: skipped" in out
     assert "nonesuch" in out
+
+
+def test_no_sentence_ends_twice():
+    said = shown(cpus(), environ={"EP_BACKEND_TIMOUT_S": "3"}).splitlines()
+    assert any(line.endswith("did you mean 'EP_BACKEND_TIMEOUT_S'?") for line in said)
+    broken = warmup.WarmUp(outcome="crash", why="a rank ended with an error.", ranks=4, took_s=1.0)
+    assert "NCCL does not start: a rank ended with an error.\n" in shown(gpus(4), broken)
 
 
 @pytest.mark.parametrize(
@@ -258,19 +271,23 @@ def test_pictures(doctor, tmp_path, name, suffix):
 
 def test_what_the_lines_of_a_picture_mean():
     record = gpus(2, works=lambda a, b: (a, b) == (0, 1), rate=50e9)
-    assert picture.kind(record.links[0]) == picture.FAILED
+    assert picture.kind(record, record.links[0]) == picture.FAILED
     assert picture.rate(record, record.links[0]) is None
     assert picture.rate(gpus(2), gpus(2).links[0]) == 350.0
-    assert picture.kind(gpus(2).links[0]) == "NVLink"
-    assert [picture.kind(gpus(2, nvlink=none, ancestor=a).links[0]) for a in ("PIX", "PHB", "SYS", "")] == [
+
+    def kind(**changes):
+        made = gpus(2, **changes)
+        return picture.kind(made, made.links[0])
+
+    assert kind() == "NVLink"
+    assert kind(nvlink=none, access=none, ancestor="PHB") == "root complex"
+    assert [kind(nvlink=none, ancestor=a) for a in ("PIX", "PHB", "SYS", "")] == [
         "PCIe switch",
         "root complex",
         "NUMA",
         "NUMA",
     ]
-    assert {picture.kind(gpus(2, nvlink=none, ancestor=a).links[0]) for a in ("LOC", "PXB", "NODE")} <= set(
-        picture.COLOURS
-    )
+    assert {kind(nvlink=none, ancestor=a) for a in ("LOC", "PXB", "NODE")} <= set(picture.COLOURS)
 
 
 def test_no_matplotlib_is_one_sentence(doctor, monkeypatch):

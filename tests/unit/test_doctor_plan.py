@@ -1,5 +1,7 @@
 """Expected times: the formulas against every kept measurement, and against what must hold."""
 
+import time
+
 import pytest
 from measurements import MEASURED, WITHIN, documents, peer_cases, shape_of
 
@@ -111,6 +113,13 @@ def test_nccl_is_an_all_reduce_and_three_launches():
     steep = AllReduces([(1, 1e-12), (1 << 30, (1 << 30) * 1e-12)])
     assert plan.nccl_s(MEASURED, 4, 8, "bf16", steep) == pytest.approx(4 * 8 * 14336e-12, rel=1e-3)
     assert plan.nccl_s(MEASURED, 4, 8, "fp8", steep) < plan.nccl_s(MEASURED, 4, 8, "bf16", steep)
+
+
+def test_the_best_of_several_copy_rates_counts(monkeypatch):
+    """Another program that is at work meanwhile must not make memory look slow."""
+    slow = iter([0.05] * 3)
+    monkeypatch.setattr(copying.ctypes, "memmove", lambda *of: time.sleep(next(slow, 0.001)))
+    assert copying.copy_rate(1, size=1 << 20, seconds=0.02) > (1 << 20) / 0.01
 
 
 def test_copy_rate_is_that_of_some_memory():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep_backend import profiles
+from ep_backend.checks import Direction
 from ep_backend.errors import EpConfigError
 from ep_backend.facts import neighbours, unchecked
 from ep_backend.nvml import Gpu, Link
@@ -652,6 +653,23 @@ def test_peer_access_that_is_advertised_and_broken():
     assert "data check of peer access failed between GPU-node0-0 and GPU-node0-1" in decision.reason
     with pytest.raises(EpConfigError, match="asks for transport 'peer', but the data check of peer access"):
         decide(records, "peer")
+
+
+def test_peer_access_that_is_not_offered_has_not_failed():
+    """Such pairs are in the records as pairs that do not work; the words for them are others."""
+    a, b = "GPU-node0-0", "GPU-node0-1"
+    closed = {"access": False, "works": False, "problem": "the driver offers no peer access"}
+    directions = (Direction(source=a, target=b, **closed), Direction(source=b, target=a, **closed))
+    records = [msgspec.structs.replace(r, directions=directions) for r in pcie_machine(2, works=False)]
+    decision = decide(records)
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    assert f"The driver offers no peer access between {a} and {b}." in decision.reason
+    assert "data check" not in decision.reason
+    with pytest.raises(EpConfigError, match=f"but the driver offers no peer access between {a} and {b}"):
+        decide(records, "peer")
+    broken = (directions[0], Direction(source=b, target=a, access=True, works=False))
+    told = [records[0], msgspec.structs.replace(records[1], directions=broken)]
+    assert "The data check of peer access failed between" in decide(told).reason
 
 
 def test_nvlink_whose_data_check_failed_is_not_used():

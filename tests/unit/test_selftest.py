@@ -17,7 +17,7 @@ import torch.distributed as dist
 from harness import ranks
 
 import ep_backend as ep
-from ep_backend import cli, reference
+from ep_backend import cli, env, reference
 from ep_backend.launch.processes import Outcome
 from ep_backend.selftest import command, exchanges, graphs, inputs, network, phases, plan, report
 from ep_backend.selftest.advice import advise
@@ -31,7 +31,8 @@ GPUS = replace(CPU, device="cuda", ranks=4)
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "EP_BACKEND_TRANSPORT"):
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in [*launcher, *(name for name in os.environ if name.startswith(env.PREFIX))]:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -374,6 +375,13 @@ def test_a_transport_that_is_asked_for_is_the_only_one(four_gpus):
     assert [group.chosen for group in found.groups] == [False]
 
 
+def test_what_is_set_up_wrongly_is_no_sick_gpu(four_gpus):
+    refused = [Outcome(0, "raised", text="rank 0 cannot start: no", error="EpConfigError")]
+    found = phases.local(GPUS, Starts(refused))
+    assert (found.status, found.failure.error) == ("failed", "EpConfigError")
+    assert "Xid" not in " ".join(found.next)
+
+
 def test_what_cannot_start_here_is_left_out_but_not_what_is_chosen(four_gpus):
     start = Starts(done("collective"), done("peer", left_out="no access"), done("collective"))
     found = phases.node(GPUS, start)
@@ -434,7 +442,9 @@ def test_the_last_line():
     skipped = phases.skipped("graph", "no GPU")
     assert report.last_line([passed, skipped]).startswith("passed: local;")
     assert report.last_line([passed, failed, skipped]) == "FAILED: phase node"
-    assert report.last_line([skipped]) == "nothing was tested"
+    assert report.last_line([skipped]) == "nothing was tested: graph cannot run here"
+    network = phases.skipped("network", "no others")
+    assert report.last_line([skipped, network]) == "nothing was tested: graph, network cannot run here"
 
 
 def test_hosts_are_counted():
@@ -475,10 +485,43 @@ def test_no_gpu_is_one_sentence(monkeypatch, capsys):
     assert "finds no GPU here" in capsys.readouterr().err
 
 
-def test_a_wrong_environment_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setenv("EP_BACKEND_TRANSPORT", "cpi")
-    assert cli.main(["selftest"]) == 1
-    assert "did you mean 'cpu'" in capsys.readouterr().err
+WRONG_SETTINGS = [
+    ({"EP_BACKEND_TRANSPORT": "cpi"}, "did you mean 'cpu'"),
+    ({"EP_BACKEND_TRANSPORT": "peer"}, "EP_BACKEND_TRANSPORT"),
+    ({"EP_BACKEND_PROFILE": "/nowhere/own.toml"}, "with EP_BACKEND_PROFILE=/nowhere/own.toml: "),
+    ({"EP_BACKEND_PROFILE": "nvswich"}, "did you mean 'nvswitch'"),
+    ({"EP_BACKEND_TIMOUT_S": "1"}, "EP_BACKEND_TIMOUT_S is set but means nothing to ep_backend"),
+    ({"EP_BACKEND_TIMEOUT_S": "soon"}, "EP_BACKEND_TIMEOUT_S='soon' is not usable"),
+    ({"EP_BACKEND_TIMOUT_S": "1", "EP_BACKEND_TIMEOUT_S": "soon"}, "; EP_BACKEND_TIMOUT_S is set but"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), WRONG_SETTINGS)
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--phase", "local"]])
+def test_a_wrong_environment_is_one_sentence_before_all_phases(
+    monkeypatch, capsys, settings, words, arguments
+):
+    def started(*of):
+        raise AssertionError("a phase was started")
+
+    for phase in ("local", "node", "graph"):
+        monkeypatch.setattr(phases, phase, started)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["selftest", "--device", "cpu", *arguments]) == 1
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert words in streams.err
+    assert streams.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_torchrun_one_rank_of_a_machine_says_so(monkeypatch, capsys, rank):
+    group = {"RANK": str(rank + 8), "LOCAL_RANK": str(rank), "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**group, "EP_BACKEND_PROFILE": "nvswich"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["selftest", "--device", "cpu"]) == 1
+    assert ("did you mean 'nvswitch'" in capsys.readouterr().err) == (rank == 0)
 
 
 @pytest.mark.parametrize(
@@ -492,13 +535,14 @@ def test_ranks_of_torchrun_run_the_network_phase_only(monkeypatch, capsys, argum
     assert words in capsys.readouterr().err
 
 
-def test_skipped_phases_say_why_and_are_no_failure(capsys):
-    assert cli.main(["selftest", "--device", "cpu", "--phase", "network"]) == 0
+def test_a_phase_that_is_asked_for_and_cannot_run_is_no_success(capsys):
+    assert cli.main(["selftest", "--device", "cpu", "--phase", "network"]) == 1
     text = capsys.readouterr().out
     assert "network  skipped" in text
     assert "torchrun --nnodes 2 --nproc-per-node" in text
     assert "-m ep_backend.cli selftest --phase network --device cpu" in text
-    assert cli.main(["selftest", "--device", "cpu", "--phase", "graph", "--json"]) == 0
+    assert text.endswith("nothing was tested: network cannot run here\n")
+    assert cli.main(["selftest", "--device", "cpu", "--phase", "graph", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["status"], found["phases"][0]["status"]) == ("skipped", "skipped")
 
