@@ -206,6 +206,11 @@ def get(name: str, environ: Mapping[str, str] | None = None) -> Any:
     return entry.parse(text) if text.strip() else entry.default
 
 
+def is_set(name: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a variable of kind "read" has a value that is not empty."""
+    return bool((os.environ if environ is None else environ).get(variable(name).name, "").strip())
+
+
 def wrong_values(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """One sentence for each variable that ep_backend reads and whose value it cannot use."""
     wrong = []
