@@ -44,7 +44,7 @@ demo: $(ENGINE) $(PACKAGE)  ## serve the tiny model on two ranks through ep_back
 	$(BIN)/ep-backend bench-engine --engine vllm --model examples/tiny_moe --backends ep_backend
 
 test: $(ENGINE) $(PACKAGE)  ## unit tests, bounded property tests, failure tests, one engine run
-	@for part in unit property failure vllm gpu; do \
+	@for part in unit property failure vllm sglang gpu; do \
 	    test -d tests/$$part || { echo "tests/$$part is missing"; exit 1; }; done
 	$(PYTEST) tests -m "not stress and not seam and not engine_long"
 

@@ -239,6 +239,11 @@ def apply(values: Mapping[str, str], environ: MutableMapping[str, str]) -> None:
     environ[APPLIED] = " ".join(f"{name}={value}" for name, value in sorted(ours.items()))
 
 
+def is_set(name: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a variable of kind "read" has a value that is not empty."""
+    return bool((os.environ if environ is None else environ).get(variable(name).name, "").strip())
+
+
 def wrong_values(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """One sentence for each variable that ep_backend reads and whose value it cannot use."""
     wrong = []

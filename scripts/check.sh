@@ -35,7 +35,7 @@ check_install() { "$bin/python" scripts/wheel_check.py build/check/*.whl "$index
 
 check_abi() { scripts/abi_matrix.sh build/check/*.whl "$bin/python"; }
 
-check_seam() { PYTHONSAFEPATH=1 "$bin/pytest" tests/vllm -m "seam or engine_long"; }
+check_seam() { PYTHONSAFEPATH=1 "$bin/pytest" tests/vllm tests/sglang -m "seam or engine_long"; }
 
 check_stress() { PYTHONSAFEPATH=1 "$bin/pytest" tests -m stress; }
 

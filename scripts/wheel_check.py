@@ -56,7 +56,7 @@ class Check:
         libraries = [name for name in self.names if name.endswith(".so")]
         assert libraries == ["ep_backend/libep_backend.so"], libraries
         tops = {name.split("/")[0] for name in self.names}
-        wanted = {"ep_backend", "ep_backend_vllm"}
+        wanted = {"ep_backend", "ep_backend_vllm", "ep_backend_sglang"}
         assert {top for top in tops if not top.endswith(".dist-info")} == wanted, tops
         sources = {f"ep_backend/configs/{file.name}" for file in (HERE.parent / "configs").glob("*.toml")}
         carried = {name for name in self.names if name.startswith("ep_backend/configs/")}
@@ -96,7 +96,7 @@ class Check:
         assert version is not None
         run(self.python, HERE / "install_cpu_torch.py", version.group(1), self.index, **self.options)
         program = (
-            "import ep_backend, ep_backend_vllm, torch\n"
+            "import ep_backend, ep_backend_sglang, ep_backend_vllm, torch\n"
             "from importlib import resources\n"
             "from ep_backend._native import ops\n"
             "from ep_backend import Communicator, EpConfig\n"
@@ -115,10 +115,12 @@ class Check:
         assert "bench" in run(command, "--help", **self.options)
         program = (
             "from importlib.metadata import entry_points\n"
-            "print([point.value for point in entry_points(group='vllm.general_plugins')])"
+            "groups = ('vllm.general_plugins', 'sglang.srt.plugins')\n"
+            "print([point.value for group in groups for point in entry_points(group=group)])"
         )
         listed = run(self.python, "-c", program, **self.options)
         assert "ep_backend_vllm:register" in listed, listed
+        assert "ep_backend_sglang:register" in listed, listed
 
 
 def main() -> int:

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from ep_backend.bench import report
 from ep_backend.bench.arguments import list_of, output_file, port, whole
-from ep_backend.bench.engines import models, plot, summary, vllm
+from ep_backend.bench.engines import base, models, plot, sglang, summary, vllm
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch.terminable import terminable
 
+ENGINES: dict[str, Any] = {"vllm": vllm, "sglang": sglang}  # modules with the same functions
 SHOWN_COMPLETIONS = 3
 COMPLETION_TOKENS = 48
 
@@ -55,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         description="Starts the engine once per backend and round, prints a few completions, drives it with "
         "the engine's own benchmark client, and stops everything it started.",
     )
-    parser.add_argument("--engine", choices=("vllm",), default="vllm")
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="vllm")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, metavar="DIR", help="folder with weights and tokenizer")
     model.add_argument(
@@ -151,10 +152,13 @@ def run(args: argparse.Namespace) -> int:
         raise EpConfigError("--trace reads what GPUs do; this is a run on the CPU")
     if args.plot is not None:
         plot.check_matplotlib()
-    vllm.check_environment()
+    engine = ENGINES[args.engine]
+    if args.engine == "sglang" and args.device == "cpu":
+        raise EpConfigError("SGLang is measured on GPUs; use --engine vllm on a CPU")
+    engine.check_environment()
     device = args.device
     if device == "auto":
-        device = vllm.choose_device(args.data_parallel_size, args.tensor_parallel_size)
+        device = engine.choose_device(args.data_parallel_size, args.tensor_parallel_size)
     bench = Bench(args, shape, device, console)
     status = 0
     try:
@@ -192,6 +196,7 @@ class Bench:
         self.completions: dict[str, list[dict[str, str]]] = {}
         self.traces: list[dict[str, Any]] = []
         self._args, self._device, self._console = args, device, console
+        self._engine = ENGINES[args.engine]
         self._loads = _loads(args, SIZES[device])
         self._logs = args.log_dir or Path(tempfile.mkdtemp(prefix="ep-backend-bench-"))
         self._shape = shape
@@ -207,7 +212,7 @@ class Bench:
         if self._args.rounds > 1:
             self._say(f"round {number + 1} of {self._args.rounds}")
         folder = self._logs / f"round{number}-{backend}"
-        with vllm.Server(self._serving(backend, folder), folder, self._say) as server:
+        with self._engine.Server(self._serving(backend, folder), folder, self._say) as server:
             # Random weights have nothing to say.
             if self._shape is None and backend not in self.completions:
                 self.completions[backend] = _complete(server, _prompts(self._model))
@@ -232,8 +237,9 @@ class Bench:
     def document(self) -> dict[str, Any]:
         """What --json writes."""
         return {
-            "machine": {**report.machine(self._device), "gpus": vllm.gpus(self._device)},
-            "versions": vllm.versions(),
+            "machine": {**report.machine(self._device), "gpus": base.gpus(self._device)},
+            "engine": self._args.engine,
+            "versions": base.versions(self._engine.DISTRIBUTIONS),
             "command": shlex.join(["ep-backend", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "shape": None if self._shape is None else self._shape.text,
@@ -245,9 +251,9 @@ class Bench:
             "completions": self.completions,
         }
 
-    def _serving(self, backend: str, folder: Path) -> vllm.Serving:
+    def _serving(self, backend: str, folder: Path) -> base.Serving:
         args = self._args
-        return vllm.Serving(
+        return base.Serving(
             model=self._model,
             backend=backend,
             device=self._device,
@@ -268,9 +274,9 @@ class Bench:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _loads(args: argparse.Namespace, size: Size) -> list[vllm.Load]:
+def _loads(args: argparse.Namespace, size: Size) -> list[base.Load]:
     return [
-        vllm.Load(
+        base.Load(
             concurrency=concurrency,
             num_prompts=args.num_prompts or concurrency * size.prompts_per_client,
             input_len=args.input_len or size.input_len,
@@ -288,7 +294,7 @@ def _prompts(model: Path) -> list[str]:
     return [line for line in lines if line.strip()][:SHOWN_COMPLETIONS]
 
 
-def _complete(server: vllm.Server, prompts: list[str]) -> list[dict[str, str]]:
+def _complete(server: base.Server, prompts: list[str]) -> list[dict[str, str]]:
     choices = server.complete(prompts, COMPLETION_TOKENS)
     return [
         {"prompt": prompt, "text": choice["text"]} for prompt, choice in zip(prompts, choices, strict=True)
@@ -303,7 +309,7 @@ def _show_completions(console: Console, completions: list[dict[str, str]]) -> No
 
 
 def _result(
-    engine: str, backend: str, number: int, load: vllm.Load, measured: dict[str, Any]
+    engine: str, backend: str, number: int, load: base.Load, measured: dict[str, Any]
 ) -> dict[str, Any]:
     sent = dataclasses.asdict(load)
     sent.pop("seed")

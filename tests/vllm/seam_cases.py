@@ -163,12 +163,12 @@ def test_cuda_graphs_need_a_transport_that_they_can_capture(group):
 
     manager = EpManager(group, device=CPU)
     fields = {"num_experts": 2, "top_k": 1, "hidden_size": 8, "max_tokens_per_rank": 1}
-    manager._captures = True
+    manager.communicators.captures = True
     with pytest.raises(
         ValueError, match=r"cannot capture transport cpu: add --enforce-eager, or use .* Profile"
     ):
         manager.get_handle(fields)
-    manager._captures = False
+    manager.communicators.captures = False
     assert manager.get_handle(fields).transport == "cpu"
     manager.destroy()
 

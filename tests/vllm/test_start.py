@@ -7,16 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from ep_backend_vllm import start
-from ep_backend_vllm.start import (
-    MAX_TOKENS_PER_RANK,
-    Launch,
-    refusal,
-    unused_note,
-    version_note,
-)
+from ep_backend_vllm import TESTED_VERSIONS, start
+from ep_backend_vllm.start import Launch, refusal, unused_note
 
-from ep_backend import EpConfig, EpConfigError, env
+from ep_backend import env
+from ep_backend.engines.start import MAX_TOKENS_PER_RANK, apply_profile, version_note
 from ep_backend.probe import Record, _choices
 from ep_backend.select import Decision, EnvValue, check_agreement
 
@@ -63,13 +58,6 @@ def test_two_batches_may_overlap_on_gpus():
     assert refusal(but(ubatches=2, device="cuda")) is None
 
 
-def test_the_token_limit_is_the_library_s():
-    common = {"num_experts": 4, "top_k": 2, "hidden_size": 64}
-    EpConfig(**common, max_tokens_per_rank=MAX_TOKENS_PER_RANK)
-    with pytest.raises(EpConfigError):
-        EpConfig(**common, max_tokens_per_rank=MAX_TOKENS_PER_RANK + 1)
-
-
 @pytest.mark.parametrize(
     ("changes", "added"),
     [
@@ -96,12 +84,12 @@ def test_a_model_without_experts_is_named_as_the_reason():
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.9", "0.33.0rc1", "0.30.1+cpu", "dev"])
 def test_versions_that_are_tested_or_unreadable_pass_silently(version):
-    assert version_note(version) is None
+    assert version_note("vLLM", version, TESTED_VERSIONS) is None
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "0.8.5"])
 def test_other_versions_get_one_warning_with_the_range(version):
-    note = version_note(version)
+    note = version_note("vLLM", version, TESTED_VERSIONS)
     assert "0.26 to 0.33" in note
     assert version in note
 
@@ -136,7 +124,7 @@ def process(monkeypatch):
         monkeypatch.setattr("ep_backend.select.decide", lambda records: decision)
         monkeypatch.setattr(multiprocessing, "parent_process", lambda: None if first else object())
         start._announce_once.cache_clear()
-        start._set_environment.cache_clear()
+        apply_profile.cache_clear()
         lines.clear()
         for limit in (2048, 4096):  # vLLM completes a configuration several times
             start._announce_once(but(max_tokens_per_rank=limit))
@@ -147,7 +135,7 @@ def process(monkeypatch):
         os.environ.pop(variable.name, None)  # monkeypatch restores what was there before
     start.logger.removeHandler(log)
     start._announce_once.cache_clear()
-    start._set_environment.cache_clear()
+    apply_profile.cache_clear()
 
 
 WANTED = {"NCCL_IB_SL": "3", "NCCL_NVLS_ENABLE": "0"}

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 OURS = "ep_backend"
-BASELINE = "allgather_reducescatter"  # the backend that vLLM itself chooses
+BASELINES = ("allgather_reducescatter", "none")  # what vLLM and SGLang choose by themselves
 METRICS = ("ttft_median_ms", "tpot_median_ms", "tpot_p99_ms", "itl_median_ms", "output_tokens_per_s")
 
 
@@ -50,9 +50,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Summary]:
 
 def baseline_of(backends: Sequence[str]) -> str | None:
     """The backend that others are compared with; None if there is only ours."""
-    if BASELINE in backends:
-        return BASELINE
-    return next((backend for backend in backends if backend != OURS), None)
+    others = [backend for backend in backends if backend != OURS]
+    return next((name for name in BASELINES if name in others), others[0] if others else None)
 
 
 def ratios(summaries: Sequence[Summary]) -> list[dict[str, Any]]:

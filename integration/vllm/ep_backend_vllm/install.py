@@ -1,7 +1,6 @@
 """What a worker of an engine that selected ep_backend replaces in vLLM, before the model is built."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from ep_backend.engines.patches import replace_everywhere
 
 from . import NAME
 from .manager import EpManager
@@ -42,15 +43,8 @@ def _replace_prepare_finalize() -> None:
         manager = kwargs.get("all2all_manager") or all2all_utils.get_ep_all2all_manager()
         return make_prepare_finalize(moe, manager, monolithic=kwargs.get("use_monolithic", False))
 
-    _replace_everywhere(original, mark(maybe_make_prepare_finalize))
-
-
-def _replace_everywhere(original: Callable, new: Callable) -> None:
-    """The kernel oracles import the function by value: replace it in every module that holds it."""
-    name = original.__name__
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is original:
-            setattr(module, name, new)
+    # The kernel oracles import it by value.
+    replace_everywhere(original, mark(maybe_make_prepare_finalize))
 
 
 def _hide_layers_from_compiler() -> None:

@@ -11,7 +11,8 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 )
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_enabled, dbo_maybe_run_recv_hook
 
-from ep_backend import Communicator, EpConfigError, env
+from ep_backend import Communicator, EpConfigError
+from ep_backend.engines.start import scale_for_tests, share
 from ep_backend.transports.base import Received
 
 from . import expert_rows
@@ -46,13 +47,7 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         super().__init__()
         self._moe, self._manager = moe, manager
         self._handles: list[Any] = [None] * manager.num_channels
-        self._test_scale: float = env.get("EP_BACKEND_TEST_SCALE_COMBINE")
-        if self._test_scale != 1:
-            logger.warning_once(
-                "ep_backend: EP_BACKEND_TEST_SCALE_COMBINE=%g multiplies the result of every MoE layer: "
-                "THE MODEL'S OUTPUT IS WRONG. Unset it unless this is a test of a test.",
-                self._test_scale,
-            )
+        self._test_scale = scale_for_tests(logger.warning_once)
 
     def post_init_setup(self, fused_experts: Any) -> None:
         """What travels depends on the experts. Collective: layers are set up in the same order on all
@@ -71,7 +66,7 @@ class EpPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
                 "answers with those of --all2all-backend allgather_reducescatter before you rely on them.",
                 type(fused_experts).__name__,
             )
-        slots = -(-self._manager.scheduler_limit // moe.moe_parallel_config.sp_size)
+        slots = share(self._manager.scheduler_limit, moe.moe_parallel_config.sp_size)
         # CUTLASS experts make their scratch memory for this many rows; vLLM counts those of one rank only.
         moe.max_num_tokens = max(moe.max_num_tokens, self._manager.world_size * slots)
         self._communicator = self._manager.get_handle(

@@ -4,20 +4,18 @@ The decisions are pure functions of `Launch`, so that every sentence can be test
 """
 
 import functools
-import multiprocessing
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.logger import init_logger
 
+from ep_backend import env
+from ep_backend.engines import start
+from ep_backend.engines.start import MAX_TOKENS_PER_RANK
+
 from . import TESTED_VERSIONS
 
 logger = init_logger("vllm.ep_backend")
-
-
-MAX_TOKENS_PER_RANK = 16384
-"""Upper bound of EpConfig.max_tokens_per_rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ def max_tokens_per_rank(vllm_config: Any) -> int:
     """Most tokens that one rank brings to one exchange: the scheduler's limit, or a TP rank's share of it."""
     parallel = vllm_config.parallel_config
     shares = parallel.tensor_parallel_size if parallel.use_sequence_parallel_moe else 1
-    return -(-vllm_config.scheduler_config.max_num_batched_tokens // shares)
+    return start.share(vllm_config.scheduler_config.max_num_batched_tokens, shares)
 
 
 def read_launch(vllm_config: Any) -> Launch:
@@ -98,13 +96,9 @@ def refusal(launch: Launch) -> str | None:
         return (
             "ep_backend does not support LoRA on MoE models: use --all2all-backend allgather_reducescatter."
         )
-    tokens = launch.max_tokens_per_rank
-    if tokens is not None and tokens > MAX_TOKENS_PER_RANK:
-        return (
-            f"ep_backend exchanges at most {MAX_TOKENS_PER_RANK} tokens per rank and step, this engine may "
-            f"schedule {tokens}: add --max-num-batched-tokens {MAX_TOKENS_PER_RANK}."
-        )
-    return None
+    return start.capacity_refusal(
+        launch.max_tokens_per_rank, f"add --max-num-batched-tokens {MAX_TOKENS_PER_RANK}"
+    )
 
 
 def unused_note(launch: Launch) -> str | None:
@@ -121,29 +115,9 @@ def unused_note(launch: Launch) -> str | None:
     return f"--all2all-backend ep_backend has no effect with these options: add {' and '.join(add)}."
 
 
-def version_note(version: str) -> str | None:
-    """A warning if `version` of vLLM is outside the tested range; None inside it or if it cannot be read."""
-    try:
-        minor = tuple(int(part) for part in version.split(".")[:2])
-    except ValueError:
-        return None
-    first, last = (tuple(int(part) for part in tested.split(".")) for tested in TESTED_VERSIONS)
-    if first <= minor <= last:
-        return None
-    return (
-        f"ep_backend was tested with vLLM {' to '.join(TESTED_VERSIONS)}, this is {version}. "
-        "It is tried all the same."
-    )
-
-
 def refuse_unsupported(vllm_config: Any) -> None:
     """Raises ValueError with the sentence of `refusal`, or with the wrong value of a variable."""
-    from ep_backend import env
-
-    reasons = (*env.wrong_values(), refusal(read_launch(vllm_config)))
-    for reason in reasons:
-        if reason is not None:
-            raise ValueError(reason)
+    start.raise_first([refusal(read_launch(vllm_config))])
 
 
 def announce(vllm_config: Any) -> None:
@@ -158,38 +132,9 @@ def announce(vllm_config: Any) -> None:
 def _announce_once(launch: Launch) -> None:
     import vllm
 
-    from ep_backend import env
-
-    for note in (version_note(vllm.__version__), unused_note(launch), *env.misspelt()):
-        if _is_first_process() and note is not None:
+    version = start.version_note("vLLM", vllm.__version__, TESTED_VERSIONS)
+    for note in (version, unused_note(launch), *env.misspelt()):
+        if start.is_first_process() and note is not None:
             logger.warning(note)
     if launch.calls_all_to_all:
-        _set_environment(launch.device)
-
-
-def _is_first_process() -> bool:
-    """Of the engine, on this host: the others would only say the same again."""
-    return multiprocessing.parent_process() is None
-
-
-@functools.cache
-def _set_environment(device: str) -> None:
-    """Apply the machine profile's settings; NCCL has not started anywhere yet.
-
-    The other processes of an engine keep what the first one has set. With fewer GPUs to see they might decide
-    otherwise, each for itself. One that did not inherit it decides as the first one would, and says nothing.
-    """
-    from ep_backend import env
-    from ep_backend.probe import probe
-    from ep_backend.select import apply_env, decide
-
-    if not _is_first_process() and env.APPLIED in os.environ:
-        return
-    decision = decide([probe("cpu" if device == "cpu" else None)])
-    missing = [f"{item.name}={item.value}" for item in decision.env if item.name not in os.environ]
-    conflicts = apply_env(decision)
-    if _is_first_process():
-        for conflict in conflicts:
-            logger.warning("ep_backend: %s", conflict)
-        if missing:
-            logger.info("ep_backend: profile %s sets %s", decision.profile, " ".join(missing))
+        start.apply_profile(launch.device, logger)

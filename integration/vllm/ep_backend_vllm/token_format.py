@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 
-from ep_backend import EpConfigError, reference
-
-BLOCK = 128  # elements that share a scale of the library's own fp8 quantisation
+from ep_backend import EpConfigError
+from ep_backend.engines.formats import BLOCK, QUANTIZATION, dispatch_may_quantize, example_rows
 
 
 class Plain:
@@ -39,7 +38,7 @@ class BlockFp8(Plain):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
-        self.fields["quantization"] = "fp8_block128"
+        self.fields["quantization"] = QUANTIZATION
 
 
 class Opaque(Plain):
@@ -95,7 +94,7 @@ def choose_format(
     """
     if quant_config is None or quant_config.quant_dtype is None or deferred:
         return Plain(dtype)
-    example = torch.linspace(-1, 1, hidden, dtype=dtype, device=device).repeat(2, 1)
+    example = example_rows(dtype, hidden, device)
     rows, scales = quantize(example, quant_config)
     if scales is None or scales.numel() == 1:
         if quant_config.a1_scale is None:
@@ -104,21 +103,9 @@ def choose_format(
                 "static, per-token or 128x128 block scales, or --all2all-backend allgather_reducescatter."
             )
         return Opaque(quant_config, dtype, rows, None)
-    if list(quant_config.block_shape or ()) == [BLOCK, BLOCK] and _as_dispatch_does(example, rows, scales):
+    if dispatch_may_quantize(quant_config.block_shape, example, rows, scales):
         return BlockFp8(dtype)
     return Opaque(quant_config, dtype, rows, scales)
-
-
-def _as_dispatch_does(example: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> bool:
-    """Whether vLLM's scales are those of dispatch: not packed, nor rounded up to powers of two, as DeepGEMM
-    wants them unless VLLM_USE_DEEP_GEMM_E8M0=0."""
-    _, ours = reference.quantize_fp8(example)
-    return (
-        rows.dtype == torch.float8_e4m3fn
-        and scales.dtype == torch.float32
-        and scales.shape == ours.shape
-        and torch.allclose(scales, ours, rtol=1e-5, atol=0)
-    )
 
 
 def quantize(a1: torch.Tensor, quant_config: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
