@@ -1,4 +1,4 @@
-"""The Python sources of an engine's release, without its compiled modules and the libraries they need."""
+"""Parts of a release: the Python sources of an engine, without the libraries that compiled modules need."""
 
 import os
 import subprocess
