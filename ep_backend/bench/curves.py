@@ -14,8 +14,8 @@ PHASE_NAMES = {"dispatch": "dispatch", "combine": "combine", "round_trip": "roun
 def title(document: Mapping[str, Any]) -> str:
     of = document["settings"]
     return (
-        f"{of['ranks']} {of['device']} ranks, hidden {of['hidden']}, {of['experts']} experts, "
-        f"top-{of['topk']}, {of['routing']} routing"
+        f"{of['ranks']} {of['device']} rank{'s' * (of['ranks'] != 1)}, hidden {of['hidden']}, "
+        f"{of['experts']} experts, top-{of['topk']}, {of['routing']} routing"
     )
 
 

@@ -189,8 +189,9 @@ def _spawn(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
     console, settings = Console(), runs[0]
     dtypes = ", ".join(dict.fromkeys(run.dtype for run in runs))
     console.print(
-        f"starting {settings.ranks} ranks on {settings.device}: hidden {settings.hidden}, {settings.experts} "
-        f"experts, top-{settings.topk}, {dtypes}, {settings.layout}, {settings.routing} routing",
+        f"starting {settings.ranks} rank{'s' * (settings.ranks != 1)} on {settings.device}: "
+        f"hidden {settings.hidden}, {settings.experts} experts, "
+        f"top-{settings.topk}, {dtypes}, {settings.layout}, {settings.routing} routing",
         highlight=False,
     )
     # No deadline here: each rank has one that every sign of progress moves on.

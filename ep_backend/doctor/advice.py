@@ -12,16 +12,17 @@ docs/doctor.md says what that leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
-from ep_backend.doctor.plan import AllReduces, Expected, Shape, row_bytes
+from ep_backend.doctor.plan import NCCL_TOO_FAST, AllReduces, Expected, Shape, row_bytes
 from ep_backend.probe import Record
 from ep_backend.select import Decision
 
 # vLLM has one for small messages over NVLink.
 CAVEAT = "with the all-reduce of NCCL; an engine's own may be faster"
+OVER_NCCL = "EP over NCCL"
 SAME = 0.1  # a difference below this share is none: the times of EP are a model
 
 
@@ -42,6 +43,19 @@ def tensor_s(shape: Shape, tokens: float, all_reduces: AllReduces) -> float:
     """Seconds that a layer's two all-reduces of ``tokens`` rows of bf16 take."""
     _, row = row_bytes(shape.hidden, "bf16")
     return 2 * all_reduces(tokens * row)
+
+
+def equal(way: str, seconds: float, other_s: float) -> bool:
+    """Whether ``way``, which has the shorter time, is not to be called faster: the difference is small, or
+    within what the model of EP over NCCL is known to be too fast."""
+    share = NCCL_TOO_FAST if way.startswith(OVER_NCCL) else SAME
+    return other_s - seconds <= share * other_s
+
+
+def tokens_of(numbers: Sequence[int]) -> str:
+    """ "1, 8 tokens"."""
+    words = ", ".join(str(number) for number in numbers)
+    return f"{words} token{'' if list(numbers) == [1] else 's'}"
 
 
 def compare(
@@ -69,16 +83,29 @@ def compare(
     ]
 
 
-def sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    """What to make of the comparisons of one shape: for each rival one sentence where EP is faster, one where
-    it is slower, with the numbers of the largest difference."""
-    found = []
-    if comparisons:
-        ranks = comparisons[0].ranks
-        found += _against(f"TP {ranks}", [(one, one.tp_s) for one in comparisons])
-        halves = [(one, one.tp_pp_s) for one in comparisons if one.tp_pp_s is not None]
-        found += _against(f"TP {ranks // 2} x PP 2", halves)
-    return found
+def sentences(comparisons: Sequence[Comparison], impossible: Collection[str] = ()) -> list[str]:
+    """What to make of the comparisons of one shape: for each rival that is not ``impossible`` one sentence
+    where EP is faster, one where it is slower, with the numbers of the largest difference."""
+    if not comparisons:
+        return []
+    ranks = comparisons[0].ranks
+    rivals = {
+        f"TP {ranks}": [(one, one.tp_s) for one in comparisons],
+        f"TP {ranks // 2} x PP 2": [(one, one.tp_pp_s) for one in comparisons if one.tp_pp_s is not None],
+    }
+    return [
+        words
+        for rival, pairs in rivals.items()
+        if rival not in impossible
+        for words in _against(rival, pairs)
+    ]
+
+
+def apart(*ways: str) -> str:
+    """What is called about equal."""
+    known = any(way.startswith(OVER_NCCL) for way in ways)
+    more = f"; EP over NCCL is planned up to {NCCL_TOO_FAST:.0%} too fast" if known else ""
+    return f"less than {SAME:.0%} apart{more}"
 
 
 def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
@@ -108,7 +135,8 @@ def _against(rival: str, pairs: Sequence[tuple[Comparison, float]]) -> list[str]
     slower: list[tuple[Comparison, float]] = []
     same: list[Comparison] = []
     for one, other in pairs:
-        if abs(other - one.ep_s) <= SAME * max(other, one.ep_s):
+        first, (least, most) = (one.ep if one.ep_s < other else rival), sorted((one.ep_s, other))
+        if equal(first, least, most):
             same.append(one)
         else:
             (faster if one.ep_s < other else slower).append((one, other))
@@ -123,16 +151,15 @@ def _against(rival: str, pairs: Sequence[tuple[Comparison, float]]) -> list[str]
         found.append(f"{shown}: {one.ep} takes {one.ep_s / other:.1f} times as long.")
     if same:
         one = same[0]
-        tokens = _tokens([case.tokens for case in same])
+        tokens = tokens_of([case.tokens for case in same])
         found.append(
-            f"{one.ep} and {rival} are about equal for {one.shape} at {tokens} per GPU (less than {SAME:.0%} "
-            "apart)."
+            f"{one.ep} and {rival} are about equal for {one.shape} at {tokens} per GPU ({apart(one.ep)})."
         )
     return found
 
 
 def _numbers(word: str, rival: str, cases: Sequence[Comparison], one: Comparison, other: float) -> str:
-    tokens = _tokens([case.tokens for case in cases])
+    tokens = tokens_of([case.tokens for case in cases])
     ours, theirs = (
         f"{_ms(seconds * one.layers)} per step ({one.layers} x {_us(seconds)})"
         for seconds in (one.ep_s, other)
@@ -141,11 +168,6 @@ def _numbers(word: str, rival: str, cases: Sequence[Comparison], one: Comparison
         f"{one.ep} is {word} than {rival} for {one.shape} at {tokens} per GPU: at {one.tokens} its "
         f"communication takes {ours}, that of {rival} {theirs}"
     )
-
-
-def _tokens(numbers: Sequence[int]) -> str:
-    words = ", ".join(str(number) for number in numbers)
-    return f"{words} token{'' if list(numbers) == [1] else 's'}"
 
 
 def _us(seconds: float) -> str:

@@ -28,7 +28,8 @@ def write(report: Report, path: Path) -> None:
         if decision
         else "nothing chosen"
     )
-    made = pictures.figure(f"{len(report.record.gpus)} GPUs, {report.record.cpus} CPUs: {chosen}")
+    gpus = len(report.record.gpus)
+    made = pictures.figure(f"{gpus} GPU{'s' * (gpus != 1)}, {report.record.cpus} CPUs: {chosen}")
     left, right = made.subplots(1, 2)
     _topology(left, report.record)
     _times(right, report)

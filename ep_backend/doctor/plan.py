@@ -29,6 +29,17 @@ CHUNK_S = (
     7.5e-6  # of one chunk in one phase; half where dispatch quantises, which has two under way in a block
 )
 
+# GPUs, hidden size, experts and top-k, and tokens up to which measurements are kept (all on H200).
+KEPT = frozenset({(2, 2048, 128, 8), (2, 7168, 256, 8), (4, 7168, 256, 8)})
+KEPT_TOKENS = 4096
+CHECKED = "model; within 30% of what was measured on as many H200 with this shape"
+# The model of NCCL against the same files and docs/doctor.md ("Expected times", NCCL).
+NCCL_TOO_FAST, NCCL_IN_GRAPH = 0.35, 3.7
+NCCL_ERROR = (
+    f"on H200 with NVLink up to {NCCL_TOO_FAST:.0%} below single calls, and a CUDA graph took up to "
+    f"{NCCL_IN_GRAPH} times as long"
+)
+
 # Transport cpu. With more ranks than cores, ranks wait for each other's turn on a core.
 CPU_WAIT_S = 115e-6
 
@@ -90,6 +101,11 @@ def rows_per_token(shape: Shape, ranks: int) -> tuple[float, float]:
     ways = math.comb(shape.experts, shape.topk)
     everywhere = sum(1 - math.comb(shape.experts - size, shape.topk) / ways for size in sizes)
     return everywhere * (ranks - 1) / ranks, everywhere
+
+
+def checked(shape: Shape, ranks: int, tokens: int) -> bool:
+    """Whether kept measurements on H200 hold this shape; says nothing about the machine at hand."""
+    return (ranks, shape.hidden, shape.experts, shape.topk) in KEPT and tokens <= KEPT_TOKENS
 
 
 def row_bytes(hidden: int, dtype: str) -> tuple[int, int]:

@@ -17,9 +17,8 @@ from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record, probe
 from ep_backend.select import AVAILABLE, Conflict, Decision, decide, find_conflicts
 
-CHECKED = "model; within 30% of what was measured on this kind of machine (hidden 2048 and 7168, top-8)"
 MODEL = "model, not measured"
-FROM_NCCL = "model of all-gather + reduce-scatter, from the all-reduces measured just now"
+FROM_NCCL = f"model of all-gather + reduce-scatter, from the all-reduces measured just now; {plan.NCCL_ERROR}"
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +161,7 @@ def expect(
 ) -> list[Expected]:
     """Times of the transport chosen and, where NCCL was measured, of what engines do by themselves."""
     found: list[tuple[str, Callable[[int], float] | None, str]] = []
+    on_h200 = _on_h200(record)
     if decision.transport == "peer":
         rate, latency = _slowest_link(record)
         if rate is None or latency is None:
@@ -173,7 +173,7 @@ def expect(
                     lambda t: plan.peer_s(
                         shape, ranks, t, dtype, bytes_per_s=rate, latency_s=latency, sms=decision.sms
                     ),
-                    CHECKED if _like_measured(record, ranks) else MODEL,
+                    MODEL,
                 )
             )
     elif decision.transport == "cpu" and copy_bytes_per_s is not None:
@@ -205,7 +205,9 @@ def expect(
             dtype=dtype,
             way=way,
             seconds=None if formula is None else formula(count),
-            basis=basis,
+            basis=plan.CHECKED
+            if way == "peer" and formula and on_h200 and plan.checked(shape, ranks, count)
+            else basis,
         )
         for way, formula, basis in found
         for count in tokens
@@ -241,11 +243,11 @@ def _slowest_link(record: Record) -> tuple[float | None, float | None]:
     return min(rates), max(latencies)
 
 
-def _like_measured(record: Record, ranks: int) -> bool:
+def _on_h200(record: Record) -> bool:
     """Whether this is the kind of machine that the constants were measured on; nothing is decided by it."""
     used = set(record.used_gpus())
     gpus = [gpu for gpu in record.gpus if gpu.uuid in used]
-    return ranks in (2, 4) and all("H200" in gpu.name and gpu.nvlinks for gpu in gpus)
+    return all("H200" in gpu.name and gpu.nvlinks for gpu in gpus)
 
 
 def _relevant(decision: Decision | None, environ: Mapping[str, str]) -> dict[str, str]:

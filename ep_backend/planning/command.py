@@ -38,7 +38,13 @@ def add_parser(subparsers: Any) -> None:
         help=f"{', '.join(models.ARCHITECTURES)} (NAME,layers=N for another number of layers), or a Hugging "
         "Face config.json, or the folder that has it",
     )
-    parser.add_argument("--gpus", required=True, type=whole(2), metavar="N", help="GPUs, all of one machine")
+    parser.add_argument(
+        "--gpus",
+        required=True,
+        type=whole(2),
+        metavar="N",
+        help=f"GPUs, at most {MOST_GPUS}; times only for those of one machine (8) or NVLink domain (72)",
+    )
     parser.add_argument(
         "--profile", required=True, metavar="NAME", help="hardware profile (ep-backend profiles list)"
     )
@@ -74,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.gpus > MOST_GPUS:
             raise EpConfigError(f"--gpus {args.gpus}; at most {MOST_GPUS} are possible")
+        if args.profile == "auto":
+            raise EpConfigError(
+                "--profile auto would look at a machine, as ep-backend doctor does; here a profile is named: "
+                + ", ".join(PLACES)
+            )
         profile = profiles.find(args.profile, profiles.shipped())
         links = chosen(profile, args.gpus, args.link)
         size = None if args.memory is None else args.memory * 1e9

@@ -6,13 +6,14 @@ Rates are bytes per second that one GPU sends, one way, unless a name says other
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from ep_backend.doctor.plan import AllReduces
 
-Kind = Literal["specification", "measured", "published", "model"]
+UNKEPT: Final = "measured, raw data not kept"
+Kind = Literal["specification", "measured", "measured, raw data not kept", "published", "model"]
 
 H200 = "H200, docs/doctor.md (On two H200)"
 HOST_MEMORY = "stores of SMs into pinned memory of an H200's host, PCIe Gen5"
@@ -49,12 +50,13 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
     """What a profile means here: links, the usual first ones of which ``usual`` are taken if none is named,
-    and GPUs that one machine (or NVLink domain) can have. No links: ``why``."""
+    and GPUs that one machine (or NVLink domain) can have. No links: ``why``. ``note``: what it leaves out."""
 
     links: tuple[str, ...]
     usual: int = 1
     most_gpus: int = 8
     why: str = ""
+    note: str = ""
 
 
 # Seed facts. NVIDIA states NVLink for both directions together, and PCIe is stated for one.
@@ -151,8 +153,8 @@ _LINKS = (
         name="pcie5-host",
         title="PCIe Gen5 x16 without peer access, through host memory, as a server does it",
         one_way=Number(PCIE5_ONE_WAY, "specification", _PCIE),
-        staging=_staging(1.0, "measured", HOST_MEMORY),
-        flag=Number(FLAG_HOST_S, "measured", HOST_MEMORY),
+        staging=_staging(1.0, UNKEPT, HOST_MEMORY),
+        flag=Number(FLAG_HOST_S, UNKEPT, HOST_MEMORY),
         all_reduces=NO_P2P_ALL_REDUCES,
         all_reduces_kind="measured",
         all_reduces_source=NO_P2P,
@@ -172,8 +174,8 @@ _LINKS = (
             name=name,
             title=f"PCIe Gen5 x16 without peer access, a consumer machine on which NCCL moves {words}",
             one_way=Number(PCIE5_ONE_WAY, "specification", _PCIE),
-            staging=_staging(1.0, "measured", HOST_MEMORY),
-            flag=Number(FLAG_HOST_S, "measured", HOST_MEMORY),
+            staging=_staging(1.0, UNKEPT, HOST_MEMORY),
+            flag=Number(FLAG_HOST_S, UNKEPT, HOST_MEMORY),
             all_reduces=_published(small_s, rate),
             all_reduces_kind="published",
             all_reduces_source=SGLANG,
@@ -187,12 +189,15 @@ _LINKS = (
 LINKS = {link.name: link for link in _LINKS}
 
 _WITHOUT_P2P = ("pcie5-host", "consumer", "consumer-memcpy", "pcie4-host")
+_AS_IF_NONE = "planned as if no pair of GPUs reached each other"
 PLACES = {
     "nvl72": Place(links=("nvlink5",), most_gpus=72),
     "nvswitch": Place(links=("nvlink4", "nvlink5")),
-    "nvlink_pairs": Place(links=_WITHOUT_P2P),
+    "nvlink_pairs": Place(links=_WITHOUT_P2P, note=f"{_AS_IF_NONE}: the NVLink inside the pairs is not used"),
     "pcie_p2p": Place(links=("pcie5", "pcie4")),
-    "pcie_partial": Place(links=_WITHOUT_P2P),
+    "pcie_partial": Place(
+        links=_WITHOUT_P2P, note=f"{_AS_IF_NONE}: the peer access that some pairs have is not used"
+    ),
     "pcie_blackwell": Place(links=_WITHOUT_P2P, usual=3),
     "pcie_rdma": Place(
         links=(), why="no number for a network is known here, and transport hier is not in it"

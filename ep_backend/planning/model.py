@@ -32,7 +32,8 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """Widths are the inner ones of a gated MLP (three matrices); ``shared_width``: of all shared experts
-    together, 0 for none. ``moe_layers`` of ``layers`` have experts."""
+    together, 0 for none. ``moe_layers`` of ``layers`` have experts, ``early_moe_layers`` of the first half,
+    which is the larger one if the number of layers is odd."""
 
     name: str
     hidden: int
@@ -43,6 +44,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     dense_width: int
     layers: int
     moe_layers: int
+    early_moe_layers: int
     attention: Attention
     vocabulary: int
     tied: bool
@@ -78,12 +80,15 @@ def read(text: str) -> Model:
         raise EpConfigError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise EpConfigError(f"{path}: no JSON object")
-    return of_config(path.resolve().parent.name or str(path), content, str(path))
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    return of_config(name or str(path), content, str(path))
 
 
 def of_registry(text: str) -> Model:
-    """Of `NAME[,layers=N][,fp8]`; fp8 changes no size. Raises EpConfigError."""
-    shape = models.parse(text)
+    """Of `NAME[,layers=N]`. Raises EpConfigError."""
+    shape = models.parse(text, "--model", "layers=N")
+    if shape.fp8:
+        raise EpConfigError(f"--model {text}: here fp8 is a dtype: --dtype fp8")
     model = of_config(text.partition(",")[0], models.config_of(shape), text)
     return msgspec.structs.replace(model, note=shape.architecture.note or model.note)
 
@@ -114,27 +119,29 @@ def of_config(name: str, config: Mapping[str, Any], where: str) -> Model:
         topk=topk,
         expert_width=width,
         shared_width=shared,
-        dense_width=_number(config, where, "intermediate_size") if with_experts < layers else 0,
+        dense_width=_number(config, where, "intermediate_size") if len(with_experts) < layers else 0,
         layers=layers,
-        moe_layers=with_experts,
+        moe_layers=len(with_experts),
+        early_moe_layers=sum(layer < -(-layers // 2) for layer in with_experts),
         attention=_attention(config, where, hidden),
         vocabulary=_number(config, where, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
     )
 
 
-def _moe_layers(config: Mapping[str, Any], where: str, layers: int) -> int:
-    """How many layers have experts: the first ones may not, or only every so many, or not some by number."""
+def _moe_layers(config: Mapping[str, Any], where: str, layers: int) -> list[int]:
+    """Which layers have experts: the first ones may not, or only every so many, or not some by number."""
     first = _number(config, where, "first_k_dense_replace", default=0)
     step = _number(config, where, "decoder_sparse_step", default=1) or 1
     every = _number(config, where, "moe_layer_freq", default=1) or 1
     without = config.get("mlp_only_layers") or []
     if not isinstance(without, list):
         raise EpConfigError(f"{where}: mlp_only_layers must be a list of layers")
-    return sum(
-        layer >= first and (layer + 1) % step == 0 and layer % every == 0 and layer not in without
+    return [
+        layer
         for layer in range(layers)
-    )
+        if layer >= first and (layer + 1) % step == 0 and layer % every == 0 and layer not in without
+    ]
 
 
 def _attention(config: Mapping[str, Any], where: str, hidden: int) -> Attention:

@@ -1,4 +1,4 @@
-"""Bytes and times of every way to run a model's layers on a link, and what to make of them. Pure.
+"""Bytes and times of every way to run a model's layers on a link. Pure; words.py makes sentences of them.
 
 The times are those of `ep_backend.doctor.plan`, which doctor uses too, and the comparison with TP is
 doctor's (`ep_backend.doctor.advice`); only where the link's numbers come from is different.
@@ -13,41 +13,31 @@ import msgspec
 from ep_backend.doctor import advice, plan
 from ep_backend.doctor.plan import AllReduces, Expected
 from ep_backend.planning import hardware, memory
+from ep_backend.planning import words as words_of
 from ep_backend.planning.hardware import PLACES, Link
 from ep_backend.planning.memory import Weights
 from ep_backend.planning.model import Model
+from ep_backend.planning.words import Row
 from ep_backend.profiles import Profile
 
-CHECKED = "model; within 30% of what was measured on 2 and 4 H200 (hidden 2048 and 7168, top-8)"
-MODEL = "model, not measured on such hardware"
-CHECKED_GPUS = (2, 4)
+MODEL = "model, not measured on such hardware with this shape"
+NO_NCCL = "EP over NCCL and TP left out: NCCL needs GPUs"
 NO_HOST = (
     "not in this version, so no time; its bytes alone, through pinned host memory, and four flags take "
     "at least what stands in the row 'at least'"
 )
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer, one way. ``sent_bytes``: by one GPU; as many arrive. ``seconds`` None: ``basis`` says why.
-    ``least_s``: a bound where there is no time."""
-
-    way: str
-    link: str
-    dtype: str
-    tokens: int  # per GPU
-    sent_bytes: float
-    seconds: float | None
-    least_s: float | None = None
-    basis: str
-
-
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """``comparisons``: of EP with TP. ``advice``: sentences with numbers."""
+    """``notes``: what the table of links leaves out. ``left_out``: ways that are not compared, and why.
+    ``comparisons``: of EP with TP. ``advice``: sentences with numbers."""
 
     model: Model
     profile: str
     gpus: int
     links: tuple[Link, ...]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     weights: tuple[Weights, ...]
     rows: tuple[Row, ...]
     comparisons: tuple[advice.Comparison, ...]
@@ -72,20 +62,24 @@ def make(
     each: Sequence[Link | None] = links or (None,)
     for dtype in dtypes:
         too_large = {one.way for one in held if one.dtype == dtype and one.fits is False}
+        impossible = too_large | (set() if memory.can_split(model, gpus) else {f"TP {gpus}"})
         for link in each:
             found = of_link(model, profile, link, gpus, tokens, dtype)
             rows += found
-            words += best(model, found, too_large)
+            words += words_of.best(model, found, too_large)
             if link is not None:
                 compared = compare(model, link, gpus, found)
                 comparisons += compared
-                words += advice.sentences(compared) if memory.can_split(model, gpus) else []
-                words += host_sentence(found)
+                if words_of.EP_WEIGHTS not in too_large:
+                    words += advice.sentences(compared, impossible)
+                words += words_of.host_sentence(found, too_large)
     return Plan(
         model=model,
         profile=profile.name,
         gpus=gpus,
         links=tuple(links),
+        notes=(PLACES[profile.name].note,) if links and PLACES[profile.name].note else (),
+        left_out=tuple(memory.left_out(model, gpus) if profile.name != "cpu" else [NO_NCCL]),
         weights=tuple(held),
         rows=tuple(rows),
         comparisons=tuple(comparisons),
@@ -137,8 +131,8 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
                     latency_s=link.flag.value,
                     sms=profile.sm_budget.sms if profile.sm_budget else None,
                 )
-                known = link.stores.kind == "measured" and gpus in CHECKED_GPUS
-                add("EP over peer", direct, seconds, CHECKED if known else MODEL)
+                known = link.stores.kind == "measured" and plan.checked(shape, gpus, tokens)
+                add("EP over peer", direct, seconds, plan.CHECKED if known else MODEL)
             else:
                 add("EP over peer", direct, None, "no numbers for so many GPUs or for this link")
         elif name == "host":
@@ -158,10 +152,10 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
     unknown = place.why or "no number for a network between machines is known here"
     basis = unknown if link is None else f"model from all-reduces of two GPUs ({link.all_reduces_kind})"
     add(
-        "EP over NCCL",
+        advice.OVER_NCCL,
         gathered,
         None if all_reduces is None else plan.nccl_s(shape, gpus, tokens, dtype, all_reduces),
-        basis,
+        basis if link is None else f"{basis}; {plan.NCCL_ERROR}",
     )
     if memory.can_split(model, gpus):
         add(f"TP {gpus}", *_tensor(model, link, gpus, gpus * tokens), basis)
@@ -191,7 +185,7 @@ def _host_least_s(link: Link, gpus: int, sent: float) -> float | None:
 def compare(model: Model, link: Link, gpus: int, rows: Sequence[Row]) -> list[advice.Comparison]:
     """Doctor's comparison of EP over our transport, or over NCCL where that has no time, with TP."""
     ours = [row for row in rows if row.way == "EP over peer" and row.seconds is not None]
-    ours = ours or [row for row in rows if row.way == "EP over NCCL"]
+    ours = ours or [row for row in rows if row.way == advice.OVER_NCCL]
     expected = [
         Expected(
             shape=model.name,
@@ -209,65 +203,3 @@ def compare(model: Model, link: Link, gpus: int, rows: Sequence[Row]) -> list[ad
     name = f"{ours[0].way} ({link.name}, {ours[0].dtype})" if ours else "EP"
     all_reduces = hardware.all_reduces_of(link, gpus)
     return advice.compare(model.shape, gpus, expected, all_reduces, in_halves, name)
-
-
-def best(model: Model, rows: Sequence[Row], too_large: set[str]) -> list[str]:
-    """Which way sends its bytes soonest, of those whose weights fit, by numbers of tokens."""
-    timed = [row for row in rows if row.seconds is not None]
-    if len({row.way for row in timed}) < 2:
-        return ["No choice: fewer than two ways have a time here; what each row rests on says why."]
-    fit = [row for row in timed if _split(row.way) not in too_large]
-    if not fit:
-        return ["No choice: the weights do not fit in any way. More GPUs, a smaller dtype, or more memory."]
-    winners: dict[str, list[list[Row]]] = {}
-    for tokens in dict.fromkeys(row.tokens for row in fit):
-        ranking = sorted((row for row in fit if row.tokens == tokens), key=lambda row: row.seconds or 0)
-        winners.setdefault(ranking[0].way, []).append(ranking)
-    found = []
-    for way, cases in winners.items():
-        first, *others = max(cases, key=_lead)
-        rest = ", ".join(f"{row.way} {_step(model, row)}" for row in others) or "no other way fits"
-        counts = ", ".join(str(case[0].tokens) for case in cases)
-        where = ", ".join(part for part in (first.link, first.dtype) if part)
-        found.append(
-            f"Choose {way} at {counts} tokens per GPU ({where}): at {first.tokens} its communication takes "
-            f"{_step(model, first)} per step; {rest}."
-        )
-    return found
-
-
-def _lead(ranking: Sequence[Row]) -> float:
-    """By what factor the first is faster than the second."""
-    return (ranking[1].seconds or 0) / (ranking[0].seconds or 1) if len(ranking) > 1 else 0.0
-
-
-def host_sentence(rows: Sequence[Row]) -> list[str]:
-    """Where EP over transport host, at its limit, would lose to TP and PP and where it need not."""
-    need_not: list[str] = []
-    loses: list[str] = []
-    for row in rows:
-        rivals = [
-            other.seconds
-            for other in rows
-            if other.tokens == row.tokens and other.seconds is not None and other.way.startswith("TP")
-        ]
-        if row.least_s is not None and rivals:
-            (need_not if row.least_s < min(rivals) else loses).append(str(row.tokens))
-    if not need_not + loses:
-        return []
-    parts = [f"need not lose at {', '.join(need_not)}"] if need_not else []
-    parts += [f"would lose at {', '.join(loses)}"] if loses else []
-    return [
-        f"EP over transport host, which is not in this version, {' and '.join(parts)} tokens per GPU against "
-        f"TP and TP x PP ({rows[0].link}, {rows[0].dtype}): a bound from measured rates, not a prediction."
-    ]
-
-
-def _split(way: str) -> str:
-    """How the weights lie."""
-    return "EP + DP" if way.startswith("EP") else way
-
-
-def _step(model: Model, row: Row) -> str:
-    seconds = row.seconds or 0.0
-    return f"{seconds * model.moe_layers * 1e3:.2f} ms ({model.moe_layers} x {seconds * 1e6:.1f} us)"

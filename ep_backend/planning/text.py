@@ -8,8 +8,11 @@ from typing import Any
 
 import msgspec
 
+from ep_backend.doctor import advice
 from ep_backend.planning.hardware import Link, Number
-from ep_backend.planning.predict import Plan, Row
+from ep_backend.planning.memory import Weights
+from ep_backend.planning.predict import Plan
+from ep_backend.planning.words import Row
 
 WIDTH = 110
 NOTES = (
@@ -30,13 +33,15 @@ def lines(plan: Plan) -> list[str]:
     found += [f"GPUs         {plan.gpus}, profile {plan.profile}"]
     for link in plan.links:
         found += _wrap(f"link         {link.name}: {_link(link)}", 13)
+    for note in plan.notes:
+        found += _wrap(f"note         {note}", 13)
     found += ["", *_weights(plan), "", *_volumes(plan)]
     for name in dict.fromkeys(row.link for row in plan.rows):
         rows = [row for row in plan.rows if row.link == name]
         found += ["", *_times(rows, name, model.moe_layers)]
     found += ["", "What each row rests on:"]
-    for way, basis in dict.fromkeys((row.way, row.basis) for row in plan.rows):
-        found += _wrap(f"  {way}: {basis}", 4)
+    for line in (*_bases(plan), *plan.left_out):
+        found += _wrap(f"  {line}", 4)
     found += ["", "Advice:"]
     found += [line for one in plan.advice for line in _wrap(f"  - {one}", 4)]
     return [*found, "", *_wrap(NOTES, 0)]
@@ -46,7 +51,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """One object of plain data: bytes, seconds, and the numbers of the links with their sources."""
     found: dict[str, Any] = msgspec.to_builtins(plan)
     for weights, one in zip(found["weights"], plan.weights, strict=True):
-        weights["total"] = one.total
+        weights.update(total=one.total, fits=one.fits)
     for row in found["rows"]:
         of_layer = row["seconds"]
         row["step_seconds"] = None if of_layer is None else of_layer * plan.model.moe_layers
@@ -75,10 +80,37 @@ def _weights(plan: Plan) -> list[str]:
     width = max(map(len, labels))
     found = ["Weights on one GPU, GB (10^9 bytes), without KV cache and activations:"]
     found += [f"  {'':<{width}}" + "".join(f"{part:>12}" for part in parts)]
-    fits = {None: "", True: "  fits", False: "  DOES NOT FIT"}
     for label, one in zip(labels, plan.weights, strict=True):
         cells = "".join(f"{getattr(one, part) / 1e9:>12.2f}" for part in parts)
-        found += [f"  {label:<{width}}{cells}{fits[one.fits]}"]
+        found += [f"  {label:<{width}}{cells}{_room(one)}"]
+    return found
+
+
+def _room(weights: Weights) -> str:
+    if weights.left is None:
+        return ""
+    size = f"{abs(weights.left) / 1e9:.1f}"
+    return f"  fits, {size} left" if weights.fits else f"  DOES NOT FIT, {size} short"
+
+
+def _bases(plan: Plan) -> list[str]:
+    """What each way rests on; with the links and the numbers of tokens where it is not the same for all."""
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for row in plan.rows:
+        cases.setdefault((row.way, row.basis), []).append(row)
+    found = []
+    for (way, basis), rows in cases.items():
+        of_way = [row for row in plan.rows if row.way == way]
+        parts = [
+            ", ".join(dict.fromkeys(row.link for row in rows))
+            if {row.link for row in rows} < {row.link for row in of_way}
+            else "",
+            advice.tokens_of(list(dict.fromkeys(row.tokens for row in rows)))
+            if {row.tokens for row in rows} < {row.tokens for row in of_way}
+            else "",
+        ]
+        where = "; ".join(part for part in parts if part)
+        found.append(f"{way} ({where}): {basis}" if where else f"{way}: {basis}")
     return found
 
 

@@ -25,7 +25,7 @@ def heading(record: Record, options: Options) -> list[str]:
     transport = "" if options.transport == "auto" else f", transport {options.transport} only"
     lines = [f"{record.host}: {record.cpus} CPUs, {gpus}; {versions}"]
     lines += [f"note: {problem}" for problem in record.problems]
-    return [*lines, f"on {options.device}, {options.ranks} ranks{transport}"]
+    return [*lines, f"on {options.device}, {options.ranks} rank{'s' * (options.ranks != 1)}{transport}"]
 
 
 def lines(report: Report) -> list[str]:

@@ -130,24 +130,25 @@ ARCHITECTURES = {
 }
 
 
-def parse(text: str) -> Shape:
-    """Of `NAME[,layers=N][,fp8]`. Raises EpConfigError, which names what exists, for anything else."""
+def parse(text: str, option: str = "--shape", words: str = OPTIONS) -> Shape:
+    """Of `NAME[,layers=N][,fp8]`, given with ``option``. Raises EpConfigError, which names what exists:
+    ``words`` after the comma."""
     name, *options = text.split(",")
     if name not in ARCHITECTURES:
-        raise EpConfigError(f"--shape {text}: no shape {name!r}; there are {', '.join(ARCHITECTURES)}")
+        raise EpConfigError(f"{option} {text}: no shape {name!r}; there are {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
     given: dict[str, Any] = {}
-    for option in options:
-        key, _, value = option.partition("=")
+    for word in options:
+        key, _, value = word.partition("=")
         if key in given:
-            raise EpConfigError(f"--shape {text}: {key} is given twice")
-        if option == "fp8":
+            raise EpConfigError(f"{option} {text}: {key} is given twice")
+        if word == "fp8":
             given["fp8"] = True
         elif key == "layers" and value.isdecimal() and int(value) >= 1:
             given["layers"] = int(value)
         else:
             raise EpConfigError(
-                f"--shape {text}: {option!r} is no option; there are {OPTIONS} (N from 1; {name} has "
+                f"{option} {text}: {word!r} is no option; there are {words} (N from 1; {name} has "
                 f"{architecture.layers} layers)"
             )
     return Shape(text=text, architecture=architecture, **{"layers": architecture.layers, **given})
