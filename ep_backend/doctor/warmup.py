@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from ep_backend.bench.engines.process import ServerError, Session
 from ep_backend.doctor.plan import AllReduces
+from ep_backend.launch.server import ServerError, Session
 from ep_backend.launch.terminable import terminable
 from ep_backend.probe import Record
 from ep_backend.select import Decision, apply_env

@@ -1,1 +1,1 @@
-"""Starting rank processes and ending them: what commands that need a group have in common."""
+"""Starting processes and ending them: groups of ranks, and servers with all that they start."""

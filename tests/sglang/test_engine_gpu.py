@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ep_backend.bench.engines.base import Serving
-from ep_backend.bench.engines.process import open_local
 from ep_backend.bench.engines.sglang import Server
+from ep_backend.launch.server import open_local
 
 GPUS = torch.cuda.device_count()
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"

@@ -7,8 +7,8 @@ import threading
 import time
 from pathlib import Path
 
-from ep_backend.bench.engines.process import ServerError
 from ep_backend.bench.engines.vllm import Server, Serving
+from ep_backend.launch.server import ServerError
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
 NEW_TOKENS = 64

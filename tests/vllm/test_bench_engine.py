@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ep_backend.bench.engines import models, process, vllm
-from ep_backend.bench.engines.process import ServerError, Session
+from ep_backend.bench.engines import models, vllm
 from ep_backend.cli import main
 from ep_backend.errors import EpConfigError, EpError
+from ep_backend.launch import server as launched_server
+from ep_backend.launch.server import ServerError, Session
 
 # A parent that ignores SIGTERM, and a child that ignores it too in a process group of its own.
 STUBBORN = """
@@ -47,7 +48,7 @@ def wait_for(condition, seconds=20):
 
 @pytest.fixture
 def stubborn(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "TERM_GRACE_S", 1.0)
+    monkeypatch.setattr(launched_server, "TERM_GRACE_S", 1.0)
     script = tmp_path / "stubborn.py"
     script.write_text(STUBBORN)
     return Session([sys.executable, str(script)], os.environ, tmp_path / "log")
@@ -90,18 +91,18 @@ def test_a_server_that_ends_early_is_reported_with_its_log(tmp_path):
         Session(command, os.environ, tmp_path / "log") as session,
         pytest.raises(ServerError, match=r"status 3(.|\n)*no such model"),
     ):
-        process.wait_until_healthy(session, "http://127.0.0.1:9/health", 30, print)
+        launched_server.wait_until_healthy(session, "http://127.0.0.1:9/health", 30, print)
 
 
 def test_a_server_that_is_never_ready_is_reported_in_time(tmp_path):
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    port = process.free_port()
+    port = launched_server.free_port()
     begin = time.monotonic()
     with (
         Session(command, os.environ, tmp_path / "log") as session,
         pytest.raises(ServerError, match="not ready after 1 s"),
     ):
-        process.wait_until_healthy(session, f"http://127.0.0.1:{port}/health", 1, print)
+        launched_server.wait_until_healthy(session, f"http://127.0.0.1:{port}/health", 1, print)
     assert time.monotonic() - begin < 30
 
 
@@ -122,7 +123,9 @@ def test_ready_is_a_200_whatever_proxy_is_set(tmp_path, monkeypatch):
     with Session(
         [sys.executable, "-c", "import time; time.sleep(60)"], os.environ, tmp_path / "log"
     ) as session:
-        process.wait_until_healthy(session, f"http://127.0.0.1:{server.server_port}/health", 30, print)
+        launched_server.wait_until_healthy(
+            session, f"http://127.0.0.1:{server.server_port}/health", 30, print
+        )
     server.shutdown()
     assert answers == []
 
@@ -131,7 +134,7 @@ def test_a_server_ends_when_the_bench_is_killed(tmp_path):
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from ep_backend.bench.engines.process import Session\n"
+        "from ep_backend.launch.server import Session\n"
         "with Session(['sleep', '60'], os.environ, Path(sys.argv[1])) as session:\n"
         "    print(session.pid, flush=True)\n"
         "    time.sleep(60)\n"
@@ -157,7 +160,7 @@ def test_sigterm_to_the_bench_stops_its_servers(tmp_path):
         "import os, sys, time\n"
         "from pathlib import Path\n"
         "from ep_backend.launch.terminable import terminable\n"
-        "from ep_backend.bench.engines.process import Session\n"
+        "from ep_backend.launch.server import Session\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         f"with terminable(), Session(command, os.environ, Path({str(tmp_path / 'log')!r})) as session:\n"
         "    print(session.pid, flush=True)\n"

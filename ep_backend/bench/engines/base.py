@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ep_backend.bench.engines import trace
-from ep_backend.bench.engines.process import Session, free_port, open_local, wait_until_healthy
 from ep_backend.errors import EpConfigError
+from ep_backend.launch.server import Session, free_port, open_local, wait_until_healthy
 
 METRICS = ("ttft", "tpot", "itl")
 
