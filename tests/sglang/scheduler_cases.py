@@ -188,6 +188,13 @@ def test_overlapping_halves_know_the_counts_of_their_batch(chosen, monkeypatch):
     assert step._whole_batch is None
 
 
+def test_overlapping_halves_need_no_deep_ep(chosen):
+    from sglang.srt.batch_overlap import operations_strategy
+
+    create(config())
+    assert operations_strategy.DeepEPConfig.get_instance().num_sms == 0
+
+
 def test_a_failed_exchange_is_raised_before_its_tokens_leave(chosen, monkeypatch):
     from ep_backend_sglang import process
 

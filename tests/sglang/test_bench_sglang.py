@@ -47,6 +47,21 @@ def test_limits_weights_and_other_arguments_are_passed_on():
     assert "--load-format dummy --context-length 512 --max-running-requests 128 --mem-fraction 0.8 " in text
 
 
+def test_servers_that_start_at_the_same_moment_share_no_port(tmp_path, monkeypatch):
+    serving, taken = Serving(model=Path("m"), backend="none", device="cuda"), []
+    monkeypatch.setattr(sglang, "is_free", lambda port: port not in taken)
+    for process in (5, 6, 5, 5 + sglang.PORT_BLOCKS):
+        monkeypatch.setattr(sglang.os, "getpid", lambda process=process: process)
+        port = sglang.Server(serving, tmp_path, print).port
+        assert f"--port {port} --nccl-port {port + 1} " in " ".join(sglang.serve_command(serving, port))
+        taken += [port + offset for offset in sglang.DERIVED_PORTS]
+    assert len(set(taken)) == len(taken) == 4 * len(sglang.DERIVED_PORTS)
+    assert max(taken) < 16000
+    monkeypatch.setattr(sglang, "is_free", lambda port: False)
+    with pytest.raises(EpConfigError, match="--port"):
+        sglang.Server(serving, tmp_path, print)
+
+
 @pytest.fixture
 def server(tmp_path):
     serving = Serving(

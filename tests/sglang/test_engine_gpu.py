@@ -1,119 +1,179 @@
-"""Greedy tokens of the tiny model through SGLang on GPUs: ep_backend against SGLang's own exchange.
+"""Greedy tokens through SGLang on GPUs: ep_backend against SGLang's own exchange, as the yardstick stock
+against itself.
 
-Needs SGLang and two GPUs. Where FlashInfer is missing, set SGLANG_IS_FLASHINFER_AVAILABLE=0.
+Needs SGLang and two GPUs. Where FlashInfer is missing, set SGLANG_IS_FLASHINFER_AVAILABLE=0. Several of these
+may run side by side; ``-k`` with a layout's name shares its stock servers.
 """
 
 import importlib.util
-import json
-import urllib.request
+import subprocess
 from pathlib import Path
 
 import pytest
+import random_models
 import torch
+from served_tokens import differences, groups_of_prompts, served, serving
 
-from ep_backend.bench.engines.base import Serving
-from ep_backend.bench.engines.sglang import Server
-from ep_backend.launch.server import open_local
+from ep_backend.bench.engines.sglang import serve_command, serve_environment
 
 GPUS = torch.cuda.device_count()
-MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
-PROMPTS = [line for line in (MODEL / "prompts.txt").read_text().splitlines() if line.strip()][:8]
-NEW_TOKENS = 32
-LOGPROB_GAP = 0.15
-"""Largest difference of a first token's log-probability; stock differed from itself by 0.11 with another
-model on 4 H200."""
+TINY = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine_long,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, {GPUS} found"),
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
 ]
 
-OPTIONS = [
-    "--attention-backend",
-    "triton",
-    "--sampling-backend",
-    "pytorch",
-    "--grammar-backend",
-    "none",
-    "--moe-runner-backend",
-    "triton",
-    "--disable-custom-all-reduce",
-    "--max-total-tokens",
-    "65536",
-    "--mem-fraction-static",
-    "0.5",
-    "--cuda-graph-max-bs-decode",
-    "16",
-    "--mm-feature-transport",
-    "cpu",
-    "--skip-server-warmup",
-]
+DP = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+TP = {"data_parallel_size": 1, "tensor_parallel_size": 2}
+DP_AND_TP = {"data_parallel_size": 2, "tensor_parallel_size": 2}
+WITHOUT_DEEPGEMM = (("SGLANG_ENABLE_JIT_DEEPGEMM", "0"),)
+OVERLAP = ("--enable-two-batch-overlap",)
+COPIES = ("--enable-eplb", "--ep-num-redundant-experts", "4")
+SPLIT = "a batch is computed as two overlapping halves"
 
+# ``of``: options of both servers; ``extra``: of ours, because stock does not know them or need not.
 CASES = {
-    "data-parallel attention": {},
-    "attention by tensor parallelism": {"data_parallel_size": 1, "tensor_parallel_size": 2},
-    "data below tensor parallelism": {"data_parallel_size": 2, "tensor_parallel_size": 2},
-    "without graphs": {"extra": ("--disable-cuda-graph",)},
-    "prompts in chunks": {"extra": ("--chunked-prefill-size", "32")},
-    "two-batch overlap": {"extra": ("--enable-two-batch-overlap",)},
-    "redundant experts": {"extra": ("--enable-eplb", "--ep-num-redundant-experts", "4")},
+    "dp attention": {"of": DP},
+    "dp attention, without graphs": {"of": DP, "extra": ("--disable-cuda-graph",)},
+    "dp attention, prompts in chunks": {"of": DP, "extra": ("--chunked-prefill-size", "128")},
+    "dp attention, two-batch overlap": {"of": DP, "extra": OVERLAP, "says": SPLIT},
+    "dp attention, two-batch overlap without graphs": {
+        "of": DP,
+        "extra": (*OVERLAP, "--disable-cuda-graph"),
+        "says": SPLIT,
+    },
+    "dp attention, redundant experts": {"of": DP, "extra": COPIES},
+    "dp attention, redundant experts that move": {
+        "of": DP,
+        "extra": (*COPIES, "--eplb-rebalance-num-iterations", "30"),
+        "says": "rebalance end",
+    },
+    "tp attention": {"of": TP},
+    "tp attention, two-batch overlap": {"of": TP, "extra": OVERLAP, "says": SPLIT},
+    "tp attention, prompts in chunks": {"of": TP, "extra": ("--chunked-prefill-size", "64")},
+    "shared experts, dp attention": {"of": {**DP, "model": "shared"}},
+    "shared experts, tp attention": {"of": {**TP, "model": "shared"}},
+    "block fp8, triton": {
+        "of": {**DP, "model": "fp8", "environ": WITHOUT_DEEPGEMM},
+        "says": "fp8_block128, at most",
+    },
+    "block fp8, deep_gemm": {
+        "of": {**DP, "model": "fp8", "runner": "deep_gemm"},
+        "says": "fp8_block128, at most",
+    },
+    "bf16, deep_gemm": {"of": {**DP, "runner": "deep_gemm"}},
+    "trained, dp attention": {"of": {**DP, "model": "trained"}},
+    "dp attention on groups of ranks": {"of": DP_AND_TP},
+    "dp attention on groups of ranks, two-batch overlap": {"of": DP_AND_TP, "extra": OVERLAP, "says": SPLIT},
 }
 
 
-def served(folder, backend, **changes):
-    """Per prompt: new tokens and the first one's log-probability. Also the server's log."""
-    extra = (*OPTIONS, *changes.pop("extra", ()))
-    options = {"model": MODEL, "device": "cuda", "dtype": "bfloat16", "max_num_seqs": 16, **changes}
-    with Server(Serving(backend=backend, extra=extra, **options), folder, print) as server:
-        body = {
-            "text": PROMPTS,
-            "return_logprob": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
-        }
-        request = urllib.request.Request(
-            f"{server.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with open_local(request, timeout=300) as answer:
-            answers = json.load(answer)
-        log = server.session.log.read_text(errors="replace")
-    steps = [each["meta_info"]["output_token_logprobs"] for each in answers]
-    return [([token for _, token, *_ in each], each[0][0]) for each in steps], log
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A folder by the model's kind, and the groups of prompts for it."""
+    written = {}
+    kinds = {
+        "plain": ("qwen3-30b-a3b", None),
+        "shared": ("qwen1.5-moe-a2.7b", None),
+        "fp8": ("qwen3-30b-a3b", "block"),
+    }
+
+    def get(kind):
+        if kind == "trained":
+            lines = [line for line in (TINY / "prompts.txt").read_text().splitlines() if line.strip()]
+            return TINY, {"together": lines[:8], "alone": lines[:1]}
+        if kind not in written:
+            folder = tmp_path_factory.mktemp(kind)
+            # A width that every version of DeepGEMM's kernels takes.
+            written[kind] = random_models.write(folder, *kinds[kind], moe_intermediate_size=1024)
+        return written[kind], groups_of_prompts()
+
+    return get
 
 
-def differences(got, want):
-    """What is wrong: another first token than at a near tie, or another probability of it."""
-    wrong = []
-    for number, ((tokens, logprob), (wanted, wanted_logprob)) in enumerate(zip(got, want, strict=True)):
-        if tokens[0] == wanted[0] and abs(logprob - wanted_logprob) > LOGPROB_GAP:
-            wrong.append(f"prompt {number}: {logprob:.3f} instead of {wanted_logprob:.3f}")
-        if tokens[0] != wanted[0] and abs(logprob - wanted_logprob) > LOGPROB_GAP / 2:
-            wrong.append(f"prompt {number}: token {tokens[0]} instead of {wanted[0]}")
-    whole = sum(tokens == wanted for (tokens, _), (wanted, _) in zip(got, want, strict=True))
-    print(f"{whole} of {len(want)} prompts are equal to the last of {NEW_TOKENS} tokens")
-    return wrong
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory, model):
+    """What SGLang says by itself, from one server per set of options; it is asked twice."""
+    answers = {}
+
+    def get(model_kind="plain", **options):
+        key = repr((model_kind, sorted(options.items())))
+        if key not in answers:
+            folder, prompts = model(model_kind)
+            twice = {**prompts, **{f"{group} again": texts for group, texts in prompts.items()}}
+            said, _ = served(tmp_path_factory.mktemp("stock"), twice, model=folder, backend="none", **options)
+            answers[key] = {group: said[group] for group in prompts}
+            print("stock against itself:")
+            differences({group: said[f"{group} again"] for group in prompts}, answers[key])
+        return answers[key]
+
+    return get
+
+
+def split(of):
+    """The model's kind, and the other options of a case."""
+    return of.get("model", "plain"), {name: value for name, value in of.items() if name != "model"}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_are_those_of_stock(tmp_path, name):
+def test_tokens_are_those_of_stock(tmp_path, model, stock, name):
     case = CASES[name]
-    ranks = case.get("data_parallel_size", 2) * case.get("tensor_parallel_size", 1)
+    kind, options = split(case["of"])
+    ranks = options["data_parallel_size"] * options["tensor_parallel_size"]
     if ranks > GPUS:
         pytest.skip(f"needs {ranks} GPUs")
-    # Stock knows neither option for its own exchange: it is asked without.
-    stock = {k: v for k, v in case.items() if k != "extra"}
-    want, _ = served(tmp_path / "none", "none", **stock)
-    got, log = served(tmp_path / "ours", "ep_backend", **case)
+    folder, prompts = model(kind)
+    got, log = served(
+        tmp_path, prompts, model=folder, backend="ep_backend", extra=case.get("extra", ()), **options
+    )
     assert all(f"ep_backend: rank {rank} of {ranks}, transport peer" in log for rank in range(ranks))
     assert "NOT AVAILABLE" not in log
+    assert case.get("says", "") in log
+    want = stock(kind, **options)
+    print(f"{name}:")
     assert differences(got, want) == []
 
 
-def test_a_wrong_combine_is_noticed(tmp_path):
-    want, _ = served(tmp_path / "none", "none")
+def test_a_wrong_combine_is_noticed(tmp_path, model, stock):
+    folder, prompts = model("plain")
     scaled = (("EP_BACKEND_TEST_SCALE_COMBINE", "0.5"),)
-    got, log = served(tmp_path / "ours", "ep_backend", environ=scaled)
+    got, log = served(tmp_path, prompts, model=folder, backend="ep_backend", environ=scaled, **DP)
     assert "THE MODEL'S OUTPUT IS WRONG" in log
-    assert differences(got, want) != []
+    assert differences(got, stock("plain", **DP)) != []
+
+
+REFUSED = {
+    "--enable-single-batch-overlap": ("--enable-single-batch-overlap",),
+    "--speculative-algorithm": ("--speculative-algorithm", "NGRAM"),
+    "does not take: use --moe-runner-backend triton": ("--moe-runner-backend", "flashinfer_cutlass"),
+    "lower --chunked-prefill-size": ("--chunked-prefill-size", "65536"),
+    "add --chunked-prefill-size 8192": ("--chunked-prefill-size", "-1"),
+    "fp8 ones with 128x128 scales": ("--quantization", "fp8"),
+}
+
+
+def test_what_does_not_work_is_refused_before_serving(tmp_path, model):
+    """By real command lines, all at once. The last one is known only when a layer is built."""
+    folder, _ = model("plain")
+    running = {}
+    for number, (sentence, extra) in enumerate(REFUSED.items()):
+        asked = serving(folder, "ep_backend", extra=extra, **DP)
+        log = tmp_path / f"{number}.log"
+        with log.open("w") as out:
+            command = serve_command(asked, 15000 + 20 * number)
+            environ = serve_environment(asked)
+            running[sentence] = subprocess.Popen(command, stdout=out, stderr=out, env=environ), log
+    wrong = []
+    for sentence, (process, log) in running.items():
+        try:
+            status = process.wait(240)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = 0
+        if status == 0 or sentence not in log.read_text(errors="replace"):
+            wrong.append(f"{sentence}: status {status}\n{log.read_text(errors='replace')[-3000:]}")
+    assert not wrong, "\n".join(wrong)

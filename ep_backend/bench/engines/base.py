@@ -130,7 +130,7 @@ class Server(ABC):
 
     def __init__(self, serving: Serving, folder: Path, progress: Callable[[str], None]) -> None:
         self.serving = serving
-        self.port = serving.port or free_port()
+        self.port = serving.port or self.choose_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
         self._progress = progress
@@ -140,6 +140,10 @@ class Server(ABC):
         self.session = Session(
             self.serve_command(), self.serve_environment(Path(self._scratch.name)), folder / "server.log"
         )
+
+    def choose_port(self) -> int:
+        """Where to serve: free now."""
+        return free_port()
 
     @abstractmethod
     def serve_command(self) -> list[str]: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,12 +12,18 @@ from typing import Any
 from ep_backend.bench.engines import base
 from ep_backend.bench.engines.base import Load, Serving, installed
 from ep_backend.errors import EpConfigError
+from ep_backend.launch.server import is_free
 
 __all__ = ["DISTRIBUTIONS", "Load", "Server", "Serving"]
 TRACED_STEPS = 24
 TRACES_WITHIN_S = 120.0  # of the end of the client; SGLang's ranks write their traces while they serve on
 DISTRIBUTIONS = ("ep-backend", "sglang", "sglang-kernel", "torch", "transformers")
 """What takes part in a measurement."""
+DERIVED_PORTS = (0, 1, *range(233, 240))
+"""Beside --port: one for NCCL, and those that SGLang takes for data-parallel attention whether or not they
+are free."""
+FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 2000, 600, 20
+"""Below what systems give to programs that ask for any port. Two blocks never share a derived port."""
 
 
 def check_environment() -> None:
@@ -41,7 +48,8 @@ def serve_command(serving: Serving, port: int) -> list[str]:
     ranks = serving.data_parallel_size * serving.tensor_parallel_size
     # -P: or Python would look for ep_backend in the current folder first, perhaps a checkout.
     command = [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(serving.model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--tp-size", str(ranks)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--nccl-port", str(port + 1)]
+    command += ["--tp-size", str(ranks)]
     if serving.data_parallel_size > 1:
         command += ["--dp-size", str(serving.data_parallel_size), "--enable-dp-attention"]
     if serving.expert_parallel:
@@ -66,6 +74,16 @@ class Server(base.Server):
     """A model that SGLang serves."""
 
     engine = "SGLang"
+
+    def choose_port(self) -> int:
+        """The first of a block of ports that are free now; programs that start servers at the same moment
+        begin at different blocks."""
+        begin = os.getpid()
+        for block in range(begin, begin + PORT_BLOCKS):
+            port = FIRST_PORT + PORT_BLOCK * (block % PORT_BLOCKS)
+            if all(is_free(port + offset) for offset in DERIVED_PORTS):
+                return port
+        raise EpConfigError("no ports are free for a server: see `ss -lnt`, or give one with --port")
 
     def serve_command(self) -> list[str]:
         return serve_command(self.serving, self.port)

@@ -1,8 +1,10 @@
 """What a scheduler whose MoE layers use ep_backend replaces in SGLang, while the model is built."""
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
@@ -14,6 +16,8 @@ from . import process, step
 from .start import INSTEAD
 from .token_format import quantized
 
+logger = logging.getLogger("sglang.ep_backend")
+
 QWEN3_MOE = "sglang.srt.models.qwen3_moe"
 
 
@@ -22,6 +26,7 @@ def install() -> None:
     """Raises AttributeError or ImportError if this SGLang lacks a place to hold on to."""
     _hand_over_quantized_rows()
     _count_overlapping_halves()
+    _leave_all_multiprocessors_to_experts()
     _route_to_physical_experts()
     _refuse_unknown_copies()
     _watch_scheduler()
@@ -39,10 +44,22 @@ def _count_overlapping_halves() -> None:
     from sglang.srt.batch_overlap.operations import execute_overlapped_operations as original
 
     def execute(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        _say_once("ep_backend: a batch is computed as two overlapping halves")
         with step.two_halves(get_dp_global_num_tokens()):
             return original(*args, **kwargs)
 
     replace_everywhere(original, _around(original, execute))
+
+
+def _leave_all_multiprocessors_to_experts() -> None:
+    """Two-batch overlap takes multiprocessors from DeepGEMM, as many as DeepEP says that it uses on a stream
+    of its own, and fails where DeepEP is not installed. Our halves run in the model's stream."""
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPConfig
+
+    def get_instance(_original: Callable) -> Any:
+        return SimpleNamespace(num_sms=0)
+
+    DeepEPConfig.get_instance = _around(DeepEPConfig.get_instance, get_instance)
 
 
 def _route_to_physical_experts() -> None:
@@ -106,6 +123,11 @@ def _watch_scheduler() -> None:
 
     Scheduler.run_event_loop = _around(Scheduler.run_event_loop, run_event_loop)
     Scheduler.process_batch_result = _around(Scheduler.process_batch_result, process_batch_result)
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logger.info(sentence)
 
 
 def _around(original: Callable, hook: Callable) -> Callable:

@@ -1,6 +1,6 @@
 """Small models with random weights of a size at which every layer matters to what the model says.
 
-`--shape` leaves weights to vLLM, whose random ones are so small that experts change no token. These are
+`--shape` leaves weights to the engine, whose random ones are so small that experts change no token. These are
 scaled by their fan-in, so a layer adds about as much as it is given; and they may be fp8 checkpoints, which
 the trained tiny model is too narrow for.
 """
@@ -8,7 +8,6 @@ the trained tiny model is too narrow for.
 import json
 
 import torch
-from safetensors.torch import save_file
 
 from ep_backend.bench.engines import models
 
@@ -50,14 +49,17 @@ PER_TOKEN = {
 }
 
 
-def write(folder, architecture, fp8=None):
-    """A model folder; ``architecture`` is a name of ep_backend.bench.engines.models. Returns it.
+def write(folder, architecture, fp8=None, **sizes):
+    """A model folder; ``architecture`` is a name of ep_backend.bench.engines.models, ``sizes`` replace some
+    of SIZES. Returns it.
 
     ``fp8``: "block" (weights with a scale per 128x128, rows quantised per 1x128 as they come) or "token" (a
     scale per output channel, rows quantised with one scale each).
     """
+    from safetensors.torch import save_file  # tests are collected where it is missing, too
+
     known = models.ARCHITECTURES[architecture]
-    config = {**known.config, **SIZES}
+    config = {**known.config, **SIZES, **sizes}
     if "shared_expert_intermediate_size" in config:
         config["shared_expert_intermediate_size"] = 1280
     small = models.Architecture(layers=LAYERS, config=config, unquantised=known.unquantised)
