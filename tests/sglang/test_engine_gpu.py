@@ -5,8 +5,8 @@ Needs SGLang and two GPUs. Where FlashInfer is missing, set SGLANG_IS_FLASHINFER
 may run side by side; ``-k`` with a layout's name shares its stock servers.
 """
 
+import contextlib
 import importlib.util
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ import random_models
 import torch
 from served_tokens import differences, groups_of_prompts, served, serving
 
-from ep_backend.bench.engines.sglang import serve_command, serve_environment
+from ep_backend.bench.engines.sglang import FIRST_PORT, PORT_BLOCK, serve_command, serve_environment
+from ep_backend.launch.server import Session
 
 GPUS = torch.cuda.device_count()
 TINY = Path(__file__).parents[2] / "examples" / "tiny_moe"
@@ -159,21 +160,18 @@ REFUSED = {
 def test_what_does_not_work_is_refused_before_serving(tmp_path, model):
     """By real command lines, all at once. The last one is known only when a layer is built."""
     folder, _ = model("plain")
-    running = {}
-    for number, (sentence, extra) in enumerate(REFUSED.items()):
-        asked = serving(folder, "ep_backend", extra=extra, **DP)
-        log = tmp_path / f"{number}.log"
-        with log.open("w") as out:
-            command = serve_command(asked, 15000 + 20 * number)
-            environ = serve_environment(asked)
-            running[sentence] = subprocess.Popen(command, stdout=out, stderr=out, env=environ), log
     wrong = []
-    for sentence, (process, log) in running.items():
-        try:
-            status = process.wait(240)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = 0
-        if status == 0 or sentence not in log.read_text(errors="replace"):
-            wrong.append(f"{sentence}: status {status}\n{log.read_text(errors='replace')[-3000:]}")
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for number, (sentence, extra) in enumerate(REFUSED.items()):
+            asked = serving(folder, "ep_backend", extra=extra, **DP)
+            port = FIRST_PORT - PORT_BLOCK * (1 + number)
+            session = Session(
+                serve_command(asked, port), serve_environment(asked), tmp_path / f"{number}.log"
+            )
+            running[sentence] = stack.enter_context(session)
+        for sentence, session in running.items():
+            status = session.wait(240)
+            if status == 0 or sentence not in session.log.read_text(errors="replace"):
+                wrong.append(f"{sentence}: status {status}\n{session.tail(40)}")
     assert not wrong, "\n".join(wrong)
