@@ -18,16 +18,18 @@ from ep_backend.facts import neighbours, unchecked
 from ep_backend.probe import Record, probe
 from ep_backend.profiles import version
 from ep_backend.select import Decision, decide
-from ep_backend.transports import OLDEST_CUDA
+from ep_backend.transports import OF_GPUS, OLDEST_CUDA
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
+from ep_backend.transports.host import HostTransport
 from ep_backend.transports.peer import PeerTransport
 
 TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig, torch.device], Transport]] = {
     CpuTransport.name: lambda group, config, device: CpuTransport(group, config),
     CollectiveTransport.name: CollectiveTransport,
     PeerTransport.name: PeerTransport,
+    HostTransport.name: HostTransport,
 }
 
 
@@ -37,7 +39,7 @@ def _check_drivers(records: list[Record]) -> None:
         if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
             raise EpConfigError(
                 f"rank {rank} has NVIDIA driver {record.driver}, which serves CUDA {record.cuda_driver}; "
-                "transport peer needs driver 580 or newer (CUDA 13.0); collective works with any"
+                "transports peer and host need driver 580 or newer (CUDA 13.0); collective works with any"
             )
 
 
@@ -45,7 +47,7 @@ def available(device: torch.device) -> frozenset[str]:
     """Names of the transports that this build has for tensors on ``device``."""
     if device.type == "cpu":
         return frozenset({CpuTransport.name, CollectiveTransport.name})
-    return frozenset({CollectiveTransport.name, *([PeerTransport.name] if _native.HAS_CUDA else [])})
+    return frozenset({CollectiveTransport.name, *(OF_GPUS if _native.HAS_CUDA else ())})
 
 
 P = ParamSpec("P")
@@ -130,7 +132,7 @@ class Communicator:
                 group, lambda: probe(self.device, neighbours=group_gpus), lambda record: record
             )
         self.decision: Decision = decide(records, config.transport, available=available(self.device))
-        if self.decision.transport == PeerTransport.name:
+        if self.decision.transport in OF_GPUS:
             _check_drivers(records)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
         if config.num_sms is None:
@@ -165,6 +167,12 @@ class Communicator:
     def transport(self) -> str:
         """Name of the transport in use."""
         return self._transport.name
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can hold exchanges: on GPUs, if the layout does not have to know how many rows
+        came."""
+        return self._transport.capturable and self.config.layout != "compact"
 
     @property
     def window_bytes(self) -> int:

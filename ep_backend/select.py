@@ -17,10 +17,11 @@ from ep_backend.errors import EpConfigError
 from ep_backend.facts import Facts, gather, short_of_shared_memory, unmet, word
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
+from ep_backend.transports import OF_GPUS
 
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
-AVAILABLE = frozenset({"cpu", "collective", "peer"})
+AVAILABLE = frozenset({"cpu", "collective", *OF_GPUS})
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -305,7 +306,7 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         for rank, record in enumerate(records):
             if record.device and record.device != "cpu":
                 return f"it moves CPU tensors and rank {rank} computes on {record.device}"
-    if transport in ("host", "peer") and facts.gpus == "none":
+    if transport in OF_GPUS and facts.gpus == "none":
         return "it moves GPU tensors and no rank computes on a GPU"
     return _no_peer_access(records, facts) if transport in ("peer", "hier") else ""
 

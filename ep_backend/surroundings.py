@@ -45,6 +45,19 @@ def numa_node(root: Path, bus_id: str) -> int | None:
     return None
 
 
+def local_cpus(root: Path, bus_id: str) -> set[int]:
+    """CPUs next to a GPU; empty where none are told.
+
+    https://docs.kernel.org/admin-guide/abi-testing.html: local_cpulist, for example "0-15,32-47"
+    """
+    cpus: set[int] = set()
+    with contextlib.suppress(ValueError):
+        for part in _text(device(root, bus_id) / "local_cpulist").strip().split(","):
+            first, _, last = part.partition("-")
+            cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
 def device(root: Path, bus_id: str) -> Path:
     """The folder of a PCIe device. NVML writes eight digits of the domain, the kernel four."""
     domain, _, rest = bus_id.lower().partition(":")

@@ -49,7 +49,7 @@ T* pointer(const Tensor& t) {
 
 std::vector<int64_t> window_layout(std::vector<int64_t> shape) {
     const WindowLayout l = WindowLayout::make(shape_of(shape));
-    return {l.total, l.channels, l.channel_bytes, l.scales, l.rows};
+    return {l.total, l.channels, l.channel_bytes, l.scales, l.rows, l.copy_bytes()};
 }
 
 int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,

@@ -54,7 +54,7 @@ cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
-                             std::vector<int64_t> windows) {
+                             std::vector<int64_t> windows, int64_t copies) {
     const DeviceGuard guard(static_cast<int32_t>(device));
     const cuda::Settings settings{shape_of(shape),
                                   rank,
@@ -65,7 +65,8 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                                   static_cast<int32_t>(pad_id),
                                   static_cast<uint64_t>(epoch),
                                   timeout_us,
-                                  max_blocks};
+                                  max_blocks,
+                                  reinterpret_cast<char*>(copies)};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
     return reinterpret_cast<int64_t>(
@@ -88,6 +89,24 @@ void cuda_exchange_recover(int64_t exchange, int64_t epoch) {
 }
 void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us) {
     at(exchange).set_timeout(timeout_us);
+}
+
+std::string gpu_bus_id(int64_t device) {
+    char id[32] = "";
+    check(cudaDeviceGetPCIBusId(id, sizeof id, static_cast<int>(device)), "cudaDeviceGetPCIBusId");
+    return id;
+}
+int64_t cuda_host_register(int64_t address, int64_t bytes) {
+    void* const memory = reinterpret_cast<void*>(address);
+    void* seen = nullptr;
+    check(cudaHostRegister(memory, static_cast<size_t>(bytes),
+                           cudaHostRegisterPortable | cudaHostRegisterMapped),
+          "cudaHostRegister");
+    check(cudaHostGetDevicePointer(&seen, memory, 0), "cudaHostGetDevicePointer");
+    return reinterpret_cast<int64_t>(seen);
+}
+void cuda_host_unregister(int64_t address) {
+    cudaHostUnregister(reinterpret_cast<void*>(address));  // a context that is gone has let go of it already
 }
 
 void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,

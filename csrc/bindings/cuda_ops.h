@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace ep::ops {
@@ -14,8 +15,13 @@ using torch::stable::Tensor;
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
-                             std::vector<int64_t> windows);
+                             std::vector<int64_t> windows, int64_t copies);
 void cuda_exchange_destroy(int64_t exchange);
+// "0000:1b:00.0".
+std::string gpu_bus_id(int64_t device);
+// Pins memory of the host so that all GPUs can use it; returns its address there.
+int64_t cuda_host_register(int64_t address, int64_t bytes);
+void cuda_host_unregister(int64_t address);
 // The fields of ErrorWord in order.
 std::vector<int64_t> cuda_exchange_error(int64_t exchange);
 int64_t cuda_exchange_max_epoch(int64_t exchange);

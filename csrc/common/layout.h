@@ -99,6 +99,8 @@ struct WindowLayout {
         return l;
     }
 
+    // Of a channel, up to the combine rows: what a GPU has of its own if windows are in host memory.
+    EP_HD int64_t copy_bytes() const { return combine_rows; }
     EP_HD int64_t abort_word(int64_t source) const { return source * kLine; }
     EP_HD int64_t meeting_word(int64_t source) const { return (shape.world + source) * kLine; }
     EP_HD int64_t channel(int64_t c) const { return channels + c * channel_bytes; }

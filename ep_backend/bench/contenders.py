@@ -15,6 +15,7 @@ from ep_backend import Communicator, Handle, Received
 from ep_backend.bench import workload
 from ep_backend.bench.workload import Inputs, Settings
 from ep_backend.communicator import TRANSPORTS, available
+from ep_backend.transports import OF_GPUS
 
 BASELINE = "baseline_allgather"
 ONLY_WHEN_ASKED = {"cuda": ("collective",)}  # rows of a GPU are packed on the CPU: milliseconds
@@ -55,9 +56,8 @@ class Ours:
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self._settings = name, settings
-        # A compact dispatch waits for the GPU to know how many rows came.
-        self.capturable = name == "peer" and settings.layout != "compact"
         self._comm = Communicator(None, settings.config(name), device=settings.device)
+        self.capturable = self._comm.capturable
         self.window_bytes: int | None = self._comm.window_bytes
         self._inputs: list[Inputs] = []
         self._results: list[torch.Tensor] = []
@@ -86,7 +86,7 @@ class Ours:
 
     def details(self) -> dict[str, Any]:
         details = {"layout": self._settings.layout, "window_bytes": self.window_bytes}
-        num_sms = self._settings.num_sms if self.name == "peer" else None
+        num_sms = self._settings.num_sms if self.name in OF_GPUS else None
         return details if num_sms is None else {**details, "num_sms": num_sms}
 
     def destroy(self) -> None:

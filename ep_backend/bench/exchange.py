@@ -22,6 +22,7 @@ from ep_backend.env import nearest
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch import processes
 from ep_backend.launch.deadline import Deadline
+from ep_backend.transports import OF_GPUS
 
 if TYPE_CHECKING:
     from ep_backend.bench.workload import Settings
@@ -76,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
     add("--layout", choices=LAYOUTS, default="rank_major", help="of received rows")
     transports = "what to measure (all that works here; collective on cuda only if asked for)"
     add("--transports", type=list_of(str), metavar="A[,B...]", help=transports)
-    sms = "SMs that transport peer may use (all); each number is measured"
+    sms = "SMs that transports peer and host may use (all); each number is measured"
     add("--num-sms", type=list_of(whole(1)), metavar="N[,N...]", help=sms)
     add("--routing", choices=ROUTINGS, default="uniform", help="how tokens choose experts")
     add("--warmup", type=whole(0), default=8, metavar="N", help="exchanges before the timed ones")
@@ -128,8 +129,8 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
             f"EP_BACKEND_CUDA=1, or choose with --transports from {', '.join(known)}"
         )
     chosen = args.transports or contenders.defaults(args.device)
-    if args.num_sms is not None and "peer" not in chosen:
-        raise EpConfigError("--num-sms is for transport peer, which is not to be measured")
+    if args.num_sms is not None and not OF_GPUS & set(chosen):
+        raise EpConfigError("--num-sms is for transports peer and host, which are not to be measured")
     common = Settings(
         device=args.device,
         ranks=ranks or CPU_RANKS,
@@ -150,7 +151,7 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
     for dtype in args.dtype:
         for number, num_sms in enumerate(args.num_sms or (None,)):
             # The others do not depend on it. One run each, as communicators share out a GPU's SMs.
-            names = chosen if number == 0 else ("peer",)
+            names = chosen if number == 0 else tuple(name for name in chosen if name in OF_GPUS)
             runs.append(dataclasses.replace(common, dtype=dtype, num_sms=num_sms, contenders=names))
             runs[-1].check()
     return tuple(runs)

@@ -12,6 +12,7 @@ import msgspec
 from ep_backend import env
 from ep_backend.probe import Record
 from ep_backend.select import AVAILABLE, Conflict, Decision
+from ep_backend.transports import OF_GPUS
 
 
 def available() -> frozenset[str]:
@@ -20,7 +21,7 @@ def available() -> frozenset[str]:
     with resources.as_file(resources.files("ep_backend") / "libep_backend.so") as path:
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return AVAILABLE if content.find(b"cuda_dispatch(") >= 0 else AVAILABLE - {"peer"}
+                return AVAILABLE if content.find(b"cuda_dispatch(") >= 0 else AVAILABLE - OF_GPUS
         except (OSError, ValueError):  # an empty file cannot be mapped
             return AVAILABLE
 

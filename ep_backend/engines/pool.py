@@ -12,9 +12,6 @@ import torch.distributed as dist
 
 from ep_backend import Communicator, EpConfig, EpConfigError, env
 
-CAPTURABLE = ("peer",)
-"""Transports that a CUDA graph can capture."""
-
 
 class Communicators:
     """Hands out one communicator per EpConfig over ``group``, made when it is first asked for.
@@ -47,7 +44,7 @@ class Communicators:
 
     def _create(self, config: EpConfig) -> Communicator:
         communicator = Communicator(self.group, config, device=self.device)
-        if self.captures and communicator.transport not in CAPTURABLE:
+        if self.captures and not communicator.capturable:
             communicator.destroy()
             raise EpConfigError(
                 f"CUDA graphs cannot capture transport {communicator.transport}: {self._without_graphs}. "

@@ -12,7 +12,6 @@ from ep_backend.launch.processes import Note
 from ep_backend.selftest import inputs
 from ep_backend.selftest.exchanges import Result, Task, add, count_cells, on_cpu, start_device
 from ep_backend.selftest.plan import Case, Step, graph_steps
-from ep_backend.transports.peer import PeerTransport
 
 LAYOUTS = ("rank_major", "expert_major")  # compact waits for the GPU and is not captured
 SLOTS = 24
@@ -28,8 +27,8 @@ def run(note: Note, task: Task) -> Result:
         case = Case("bf16", layout, graph_steps(world, SLOTS, REPLAYS))
         note(f"{case}: start")
         with Communicator(None, case.config(world, task.transport, task.timeout_s), device=device) as comm:
-            if comm.transport != PeerTransport.name:
-                reason = f"CUDA graphs need transport peer, and {comm.transport} is used"
+            if not comm.capturable:
+                reason = f"CUDA graphs cannot hold exchanges of transport {comm.transport}"
                 return replace(result, transport=comm.transport, reason=comm.decision.reason, left_out=reason)
             note(f"{case}: capture")
             captured = _Captured(comm, case.steps[0])

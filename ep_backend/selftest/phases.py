@@ -21,6 +21,7 @@ from ep_backend.select import Decision, decide
 from ep_backend.selftest import exchanges, graphs, plan
 from ep_backend.selftest.advice import advise
 from ep_backend.selftest.exchanges import Result, Task
+from ep_backend.transports import OF_GPUS
 
 WAITS = 3  # a wait for a peer takes this part of the deadline at most: there is time to say who did not come
 
@@ -199,7 +200,7 @@ def _others(first: str, task: Task, options: Options) -> list[Run]:
 
 
 def _group_cases(transport: str, options: Options) -> tuple[plan.Case, ...]:
-    return plan.group_cases(options.ranks, bulk=transport == "peer")
+    return plan.group_cases(options.ranks, bulk=transport in OF_GPUS)
 
 
 def name(transport: str, options: Options, carrier: str = "gloo") -> str:

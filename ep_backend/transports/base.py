@@ -61,7 +61,8 @@ class Transport(ABC):
 
     name: str
     window_bytes: int
-    gives_views = True  # received rank-major rows are the window itself
+    gives_views = True  # received rank-major rows are memory that later exchanges write again
+    capturable = False  # CUDA graphs can hold its exchanges, if the layout needs no wait for the GPU
 
     @abstractmethod
     def dispatch_send(self, call: DispatchCall) -> None: ...
@@ -93,14 +94,19 @@ class Transport(ABC):
 
 
 class WindowViews:
-    """Received rows and scales of a channel as tensors that are this rank's window itself.
+    """Received rows and scales of a channel as tensors that are this rank's window itself, or a GPU's copy.
 
-    ``window``: all of it, as bytes. ``shape``: the fields of ``ExchangeShape`` (csrc/common/layout.h).
+    ``window``: all of it, as bytes; ``copies``: the copies of all channels instead. ``shape``: the fields of
+    ``ExchangeShape`` (csrc/common/layout.h).
     """
 
-    def __init__(self, config: EpConfig, world: int, window: torch.Tensor, shape: list[int]) -> None:
+    def __init__(
+        self, config: EpConfig, world: int, window: torch.Tensor, shape: list[int], *, copies: bool = False
+    ) -> None:
         self._config, self._world, self._window = config, world, window
-        _, self._first, self._stride, self._scales_at, self._rows_at = ops.window_layout(shape)
+        _, first, stride, self._scales_at, self._rows_at, copy_bytes = ops.window_layout(shape)
+        self._first: int = 0 if copies else first
+        self._stride: int = copy_bytes if copies else stride
 
     def rows_and_scales(self, channel: int, slots: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[world * T, row] of the received dtype; [world * T, scales], or None if rows have none."""

@@ -53,7 +53,14 @@ def expected(shape):
     first = (
         2 * s["world"] * LINE
     )  # one abort word and one word for meetings per rank, each on a line of its own
-    return [first + s["channels"] * at, first, at, offsets["scales"], offsets["rows"]]
+    return [
+        first + s["channels"] * at,
+        first,
+        at,
+        offsets["scales"],
+        offsets["rows"],
+        offsets["combine_rows"],
+    ]
 
 
 shapes = st.tuples(
@@ -76,12 +83,13 @@ def test_sizes_and_offsets(shape):
 
 @given(shapes)
 def test_aligned_and_without_overlap(shape):
-    total, first, stride, scales, rows = ops.window_layout(list(shape))
-    assert all(n % LINE == 0 for n in (total, first, stride, scales, rows))
+    total, first, stride, scales, rows, combine_rows = ops.window_layout(list(shape))
+    assert all(n % LINE == 0 for n in (total, first, stride, scales, rows, combine_rows))
     size = regions(shape)
     assert first >= 2 * shape[0] * LINE
     assert rows >= scales + size["scales"]
-    assert stride >= rows + size["rows"] + size["combine_rows"] + size["combine_weights"]
+    assert combine_rows >= rows + size["rows"]
+    assert stride >= combine_rows + size["combine_rows"] + size["combine_weights"]
     assert total == first + shape[7] * stride
 
 

@@ -57,7 +57,7 @@ __device__ inline void find_ahead(const View& v, const CombineArgs& a, int y_byt
     h.flag_at = own(v) + v.layout.dispatch_flag(v.channel, h.source, chunk);
     h.id_at = own(v) + v.layout.id_row(v.channel, slot) + threadIdx.x % 32 * 4;
     h.y = a.y + slot * a.hidden * y_bytes;
-    h.to = v.windows[h.source] + v.layout.combine_row(v.channel, v.rank, h.token);
+    h.to = outbox(v, h.source) + v.layout.combine_row(v.channel, v.rank, h.token);
 }
 
 template <class Y>
@@ -137,44 +137,45 @@ __global__ void __launch_bounds__(kThreads, 2)
     __shared__ int counts[kMaxWorld];
     ptx::let_next_kernel_start();
     const Plan& plan = a.plan;
-    const int chunks = plan.chunks(), step = static_cast<int>(gridDim.x);
+    const int chunks = plan.chunks();
+    const Role role = role_of(v, a.send, a.receive);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int unit = warp / a.warps_per_row;
-    const int first = static_cast<int>(blockIdx.x) / plan.segments * plan.tokens_per_chunk;
+    const int first = role.first / plan.segments * plan.tokens_per_chunk;
     const int width = min(plan.tokens_per_chunk, plan.slots - first);
-    const Piece piece = piece_of(a.hidden / 8, static_cast<int>(blockIdx.x) % plan.segments, plan.segments);
+    const Piece piece = piece_of(a.hidden / 8, role.first % plan.segments, plan.segments);
     Ahead ahead;
     ahead.inside = false;
-    if (a.send && unit < v.world * plan.tokens_per_chunk)
-        find_ahead(v, a, Y::kWords * 2, blockIdx.x, first, width, unit, ahead);
+    if (role.sends && unit < v.world * plan.tokens_per_chunk)
+        find_ahead(v, a, Y::kWords * 2, role.first, first, width, unit, ahead);
     touch(v, a);
     const int first_token = first + warp / plan.warps_per_token;
     ptx::wait_for_previous_kernel();
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
-    if (a.send) load_ahead<Y>(v, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
+    if (role.sends) load_ahead<Y>(v, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
     bool alive =
         __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
     bool left = false;
     RankSet first_route{};
-    if (a.receive && first_token < plan.slots) first_route = load_route(v, first_token);
+    if (role.receives && first_token < plan.slots) first_route = load_route(v, first_token);
     auto end = [&](DeviceWord& w) { w.stage = a.receive ? Stage::kIdle : Stage::kReturned; };
-    const int mine = (chunks - static_cast<int>(blockIdx.x) + step - 1) / step;
+    const int mine = (chunks - role.first + role.step - 1) / role.step;
     // With several chunks, receive one chunk behind: by then the peers have most likely sent theirs.
-    const int behind = a.send && mine > 1 ? 1 : 0;
+    const int behind = role.sends && role.receives && mine > 1 ? 1 : 0;
     for (int i = 0; i < mine + behind && alive; ++i) {
-        if (a.send && i < mine) {
-            const int chunk = blockIdx.x + i * step;
+        if (role.sends && i < mine) {
+            const int chunk = role.first + i * role.step;
             send_sums<Y, Wire>(v, state, a, chunk, i == 0, ahead);
             flag_chunk(v, state, Phase::kCombine, state.epoch, chunk, 0);
         }
         if (!left) {
-            leave(v, a.send, end);
+            leave(v, role.sends, end);
             left = true;
         }
-        if (!a.receive) continue;
+        if (!role.receives) continue;
         if (i < behind) continue;
-        const int chunk = blockIdx.x + (i - behind) * step;
+        const int chunk = role.first + (i - behind) * role.step;
         RankSet route = first_route;
         if (i != behind) {
             const int token =

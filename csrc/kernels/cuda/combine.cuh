@@ -24,7 +24,7 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
     constexpr int kWide = kLoads / 4 / Wire::kWords;  // units of eight elements at a time
     const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
     constexpr int kBytes = Wire::kWords * 16;  // of eight elements
-    const char* const rows = own(v) + v.layout.combine_row(v.channel, 0, token);
+    const char* const rows = v.mailbox + v.layout.combine_row(v.channel, 0, token);
     char* const out = a.out + token * a.hidden * (Out::kWords * 2);
 #pragma unroll 1
     for (int e = begin; e < end; e += step * kWide) {

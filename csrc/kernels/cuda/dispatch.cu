@@ -5,16 +5,6 @@
 namespace ep::cuda {
 namespace {
 
-struct Piece {
-    int begin, end;
-};
-// The part of a row's `words` 16-byte words that a segment covers; whole groups of 8 words (a block of fp8
-// scales).
-__device__ Piece piece_of(int words, int segment, int segments) {
-    auto cut = [&](int s) { return s == segments ? words : words * s / segments & ~7; };
-    return {cut(segment), cut(segment + 1)};
-}
-
 // What this thread does in a chunk. A group of warps takes one token at a time.
 struct Share {
     int segment, first, count;  // tokens of the chunk
@@ -89,11 +79,12 @@ __device__ void send_row(const View& v, const char* x, int64_t slot, const RankS
     }
 }
 
-// Scales that the caller brought: few bytes, any multiple of 4.
+// Scales that the caller brought: few bytes, any multiple of 4. A chunk's part of them, as of the row.
 __device__ void send_scales(const View& v, const char* scales, int64_t slot, const RankSet& route,
                             const Share& s) {
     const auto* from = reinterpret_cast<const uint32_t*>(scales);
-    for (int i = s.place; i < v.layout.shape.scale_bytes / 4; i += s.step)
+    const Piece piece = scales_of(v, s.piece);
+    for (int i = piece.begin + s.place; i < piece.end; i += s.step)
         for (int d = 0; d < v.world; ++d)
             if (route.test(d))
                 reinterpret_cast<uint32_t*>(v.windows[d] + v.layout.scale_row(v.channel, slot))[i] = from[i];
@@ -106,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     ptx::let_next_kernel_start();
     const Plan& plan = a.plan;
     const int chunks = plan.chunks();
-    Share share = share_of(v, plan, blockIdx.x, a.tokens);
+    const Role role = role_of(v, a.send, a.receive);
+    Share share = share_of(v, plan, role.first, a.tokens);
     Ahead<F> ahead;
     find_ahead<Id, F>(v, a, share.first + share.group, ahead);
     touch(v, a);
@@ -115,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const State state = load_state(v);
     const int tokens = a.device_tokens ? min(*a.device_tokens, a.tokens) : a.tokens;
     Meta meta{};
-    if (a.send && share.group < share.count) load_ahead<Id, F>(v, share, ahead);
-    if (a.send && share.segment == 0 && threadIdx.x < share.count * v.top_k)
+    if (role.sends && share.group < share.count) load_ahead<Id, F>(v, share, ahead);
+    if (role.sends && share.segment == 0 && threadIdx.x < share.count * v.top_k)
         meta = load_meta<Id>(v, a, share.first, threadIdx.x);
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
     bool alive =
@@ -124,8 +116,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool sent = false;
     if (a.send && alive) {
         if (state.stage != Stage::kIdle) alive = close_open_exchange(v, state, counts);
-        for (int chunk = blockIdx.x; chunk < chunks && alive; chunk += gridDim.x) {
-            const bool loaded = chunk == blockIdx.x;
+        for (int chunk = role.first; chunk < chunks && alive && role.sends; chunk += role.step) {
+            const bool loaded = chunk == role.first;
             share = share_of(v, plan, chunk, tokens);
             const int64_t slot = static_cast<int64_t>(v.rank) * plan.slots + share.first;
             if (share.segment == 0) {
@@ -146,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                                                      : route.c;
                 if (!route.any()) continue;
                 send_row<F>(v, ahead.x, slot + t, route, share, ahead.words);
-                if (std::is_void_v<F> && share.segment == 0 && v.layout.shape.scale_bytes)
+                if (std::is_void_v<F> && v.layout.shape.scale_bytes)
                     send_scales(v, a.scales + token * v.layout.shape.scale_bytes, slot + t, route, share);
             }
             if (chunk == 0)
@@ -166,15 +158,16 @@ __global__ void __launch_bounds__(kThreads, 2)
         w.tokens = tokens;
         w.chunks = static_cast<uint32_t>(chunks);
     });
-    if (a.receive) {
-        for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    if (role.receives) {
+        for (int chunk = role.first; chunk < chunks; chunk += role.step) {
             alive = alive && wait_chunk(v, state, Phase::kDispatch, epoch, chunk, counts);
             if (plan.segments == 1 || chunk % plan.segments == 0)
                 receive_metadata(v, a, chunk, counts, alive, threadIdx.x, kThreads);
             // By the last threads of the block: the first ones have metadata to copy.
             if (chunk == 0 && alive)
                 receive_headers(v, state, a, epoch, kThreads - 1 - static_cast<int>(threadIdx.x), kThreads);
-            if (chunk + gridDim.x < chunks) __syncthreads();  // counts are used again
+            if (in_host_memory(v) && alive) fetch_chunk(v, a, epoch, chunk, counts);
+            if (chunk + role.step < chunks) __syncthreads();  // counts are used again
         }
     }
 }

@@ -106,8 +106,11 @@ __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, in
         int id = -1;
         float weight = 0.0f;
         if (arrived && t < counts[source] && k < v.top_k) {
-            id = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[k];
-            weight = reinterpret_cast<const float*>(own(v) + v.layout.weight_row(v.channel, slot))[k];
+            const char* const from = inbox(v, source);
+            id = reinterpret_cast<const int32_t*>(from + v.layout.id_row(v.channel, slot))[k];
+            weight = reinterpret_cast<const float*>(from + v.layout.weight_row(v.channel, slot))[k];
+            if (in_host_memory(v))  // combine reads them again
+                reinterpret_cast<int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[k] = id;
         }
         const bool local = is_local(v, id);
         const bool kept = v.local_ids ? local : __any_sync(row_lanes, local) && id >= 0;
@@ -122,7 +125,7 @@ __device__ inline void receive_headers(const View& v, const State& s, const Disp
                                        int thread, int threads) {
     for (int source = thread; source < v.world; source += threads) {
         const auto header =
-            *reinterpret_cast<const SourceHeader*>(own(v) + v.layout.header(v.channel, source));
+            *reinterpret_cast<const SourceHeader*>(inbox(v, source) + v.layout.header(v.channel, source));
         a.tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
         if (s.masked(source) || header.slots == static_cast<uint32_t>(a.plan.slots)) continue;
         ErrorWord error;
@@ -132,6 +135,71 @@ __device__ inline void receive_headers(const View& v, const State& s, const Disp
         error.channel = v.channel;
         error.epoch_expected = error.epoch_seen = epoch;
         fail(v, error);
+    }
+}
+
+// The part of a row that a chunk covers, in 16-byte words: whole groups of 8 (a block of fp8 scales).
+struct Piece {
+    int begin, end;
+};
+__device__ inline Piece piece_of(int words, int segment, int segments) {
+    auto cut = [&](int s) { return s == segments ? words : words * s / segments & ~7; };
+    return {cut(segment), cut(segment + 1)};
+}
+// The part of its scales, in 4-byte words.
+__device__ inline Piece scales_of(const View& v, Piece piece) {
+    const int words = static_cast<int>(v.layout.shape.row_bytes / 16);
+    const int scales = static_cast<int>(v.layout.shape.scale_bytes / 4);
+    return {piece.begin * scales / words, piece.end * scales / words};
+}
+
+// Windows in host memory: the block brings a chunk's flags, rows and scales to this GPU, where experts read
+// them. Ids have been brought before, unless rows are cut: they come with a row's first segment, and the
+// others are fetched whatever the ids.
+static __device__ __noinline__ void fetch_chunk(const View& v, const DispatchArgs& a, uint64_t epoch,
+                                                int chunk, const int* counts) {
+    constexpr int kAhead = 8;  // loads that a thread issues before it stores
+    const Plan& plan = a.plan;
+    const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Piece whole = piece_of(static_cast<int>(v.layout.shape.row_bytes / 16),
+                                 chunk - token_chunk * plan.segments, plan.segments);
+    if (plan.segments == 1) __syncthreads();  // ids are there
+    for (int source = threadIdx.x; source < v.world; source += kThreads)
+        if (source != v.rank)  // combine reads them again
+            *reinterpret_cast<uint64_t*>(own(v) + v.layout.dispatch_flag(v.channel, source, chunk)) =
+                make_word(epoch, static_cast<uint32_t>(counts[source]));
+    const int rows = (v.world - 1) * plan.tokens_per_chunk, parts = max(1, kWarps / max(1, rows));
+    for (int i = warp; i < rows * parts; i += kWarps) {
+        const int row = i / parts, part = i - row * parts, turn = plan.per_chunk.divide(row);
+        const int source = turn + (turn >= v.rank), t = row - turn * plan.tokens_per_chunk;
+        if (t >= counts[source]) continue;
+        const int64_t slot = static_cast<int64_t>(source) * plan.slots + first + t;
+        if (plan.segments == 1) {
+            const auto* ids = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot));
+            if (!__any_sync(kAll, is_local(v, lane < v.top_k ? ids[lane] : -1))) continue;
+        }
+        const int length = whole.end - whole.begin;
+        const Piece piece{whole.begin + length * part / parts, whole.begin + length * (part + 1) / parts};
+        const char* const from = v.mailbox + v.layout.row(v.channel, slot);
+        char* const to = own(v) + v.layout.row(v.channel, slot);
+        for (int base = piece.begin + lane; base < piece.end; base += 32 * kAhead) {
+            uint4 words[kAhead];
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k)
+                if (base + 32 * k < piece.end)
+                    words[k] = ptx::load_row(from + static_cast<int64_t>(base + 32 * k) * 16);
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k)
+                if (base + 32 * k < piece.end)
+                    ptx::store_row(to + static_cast<int64_t>(base + 32 * k) * 16, words[k]);
+        }
+        if (part != 0) continue;
+        const Piece scales = scales_of(v, whole);
+        const int64_t at = v.layout.scale_row(v.channel, slot);
+        for (int s = scales.begin + lane; s < scales.end; s += 32)
+            reinterpret_cast<uint32_t*>(own(v) + at)[s] =
+                reinterpret_cast<const uint32_t*>(v.mailbox + at)[s];
     }
 }
 

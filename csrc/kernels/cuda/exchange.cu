@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -46,14 +47,23 @@ Residency& residency() {
     return r;
 }
 
-// Blocks that fill the links by bulk copies; with more of them the last chunks end later. Quantising needs
-// more.
-constexpr int kCopyBlocks = 66;
-
 int power_of_two_at_most(int n) {
     int p = 1;
     while (2 * p <= n) p *= 2;
     return p;
+}
+
+// Ranks that a token goes to, on average, if all experts are chosen alike.
+double rows_per_token(const ExchangeShape& shape) {
+    const auto world = static_cast<double>(shape.world);
+    return world * (1 - std::pow(1 - 1 / world, static_cast<double>(shape.top_k)));
+}
+
+// Blocks that fill the links by bulk copies; with more of them the last chunks end later. Measured with 2 and
+// 4 ranks: those that copy within the GPU do not count.
+int copy_blocks(const ExchangeShape& shape) {
+    constexpr int64_t kLinkBlocks = 50;
+    return static_cast<int>(shape.world > 1 ? kLinkBlocks * shape.world / (shape.world - 1) : 1 << 30);
 }
 
 // Offsets in device memory.
@@ -68,23 +78,39 @@ struct Place {
 
 }  // namespace
 
-// Measured on 4 H200, hidden 7168, top-8 (docs/performance.md): what is fastest at each number of tokens.
-Plan make_plan(int64_t slots, int64_t max_blocks, int64_t max_chunks) {
-    constexpr int64_t kBulkFrom = 2048;  // 1024 tokens: both kinds of kernels take the same time
-    constexpr int64_t kBulkTokens = 4;  // of a chunk: fewer means more flags, more means waiting for the last
-    constexpr int64_t kQuarters = 12;   // up to so many tokens a row is cut in four, then in two
+// What was fastest at each size on 2 and 4 H200 (docs/performance.md, "Plans"). Sizes are what a chunk sends
+// to all ranks together: smaller ones mean more flags, larger ones fewer blocks at work, or more to wait for.
+Plan make_plan(const Settings& settings, int64_t slots) {
+    constexpr double kBulkFrom = 20e6;  // bytes of a result from which bulk copies are faster
+    constexpr double kBulkChunk = 128e3, kChunk = 32e3, kHostChunk = 10e3;
+    constexpr int64_t kParallel = 32, kHostParallel = 16;  // chunks, however little they send
+    const ExchangeShape& shape = settings.shape;
+    const bool host = settings.copies != nullptr;
+    const double ranks = rows_per_token(shape);
+    const double back = ranks * static_cast<double>(shape.wire_bytes);
+    const int64_t least = (slots + shape.num_chunks - 1) / shape.num_chunks;
     Plan plan{};
     plan.slots = static_cast<int32_t>(slots);
-    const int64_t per_block = (slots + max_blocks - 1) / max_blocks;
-    const int64_t least = (slots + max_chunks - 1) / max_chunks;
-    plan.bulk = slots >= kBulkFrom && least <= kMaxBulkTokens;
-    plan.tokens_per_chunk = static_cast<int32_t>(
-        std::max(least, plan.bulk ? kBulkTokens : std::min<int64_t>(per_block, 2 * kWarps)));
+    plan.bulk =
+        !host && static_cast<double>(slots * shape.wire_bytes) >= kBulkFrom && least <= kMaxBulkTokens;
+    int64_t tokens, wanted = 1;
+    if (plan.bulk) {
+        const double both = (back + ranks * static_cast<double>(shape.row_bytes)) / 2;
+        tokens =
+            static_cast<int64_t>(std::clamp(std::exp2(std::round(std::log2(kBulkChunk / both))), 4.0, 16.0));
+    } else {
+        const auto by_size =
+            static_cast<int64_t>(static_cast<double>(slots) * back / (host ? kHostChunk : kChunk));
+        wanted = std::min(std::max(by_size, host ? kHostParallel : kParallel),
+                          host ? shape.num_chunks : settings.max_blocks);
+        tokens = std::min<int64_t>((slots + wanted - 1) / wanted, 2 * kWarps);
+    }
+    plan.tokens_per_chunk = static_cast<int32_t>(std::max(least, tokens));
     plan.token_chunks = static_cast<int32_t>((slots + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk);
-    plan.segments = plan.bulk ? 1
-                              : static_cast<int32_t>(std::clamp<int64_t>(
-                                    std::min(max_blocks, max_chunks) / plan.token_chunks, 1,
-                                    slots <= kQuarters ? kMaxSegments : kMaxSegments / 2));
+    // The nearest power of two to what makes as many chunks as wanted.
+    plan.segments = plan.bulk ? 1 : kMaxSegments;
+    while (plan.segments > 1 && (4 * wanted < 3 * plan.chunks() || plan.chunks() > shape.num_chunks))
+        plan.segments /= 2;
     plan.warps_per_token =
         plan.bulk ? kCopyWarps : power_of_two_at_most(std::max(1, kWarps / plan.tokens_per_chunk));
     return plan;
@@ -102,8 +128,9 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
           "cudaDeviceGetAttribute");
     dependent_ = major >= 9;
     const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
-    bulk_ =
-        major >= 9 && std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
+    // Bulk copies into host memory are slow: 3 to 10 times as slow as stores (docs/performance.md).
+    bulk_ = !settings.copies && major >= 9 &&
+            std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
     const int capacity = sms * blocks_per_sm;
     const int blocks = static_cast<int>(settings.max_blocks * shape.num_channels);
     residency().reserve(device_index_, blocks, capacity);
@@ -143,6 +170,9 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         View v{};
         v.layout = WindowLayout::make(shape);
         std::copy(windows.begin(), windows.end(), v.windows);
+        v.mailbox = windows[settings.rank];
+        if (settings.copies)
+            v.windows[settings.rank] = settings.copies + c * v.layout.copy_bytes() - v.layout.channel(c);
         v.word = reinterpret_cast<DeviceWord*>(device_ + words + c * kLine);
         v.error = reinterpret_cast<ErrorCell*>(device_ + error);
         v.host_error = pinned_;
@@ -174,7 +204,7 @@ Exchange::~Exchange() {
 }
 
 Plan Exchange::complete(Plan plan) const {
-    Plan chosen = make_plan(plan.slots, settings_.max_blocks, settings_.shape.num_chunks);
+    Plan chosen = make_plan(settings_, plan.slots);
     if (plan.tokens_per_chunk) {
         chosen = plan;
         chosen.warps_per_token = std::min(plan.warps_per_token, plan.bulk ? kCopyWarps : kWarps);
@@ -188,12 +218,18 @@ Plan Exchange::complete(Plan plan) const {
     return chosen;
 }
 
+int Exchange::blocks_of(const Plan& plan, bool both_halves) const {
+    const int64_t chunks = static_cast<int64_t>(plan.chunks()) * (both_halves && settings_.copies ? 2 : 1);
+    return static_cast<int>(std::min(chunks, settings_.max_blocks));
+}
+
 cudaError_t Exchange::dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream) {
     a.plan = complete(a.plan);
-    const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
+    const int blocks = blocks_of(a.plan, a.send && a.receive);
     if (bulk_ && a.plan.bulk)
         return launch_dispatch_bulk(
-            view(channel), a, {a.quantize ? blocks : std::min(blocks, kCopyBlocks), stream, dependent_});
+            view(channel), a,
+            {a.quantize ? blocks : std::min(blocks, copy_blocks(settings_.shape)), stream, dependent_});
     return launch_dispatch(view(channel), a, {blocks, stream, dependent_});
 }
 
@@ -204,9 +240,10 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     a.out_type = settings_.out;
     const int64_t rows = settings_.shape.world * a.plan.tokens_per_chunk;
     a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
-    const int blocks = static_cast<int>(std::min<int64_t>(a.plan.chunks(), settings_.max_blocks));
+    const int blocks = blocks_of(a.plan, a.send && a.receive);
     if (bulk_ && a.plan.bulk && a.y_type == a.wire)
-        return launch_combine_bulk(view(channel), a, {std::min(blocks, kCopyBlocks), stream, dependent_});
+        return launch_combine_bulk(view(channel), a,
+                                   {std::min(blocks, copy_blocks(settings_.shape)), stream, dependent_});
     return launch_combine(view(channel), a, {blocks, stream, dependent_});
 }
 

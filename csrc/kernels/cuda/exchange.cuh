@@ -61,6 +61,17 @@ __device__ __forceinline__ void touch(const View& v, const Args& a) {
 __device__ inline char* own(const View& v) {
     return v.windows[v.rank];
 }
+__device__ inline bool in_host_memory(const View& v) {
+    return v.mailbox != own(v);
+}
+// Where a source's flags, metadata and rows for this rank are written.
+__device__ inline char* inbox(const View& v, int source) {
+    return source == v.rank ? own(v) : v.mailbox;
+}
+// Where a combine's rows for a rank go.
+__device__ inline char* outbox(const View& v, int d) {
+    return d == v.rank ? v.mailbox : v.windows[d];
+}
 __device__ inline int rank_of(const View& v, int expert) {
     if (v.expert_rank) return v.expert_rank[expert];
     const int with_more = v.experts_more * (v.experts_base + 1);
@@ -73,6 +84,19 @@ __device__ inline int local_index(const View& v, int expert) {
 }
 __device__ inline bool is_local(const View& v, int expert) {
     return expert >= 0 && rank_of(v, expert) == v.rank;
+}
+
+// What a block does in a launch: chunks first, first + step, ... Through host memory every other block sends
+// and those between receive, so that both directions of the link are in use from the beginning to the end.
+struct Role {
+    bool sends, receives;
+    int first, step;
+};
+__device__ inline Role role_of(const View& v, bool send, bool receive) {
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    if (!(send && receive && in_host_memory(v) && blocks > 1)) return {send, receive, block, blocks};
+    const bool sends = block % 2 == 0;
+    return {sends, !sends, block / 2, (blocks + sends) / 2};
 }
 
 // The ranks of one token, masked ones left out, by the lanes of a warp together; lane k brings the k-th id,
@@ -123,7 +147,7 @@ static __device__ __noinline__ bool may_wait_on(const View& v, Phase phase, uint
     error.waited_us = static_cast<int64_t>((now - *start) / 1000);
     for (int r = 0; r < v.world; ++r) {
         if (r == v.rank) continue;
-        const uint64_t abort = ptx::load_relaxed(own(v) + v.layout.abort_word(r));
+        const uint64_t abort = ptx::load_relaxed(v.mailbox + v.layout.abort_word(r));
         if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.error->floor) < 0) continue;
         read_abort_word(abort, r, error);
         fail(v, error);
@@ -140,8 +164,9 @@ static __device__ __noinline__ bool may_wait_on(const View& v, Phase phase, uint
 
 // One lane waits for one flag. Returns its count, or -1 after a failure.
 __device__ inline int wait_flag(const View& v, Phase phase, uint64_t epoch, int source, int chunk) {
-    const char* flag = own(v) + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, source, chunk)
-                                                           : v.layout.combine_flag(v.channel, source, chunk));
+    const char* flag =
+        inbox(v, source) + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, source, chunk)
+                                                      : v.layout.combine_flag(v.channel, source, chunk));
     uint64_t start = 0;
     for (int spins = 1;; ++spins) {
         const uint64_t word = ptx::load_flag(flag);

@@ -26,10 +26,13 @@ struct Settings {
     uint64_t epoch;  // epoch of the exchange before the first
     int64_t timeout_us;
     int64_t max_blocks;  // of a launch; equal on all ranks
+    // Null: windows are in GPU memory. Else they are in host memory, and this is this GPU's copy of its own,
+    // one after another for each channel, `WindowLayout::copy_bytes` each.
+    char* copies;
 };
 
 // How `slots` tokens per rank are divided among at most `max_blocks` blocks and `max_chunks` flags.
-Plan make_plan(int64_t slots, int64_t max_blocks, int64_t max_chunks);
+Plan make_plan(const Settings& settings, int64_t slots);
 
 class Exchange {
   public:
@@ -57,6 +60,8 @@ class Exchange {
   private:
     const View& view(int64_t channel) const { return views_[channel]; }
     Plan complete(Plan plan) const;
+    // Through host memory a block sends or receives, not both.
+    int blocks_of(const Plan& plan, bool both_halves) const;
 
     Settings settings_;
     std::vector<View> views_;  // one per channel

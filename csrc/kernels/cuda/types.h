@@ -66,7 +66,11 @@ struct Plan {
 // One rank's exchange as the kernels see it; passed by value.
 struct View {
     WindowLayout layout;
-    char* windows[kMaxWorld];
+    char* windows[kMaxWorld];  // where this rank writes for each
+    // Where the others write for this rank: windows[rank], or else host memory. In the latter case
+    // windows[rank] is this GPU's copy of the window up to the combine rows: what this rank sends to itself,
+    // and what dispatch has received.
+    char* mailbox;
     DeviceWord* word;            // of the channel
     ErrorCell* error;            // on the GPU
     ErrorCell* host_error;       // pinned

@@ -1,0 +1,329 @@
+"""What the transports for GPUs share: the protocol of docs/protocol.md in CUDA kernels. Where the windows are
+is each transport's own matter.
+
+Dispatch and combine are one kernel each, or two where the halves are called; nothing is allocated but the
+tensors that are returned, and nothing waits for the GPU, so both can be captured in a CUDA graph. A failure
+on the GPU is raised by the next call on the host and by ``check``.
+
+Rows arrive rank-major. For the other layouts three more kernels copy them to their places, and one before
+combine brings the results back. The compact layout gives exactly the rows that came, so its dispatch waits
+for the GPU to know how many, and cannot be captured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import _native, rendezvous
+from ep_backend._native import ops
+from ep_backend.config import EpConfig
+from ep_backend.errors import EpArgumentError, EpConfigError, EpProtocolError
+from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
+from ep_backend.transports.cpu import CpuTransport
+
+FLAGS_PER_SOURCE = 1024  # chunks that a call is divided into at most
+MAX_TILES = 256  # csrc/kernels/cuda/layouts.h
+LAYOUT_BLOCKS_PER_SM = 8  # as many as there is room for: copying needs many loads under way
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All ranks' windows as this rank's GPU sees them, and the memory behind its own, as bytes: its window,
+    or its copies if windows are in host memory. ``keep``: what must live as long; ``release``: called once,
+    when no kernel uses the windows any more."""
+
+    addresses: Sequence[int]
+    own: torch.Tensor
+    copies: bool = False
+    keep: Any = None
+    release: Callable[[], None] = lambda: None
+
+
+class GpuTransport(Transport):
+    """Raises EpConfigError on all ranks if any GPU cannot use its peers' windows, or its kernels would not
+    fit."""
+
+    capturable = True
+
+    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
+        self._config, self._group, self._device = config, group, device
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        shape = config.window_shape(self._world, FLAGS_PER_SOURCE)
+        self.window_bytes = int(ops.window_layout(shape)[0])
+        _, sms = rendezvous.together(group, self._check_config, lambda sms: sms)
+        # Where ranks meet to recover: windows in host memory, which also work when a GPU's queue does not.
+        self._meeting = CpuTransport(group, _meeting_config(self._world, config.timeout()))
+        self._windows = windows = self._share_windows(group, shape)
+        self._views = WindowViews(config, self._world, windows.own, shape, copies=windows.copies)
+        blocks = min(sms) if config.num_sms is None else min(*sms, config.num_sms)
+        self._exchange, _ = rendezvous.together(group, lambda: self._create(shape, blocks, windows))
+        self._free = weakref.finalize(self, _free, self._exchange, windows.release)
+        self._placed: _PlacedRows | None = None
+        if config.layout != "rank_major":
+            copying = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
+            self._placed, _ = rendezvous.together(
+                group, lambda: _PlacedRows(config, self._rank, self._world, device, copying)
+            )
+        self._slots = [config.max_tokens_per_rank] * config.num_channels
+        self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
+
+    def _check_config(self) -> int:
+        """The number of SMs of this rank's GPU."""
+        config = self._config
+        if config.sum_dtype not in (config.result_dtype, torch.float32):
+            raise EpConfigError(
+                f"wire_dtype is {config.sum_dtype}; on a GPU {config.result_dtype} or float32 was wanted"
+            )
+        if config.hidden_size % 8:
+            raise EpConfigError(f"hidden_size is {config.hidden_size}; on a GPU a multiple of 8 was wanted")
+        return torch.cuda.get_device_properties(self._device).multi_processor_count
+
+    @abstractmethod
+    def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
+        """Collective; windows and copies are zeroed on return. ``shape``: the fields of ``ExchangeShape``."""
+
+    def _create(self, shape: list[int], blocks: int, windows: Windows) -> int:
+        config = self._config
+        # The other layouts find places from global ids, whatever the caller wants to see.
+        as_wanted = config.layout == "rank_major"
+        return int(
+            ops.cuda_exchange_create(
+                shape,
+                self._rank,
+                config.hidden_size,
+                _native.DTYPES[config.sum_dtype],
+                _native.DTYPES[config.result_dtype],
+                config.expert_ids == "local" and as_wanted,
+                config.pad_id if as_wanted else -1,
+                0,
+                round(config.timeout() * 1e6),
+                blocks,
+                self._device.index,
+                list(config.expert_ranks(self._world)),
+                list(windows.addresses),
+                windows.own.data_ptr() if windows.copies else 0,
+            )
+        )
+
+    def dispatch(self, call: DispatchCall) -> Received:
+        return self._dispatch(call, send=True)
+
+    def dispatch_send(self, call: DispatchCall) -> None:
+        self._launch_dispatch(call, None)
+
+    def dispatch_recv(self, channel: int, slots: int) -> Received:
+        nothing = self._nothing
+        empty = nothing.new_empty(0, self._config.top_k, dtype=torch.float32)
+        call = DispatchCall(channel, nothing, None, empty.int(), empty, slots)
+        return self._dispatch(call, send=False)
+
+    def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
+        self._launch_combine(channel, y, out, send=True, receive=True)
+
+    def combine_send(self, channel: int, y: torch.Tensor) -> None:
+        self._launch_combine(channel, y, self._nothing, send=True, receive=False)
+
+    def combine_recv(self, channel: int, out: torch.Tensor) -> None:
+        self._launch_combine(channel, self._nothing, out, send=False, receive=True)
+
+    def close_exchange(self, channel: int) -> None:
+        """The closing flags leave with the next dispatch on the channel, which all ranks make."""
+        self.check()
+
+    def check(self) -> None:
+        word = ops.cuda_exchange_error(self._exchange)
+        if word[0] == _native.OK:
+            return
+        error = error_for(word, self._rank, self._world)
+        if word[0] == _native.PEER_CLOSED:
+            raise EpProtocolError(f"{error} in an exchange before; the communicator stays usable")
+        raise error
+
+    def recover(self) -> None:
+        """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared."""
+        torch.cuda.synchronize(self._device)
+        self._meeting.recover()
+        epochs = rendezvous.gather(self._group, ops.cuda_exchange_max_epoch(self._exchange))
+        ops.cuda_exchange_recover(self._exchange, max(epochs) + 1)
+        # Nobody sends before everybody has forgotten the old failure.
+        rendezvous.gather(self._group, None)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Holds for graphs that were captured before, too. Waits until the GPU is idle."""
+        self._meeting.set_timeout(seconds)
+        ops.cuda_exchange_set_timeout(self._exchange, round(seconds * 1e6))
+
+    def destroy(self) -> None:
+        """Waits for the GPU: kernels that still run use what is given back."""
+        torch.cuda.synchronize(self._device)
+        self._free()
+        self._placed = None
+        self._meeting.destroy()
+
+    def _dispatch(self, call: DispatchCall, send: bool) -> Received:
+        count = self._world * call.slots
+        tokens = torch.empty(self._world, dtype=torch.int32, device=self._device)
+        if self._placed is not None:
+            self._launch_dispatch(call, (*self._placed.metadata(call.channel, count), tokens), send)
+            window = self._views.rows_and_scales(call.channel, call.slots)
+            return self._placed.received(call.channel, *window, tokens)
+        ids = torch.empty(count, self._config.top_k, dtype=torch.int32, device=self._device)
+        weights = torch.empty(count, self._config.top_k, dtype=torch.float32, device=self._device)
+        self._launch_dispatch(call, (ids, weights, tokens), send)
+        return Received(*self._views.rows_and_scales(call.channel, call.slots), ids, weights, tokens, None)
+
+    def _launch_dispatch(
+        self,
+        call: DispatchCall,
+        out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        send: bool = True,
+    ) -> None:
+        if self._config.layout == "compact":
+            self._refuse_capture()
+        self.check()
+        self._slots[call.channel] = call.slots
+        receive = out is not None
+        ids, weights, tokens = out or (self._nothing,) * 3
+        ops.cuda_dispatch(
+            self._exchange,
+            call.channel,
+            call.x,
+            call.scales,
+            call.ids,
+            call.weights,
+            call.num_tokens,
+            [call.slots],
+            send,
+            receive,
+            ids,
+            weights,
+            tokens,
+        )
+
+    def _refuse_capture(self) -> None:
+        with torch.cuda.device(self._device):  # else the question makes a context on another GPU
+            if not torch.cuda.is_current_stream_capturing():
+                return
+        raise EpArgumentError(
+            "dispatch was called while a CUDA graph is captured, but in layout compact it waits for the GPU "
+            "to know how many rows came; layout rank_major or expert_major was wanted"
+        )
+
+    def _launch_combine(
+        self, channel: int, y: torch.Tensor, out: torch.Tensor, send: bool, receive: bool
+    ) -> None:
+        self.check()
+        if send and self._placed is not None:
+            y = self._placed.returned(channel, self._world * self._slots[channel], y)
+        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel]], send, receive, out)
+
+
+class _PlacedRows:
+    """Received rows in a layout other than rank-major, and results back in rank-major rows for combine.
+
+    All scratch memory is allocated here: per slot one row of ``config.sum_dtype``, ids, weights and places.
+    Each channel has its own, as places are needed until combine and channels may be on different streams.
+    """
+
+    def __init__(self, config: EpConfig, rank: int, world: int, device: torch.device, blocks: int) -> None:
+        self._config, self._device, self._blocks = config, device, blocks
+        self._by_expert = config.layout == "expert_major"
+        numbers = local_numbers(config.expert_ranks(world), rank)
+        self._num_local = sum(n >= 0 for n in numbers)
+        self._local = torch.tensor(numbers, dtype=torch.int16, device=device)
+        channels, slots = config.num_channels, world * config.max_tokens_per_rank
+        width = config.top_k if self._by_expert else 1
+
+        def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(channels, *shape, dtype=dtype, device=device)
+
+        self._ids = scratch(slots, config.top_k, dtype=torch.int32)
+        self._weights = scratch(slots, config.top_k, dtype=torch.float32)
+        self._places = scratch(slots, width, dtype=torch.int32).fill_(-1)
+        self._tile_counts = scratch(MAX_TILES, self._num_local + 1, dtype=torch.int32)
+        self._sums = scratch(slots, config.hidden_size, dtype=config.sum_dtype)
+        torch.cuda.synchronize(device)  # later calls may be on other streams
+
+    def metadata(self, channel: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where dispatch puts ids (global, -1: none) and weights of ``count`` slots: [count, top_k] each."""
+        return self._ids[channel, :count], self._weights[channel, :count]
+
+    def received(
+        self, channel: int, rows: torch.Tensor, scales: torch.Tensor | None, tokens: torch.Tensor
+    ) -> Received:
+        """Rows and scales of a channel's window, [count, ...], copied to their places; behind a dispatch."""
+        config, count = self._config, len(rows)
+        metadata, places = self.metadata(channel, count), self._places[channel, :count]
+        totals = torch.empty(self._num_local + 1, dtype=torch.int32, device=self._device)
+        ops.cuda_index_rows(
+            metadata[0],
+            self._local,
+            self._by_expert,
+            self._blocks,
+            self._tile_counts[channel],
+            places,
+            totals,
+        )
+        # The one wait for the GPU: for R.
+        lead = [self._num_local, count] if self._by_expert else [int(totals[-1])]
+
+        def out(width: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(*lead, width, dtype=dtype, device=self._device)
+
+        out_rows = out(config.row_width, config.received_dtype)
+        out_scales = None if scales is None else out(config.scale_width, config.scale_dtype)
+        ids = None if self._by_expert else out(config.top_k, torch.int32)
+        weights = None if self._by_expert else out(config.top_k, torch.float32)
+        ops.cuda_gather_rows(
+            rows,
+            scales,
+            *metadata,
+            self._local,
+            places,
+            config.expert_ids == "local",
+            config.pad_id,
+            self._blocks,
+            out_rows,
+            out_scales,
+            ids,
+            weights,
+        )
+        return Received(out_rows, out_scales, ids, weights, tokens, totals[:-1])
+
+    def returned(self, channel: int, count: int, y: torch.Tensor) -> torch.Tensor:
+        """The experts' results as combine reads them, [count, hidden] and already of the wire's dtype."""
+        weights = self._weights[channel, :count] if self._by_expert else None
+        sums = self._sums[channel, :count]
+        ops.cuda_return_rows(y, self._places[channel, :count], weights, self._blocks, sums)
+        return sums
+
+
+def _free(exchange: int, release: Callable[[], None]) -> None:
+    ops.cuda_exchange_destroy(exchange)
+    release()
+
+
+def local_numbers(expert_ranks: Sequence[int], rank: int) -> list[int]:
+    """For each expert its number among those of ``rank``, in order of global id; -1: of another rank."""
+    counter = itertools.count()
+    return [next(counter) if r == rank else -1 for r in expert_ranks]
+
+
+def _meeting_config(world: int, timeout_s: float) -> EpConfig:
+    """The smallest configuration there is: only its meeting words are used."""
+    return EpConfig(
+        num_experts=world,
+        top_k=1,
+        hidden_size=8,
+        max_tokens_per_rank=1,
+        timeout_s=timeout_s,
+        transport=CpuTransport.name,
+    )

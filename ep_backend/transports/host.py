@@ -1,0 +1,90 @@
+"""Transport ``host``: windows in pinned memory of the host, for GPUs that cannot reach each other's memory.
+
+Every process maps the windows of all ranks and pins them for its GPU. Rows and flags are stored across PCIe
+into the receiver's window; a dispatch brings the rows on to the receiver's GPU while more are arriving, since
+experts read them more than once, and a combine adds them up where they are. What a rank sends to itself does
+not leave its GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import rendezvous
+from ep_backend._native import ops
+from ep_backend.surroundings import local_cpus
+from ep_backend.transports.gpu import GpuTransport, Windows
+from ep_backend.transports.shm import WindowShare
+
+
+class HostTransport(GpuTransport):
+    """Ranks of one machine. A window's memory is on the NUMA node of the GPU that reads it."""
+
+    name = "host"
+
+    def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
+        share, addresses = rendezvous.together(
+            group,
+            lambda: WindowShare(self.window_bytes, self._rank, self._world, self._config.timeout()),
+            lambda share: share.address,
+        )
+
+        def map_all() -> list[mmap.mmap]:
+            windows = share.map_peers(addresses)
+            own = torch.frombuffer(windows[self._rank], dtype=torch.uint8)
+            with near(self._device):
+                ctypes.memset(own.data_ptr(), 0, own.numel())
+            return windows
+
+        # Pages are where they are touched first: by their owner, before others pin them.
+        windows, _ = rendezvous.together(group, map_all)
+        copy_bytes = self._config.num_channels * ops.window_layout(shape)[-1]
+
+        def pin() -> tuple[_Pinned, torch.Tensor]:
+            copies = torch.zeros(copy_bytes, dtype=torch.uint8, device=self._device)
+            torch.cuda.synchronize(self._device)
+            return _Pinned(windows, self._device), copies
+
+        (pinned, copies), _ = rendezvous.together(group, pin)
+        return Windows(pinned.addresses, copies, copies=True, release=pinned.release)
+
+
+@contextmanager
+def near(device: torch.device) -> Iterator[None]:
+    """This thread on the CPUs next to the GPU; where it is, if the machine does not say which they are."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before & local_cpus(Path("/"), ops.gpu_bus_id(device.index)) or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class _Pinned:
+    """Windows pinned for the GPUs of this process. Raises RuntimeError if CUDA refuses."""
+
+    def __init__(self, windows: Sequence[mmap.mmap], device: torch.device) -> None:
+        self._windows = [torch.frombuffer(window, dtype=torch.uint8) for window in windows]
+        self._pinned: list[int] = []
+        self.addresses: list[int] = []
+        try:
+            with torch.cuda.device(device):
+                for window in self._windows:
+                    self.addresses.append(ops.cuda_host_register(window.data_ptr(), window.numel()))
+                    self._pinned.append(window.data_ptr())
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        while self._pinned:
+            ops.cuda_host_unregister(self._pinned.pop())
+        self._windows = []
