@@ -38,29 +38,31 @@ class PeerTransport(Transport):
     fit."""
 
     name = "peer"
+    _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
 
     def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
         self._config, self._group, self._device = config, group, device
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
-        shape = config.window_shape(self._world, FLAGS_PER_SOURCE)
-        self.window_bytes = int(ops.window_layout(shape)[0])
+        self.window_bytes = window_bytes(config, self._world)
         _, sms = rendezvous.together(group, self._check_config, lambda sms: sms)
         # Where ranks meet to recover: windows in host memory, which also work when a GPU's queue does not.
         self._meeting = CpuTransport(group, _meeting_config(self._world, config.timeout()))
         window, mapping = self._map(group)
         self._mapping = mapping
-        self._views = WindowViews(config, self._world, window, shape)
         blocks = min(sms) if config.num_sms is None else min(*sms, config.num_sms)
-        self._exchange, _ = rendezvous.together(
-            group, lambda: self._create(shape, blocks, mapping.buffer_ptrs)
-        )
+        rendezvous.together(group, lambda: self._start(window, mapping.buffer_ptrs, blocks))
+
+    def _start(self, window: torch.Tensor, windows: Sequence[int], blocks: int) -> None:
+        """What this rank does alone once all windows are mapped. Raises RuntimeError."""
+        config, device = self._config, self._device
+        shape = config.window_shape(self._world, FLAGS_PER_SOURCE)
+        self._views = WindowViews(config, self._world, window, shape)
+        self._exchange = self._create(shape, blocks, windows)
         self._free = weakref.finalize(self, ops.cuda_exchange_destroy, self._exchange)
         self._placed: _PlacedRows | None = None
         if config.layout != "rank_major":
             copying = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
-            self._placed, _ = rendezvous.together(
-                group, lambda: _PlacedRows(config, self._rank, self._world, device, copying)
-            )
+            self._placed = _PlacedRows(config, self._rank, self._world, device, copying)
         self._slots = [config.max_tokens_per_rank] * config.num_channels
         self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
 
@@ -89,7 +91,7 @@ class PeerTransport(Transport):
         )
         return window, mapping
 
-    def _create(self, shape: list[int], blocks: int, windows: list[int]) -> int:
+    def _create(self, shape: list[int], blocks: int, windows: Sequence[int]) -> int:
         config = self._config
         # The other layouts find places from global ids, whatever the caller wants to see.
         as_wanted = config.layout == "rank_major"
@@ -198,7 +200,7 @@ class PeerTransport(Transport):
             call.ids,
             call.weights,
             call.num_tokens,
-            [call.slots],
+            [call.slots, *self._plan],
             send,
             receive,
             ids,
@@ -221,7 +223,7 @@ class PeerTransport(Transport):
         self.check()
         if send and self._placed is not None:
             y = self._placed.returned(channel, self._world * self._slots[channel], y)
-        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel]], send, receive, out)
+        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel], *self._plan], send, receive, out)
 
 
 class _PlacedRows:
@@ -302,6 +304,11 @@ class _PlacedRows:
         sums = self._sums[channel, :count]
         ops.cuda_return_rows(y, self._places[channel, :count], weights, self._blocks, sums)
         return sums
+
+
+def window_bytes(config: EpConfig, world: int) -> int:
+    """Of a rank's window."""
+    return int(ops.window_layout(config.window_shape(world, FLAGS_PER_SOURCE))[0])
 
 
 def local_numbers(expert_ranks: Sequence[int], rank: int) -> list[int]:
