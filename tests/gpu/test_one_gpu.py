@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from harness import fresh_ranks
+from harness import Ranks
 from one_gpu import MOST_STREAMS, differences, local_ranks, streams
 from whole_numbers import Bank, factors_of
 
@@ -33,10 +33,19 @@ def a_gpu():
 
 
 @pytest.fixture(scope="module")
-def process():
-    """One process for all tests here."""
-    with fresh_ranks(1, ENVIRON) as group:
-        yield group
+def started():
+    groups = []
+    yield groups
+    for group in groups:
+        group.kill()
+
+
+@pytest.fixture
+def process(started):
+    """One process for all tests here; another one after a failure."""
+    if not started or not started[-1].alive:
+        started.append(Ranks(1, ENVIRON))
+    return started[-1]
 
 
 def config(more, world, **common):
