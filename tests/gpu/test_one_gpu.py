@@ -1,14 +1,16 @@
 """Many ranks on one GPU, in one process, against the reference: many ranks, the largest shapes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from harness import Ranks
-from one_gpu import MOST_STREAMS, differences, local_ranks, streams
+from one_gpu import MOST_STREAMS, LocalRank, differences, local_ranks, streams
 from whole_numbers import Bank, factors_of
 
 import ep_backend as ep
+from ep_backend.transports.peer import window_bytes
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("rank_major", "compact", "expert_major")
@@ -168,4 +170,25 @@ def test_most_tokens(process, world, hidden):
     more = {"hidden_size": hidden, "num_experts": 1024, "top_k": 16, "max_tokens_per_rank": 16384}
     wanted = config(more, world, payload=torch.float32)
     (wrong,) = process.run(most_tokens_job, wanted, world, timeout=120)
+    assert wrong == []
+
+
+def crowded_job(rank, group, config):
+    """Communicators whose waiting blocks would not all fit the GPU are refused; the others go on."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    crowd = replace(config, num_channels=16, num_sms=sms)
+    window = torch.zeros(window_bytes(crowd, 1), dtype=torch.uint8, device="cuda:0")
+    with local_ranks(config, 2) as comms:
+        try:
+            LocalRank(crowd, 0, [window], ())
+            said = ""
+        except RuntimeError as error:
+            said = str(error)
+        return said, differences(comms, tokens=[5, 3], slots=5)
+
+
+def test_launches_that_do_not_fit_the_gpu_are_refused(process):
+    ((said, wrong),) = process.run(crowded_job, config({}, 2), timeout=60)
+    assert "blocks are reserved by other channels" in said
+    assert "use fewer SMs" in said
     assert wrong == []
