@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "bench",
         help="measure dispatch and combine beside the baselines",
         description="Starts the ranks by itself, or joins those of torchrun; times dispatch + combine of "
-        "every transport in turn with all-gather + reduce-scatter, and checks every result.",
+        "every transport in turn with its peers, as all-gather + reduce-scatter, and checks every result.",
         epilog="Exit status 1: a result was wrong, or something else was, and one sentence says what.",
     )
     add = parser.add_argument
@@ -77,6 +77,8 @@ def add_parser(subparsers: Any) -> None:
     add("--layout", choices=LAYOUTS, default="rank_major", help="of received rows")
     transports = "what to measure (all that works here; collective on cuda only if asked for)"
     add("--transports", type=list_of(str), metavar="A[,B...]", help=transports)
+    peers = "what others do, to compare with (nccl, on cpu gloo); also flashinfer, or none"
+    add("--peers", type=list_of(str), metavar="A[,B...]", help=peers)
     sms = "SMs that transports peer and host may use (all); each number is measured"
     add("--num-sms", type=list_of(whole(1)), metavar="N[,N...]", help=sms)
     add("--routing", choices=ROUTINGS, default="uniform", help="how tokens choose experts")
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         pictures.check_matplotlib()
     runs = settings_of(args, int(os.environ["WORLD_SIZE"]) if joins else None)
-    explicit = args.transports is not None
+    explicit = frozenset([*(args.transports or ()), *(args.peers or ())])
     measured = _join(runs, explicit) if joins else _spawn(runs, explicit)
     if not joins or os.environ["RANK"] == "0":
         _publish(measured, args.json, args.plot)
@@ -129,6 +131,7 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
             f"EP_BACKEND_CUDA=1, or choose with --transports from {', '.join(known)}"
         )
     chosen = args.transports or contenders.defaults(args.device)
+    peers = _peers(args.peers, contenders.PEERS[args.device])
     if args.num_sms is not None and not OF_GPUS & set(chosen):
         raise EpConfigError("--num-sms is for transports peer and host, which are not to be measured")
     common = Settings(
@@ -141,7 +144,7 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
         dtype=args.dtype[0],
         layout=args.layout,
         routing=args.routing,
-        contenders=chosen,
+        contenders=(*chosen, *peers),
         num_sms=None,
         warmup=args.warmup,
         iters=args.iters or default.iters,
@@ -151,10 +154,23 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
     for dtype in args.dtype:
         for number, num_sms in enumerate(args.num_sms or (None,)):
             # The others do not depend on it. One run each, as communicators share out a GPU's SMs.
-            names = chosen if number == 0 else tuple(name for name in chosen if name in OF_GPUS)
+            names = common.contenders if number == 0 else tuple(name for name in chosen if name in OF_GPUS)
             runs.append(dataclasses.replace(common, dtype=dtype, num_sms=num_sms, contenders=names))
             runs[-1].check()
     return tuple(runs)
+
+
+def _peers(asked: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """What others do that is measured too; the first that is known, unless asked for."""
+    if asked is None:
+        return known[:1]
+    for name in asked:
+        if name not in (*known, "none"):
+            choices = (*known, "none")
+            raise EpConfigError(f"--peers: {name!r} is none of {', '.join(choices)}{nearest(name, choices)}")
+    if "none" in asked and len(asked) > 1:
+        raise EpConfigError(f"--peers {','.join(asked)}: none, or some")
+    return () if asked == ("none",) else asked
 
 
 def _gpus() -> int:
@@ -169,7 +185,7 @@ def _gpus() -> int:
     return found
 
 
-def _join(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
+def _join(runs: Sequence[Settings], explicit: frozenset[str]) -> dict[str, Any]:
     """Be a rank of a group that somebody else starts, as torchrun says it in the environment."""
     import torch.distributed as dist
 
@@ -185,7 +201,7 @@ def _join(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
         dist.destroy_process_group()
 
 
-def _spawn(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
+def _spawn(runs: Sequence[Settings], explicit: frozenset[str]) -> dict[str, Any]:
     """Start the ranks, wait for them, end those that are left."""
     console, settings = Console(), runs[0]
     dtypes = ", ".join(dict.fromkeys(run.dtype for run in runs))
@@ -206,13 +222,13 @@ def _spawn(runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
     return measured
 
 
-def _spawned(note: processes.Note, runs: Sequence[Settings], explicit: bool) -> dict[str, Any]:
+def _spawned(note: processes.Note, runs: Sequence[Settings], explicit: frozenset[str]) -> dict[str, Any]:
     import torch.distributed as dist
 
     return _rank(runs, explicit, dist.get_rank() if runs[0].device == "cuda" else None)
 
 
-def _rank(runs: Sequence[Settings], explicit: bool, gpu: int | None) -> dict[str, Any]:
+def _rank(runs: Sequence[Settings], explicit: frozenset[str], gpu: int | None) -> dict[str, Any]:
     """``gpu``: number of the one that this rank uses."""
     import torch
     import torch.distributed as dist
@@ -262,7 +278,7 @@ def _publish(measured: dict[str, Any], file: Path | None, picture: Path | None) 
     console = Console()
     if not console.is_terminal:
         console.width = 110
-    console.print(report.table(document, BASELINE))
+    console.print(report.table(document, BASELINE[document["settings"]["device"]]))
     for line in report.remarks(document):
         console.print(line, highlight=False)
     if file is not None:

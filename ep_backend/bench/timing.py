@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from operator import itemgetter
@@ -24,12 +24,12 @@ from ep_backend.probe import probe
 Note = Callable[[str], None]
 
 
-def measure(runs: Sequence[Settings], *, explicit: bool, note: Note, step: Step) -> dict[str, Any]:
+def measure(runs: Sequence[Settings], *, explicit: Collection[str], note: Note, step: Step) -> dict[str, Any]:
     """The document without its command, the same on all ranks. Collective over the default group.
 
-    ``runs``: one for each dtype and number of SMs, otherwise alike. ``explicit``: contenders that cannot
-    start are an error, not left out. ``note`` is told what happens, ``step`` the share of the work that is
-    done; what they show matters on rank 0 only.
+    ``runs``: one for each dtype and number of SMs, otherwise alike. ``explicit``: names of contenders that
+    are an error if they cannot start; others are left out. ``note`` is told what happens, ``step`` the share
+    of the work that is done; what they show matters on rank 0 only.
     """
     device = runs[0].device
     meter: Meter = Gpus() if device == "cuda" else Cpus()
@@ -72,13 +72,13 @@ def _step(step: Step, case: int, cases: int, share: float) -> None:
     step((case + share) / cases)
 
 
-def _start(settings: Settings, explicit: bool, note: Note) -> list[Contender]:
+def _start(settings: Settings, explicit: Collection[str], note: Note) -> list[Contender]:
     started: list[Contender] = []
     for name in settings.contenders:
         try:
             started.append(contenders_.start(name, settings))
         except EpConfigError as error:  # on all ranks together
-            if explicit:
+            if name in explicit:
                 raise
             note(f"{name} cannot be used here: {error}")
     return started
@@ -159,12 +159,13 @@ def _compare(results: list[dict[str, Any]]) -> None:
     in a graph.
     """
     case = itemgetter("tokens", "dtype", "phase")
-    baseline = {case(r): r["median_us"] for r in results if r["transport"] == BASELINE}
+    theirs = BASELINE.values()
+    baseline = {case(r): r["median_us"] for r in results if r["transport"] in theirs}
     for tokens, dtype, phase in [key for key in baseline if key[2] == "round_trip"]:
         halves = baseline[tokens, dtype, "dispatch"] + baseline[tokens, dtype, "combine"]
         baseline[tokens, dtype, phase] = min(baseline[tokens, dtype, phase], halves)
     for result in results:
-        if result["transport"] != BASELINE and case(result) in baseline:
+        if result["transport"] not in theirs and case(result) in baseline:
             result["vs_baseline"] = round(baseline[case(result)] / result["median_us"], 3)
 
 

@@ -52,26 +52,31 @@ class GpuTransport(Transport):
     fit."""
 
     capturable = True
+    _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
 
     def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
         self._config, self._group, self._device = config, group, device
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
-        shape = config.window_shape(self._world, FLAGS_PER_SOURCE)
-        self.window_bytes = int(ops.window_layout(shape)[0])
+        self.window_bytes = window_bytes(config, self._world)
         _, sms = rendezvous.together(group, self._check_config, lambda sms: sms)
         # Where ranks meet to recover: windows in host memory, which also work when a GPU's queue does not.
         self._meeting = CpuTransport(group, _meeting_config(self._world, config.timeout()))
-        self._windows = windows = self._share_windows(group, shape)
-        self._views = WindowViews(config, self._world, windows.own, shape, copies=windows.copies)
+        windows = self._share_windows(group, config.window_shape(self._world, FLAGS_PER_SOURCE))
         blocks = min(sms) if config.num_sms is None else min(*sms, config.num_sms)
-        self._exchange, _ = rendezvous.together(group, lambda: self._create(shape, blocks, windows))
+        rendezvous.together(group, lambda: self._start(windows, blocks))
+
+    def _start(self, windows: Windows, blocks: int) -> None:
+        """What this rank does alone once all windows are there. Raises RuntimeError."""
+        config, device = self._config, self._device
+        shape = config.window_shape(self._world, FLAGS_PER_SOURCE)
+        self._windows = windows
+        self._views = WindowViews(config, self._world, windows.own, shape, copies=windows.copies)
+        self._exchange = self._create(shape, blocks, windows)
         self._free = weakref.finalize(self, _free, self._exchange, windows.release)
         self._placed: _PlacedRows | None = None
         if config.layout != "rank_major":
             copying = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
-            self._placed, _ = rendezvous.together(
-                group, lambda: _PlacedRows(config, self._rank, self._world, device, copying)
-            )
+            self._placed = _PlacedRows(config, self._rank, self._world, device, copying)
         self._slots = [config.max_tokens_per_rank] * config.num_channels
         self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
 
@@ -200,7 +205,7 @@ class GpuTransport(Transport):
             call.ids,
             call.weights,
             call.num_tokens,
-            [call.slots],
+            [call.slots, *self._plan],
             send,
             receive,
             ids,
@@ -223,7 +228,7 @@ class GpuTransport(Transport):
         self.check()
         if send and self._placed is not None:
             y = self._placed.returned(channel, self._world * self._slots[channel], y)
-        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel]], send, receive, out)
+        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel], *self._plan], send, receive, out)
 
 
 class _PlacedRows:
@@ -309,6 +314,11 @@ class _PlacedRows:
 def _free(exchange: int, release: Callable[[], None]) -> None:
     ops.cuda_exchange_destroy(exchange)
     release()
+
+
+def window_bytes(config: EpConfig, world: int) -> int:
+    """Of a rank's window."""
+    return int(ops.window_layout(config.window_shape(world, FLAGS_PER_SOURCE))[0])
 
 
 def local_numbers(expert_ranks: Sequence[int], rank: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""Whole exchanges of several ranks, over both transports, against the reference: bit by bit."""
+"""Whole exchanges of several ranks, over all transports, against the reference: bit by bit."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,3 +109,17 @@ def test_exchanges_in_a_row(world, data):
 def test_exchanges_in_flight(world, data):
     config, listed, schedule = data.draw(interleaved(world))
     check_steps(config, listed, ranks(world).run(run_steps, config, listed, schedule))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, 2, 4])
+@given(data=st.data())
+def test_exchanges_in_flight_on_gpus(world, data):
+    if world > (found := torch.cuda.device_count()):
+        pytest.skip(f"needs {world} GPUs, {found} found")
+    config, listed, schedule = data.draw(interleaved(world))
+    config = replace(config, num_sms=24)  # three channels must fit a GPU together
+    if config.sum_dtype not in (config.result_dtype, torch.float32):
+        config = replace(config, wire_dtype=None)  # others are refused on GPUs
+    results = ranks(world).run(run_steps, config, listed, schedule, ("peer",), "cuda")
+    check_steps(config, listed, results)

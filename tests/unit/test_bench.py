@@ -53,7 +53,7 @@ def test_defaults_are_the_documented_case():
     )
     assert chosen.tokens == (1, 8, 64, 512)
     assert {"cpu", "collective"} < set(chosen.contenders)
-    assert chosen.contenders[-1] == "baseline_allgather"
+    assert chosen.contenders[-1] == "gloo"
     assert (chosen.dtype, chosen.layout, chosen.routing) == ("bf16", "rank_major", "uniform")
 
 
@@ -61,15 +61,15 @@ def test_defaults_on_gpus(four_gpus):
     chosen = settings("--device", "cuda")
     assert (chosen.ranks, chosen.hidden, chosen.experts, chosen.topk) == (4, 7168, 256, 8)
     assert chosen.tokens == (1, 8, 32, 64, 128, 256, 512, 1024, 4096)
-    assert chosen.contenders == ("peer", "baseline_allgather")
+    assert chosen.contenders == ("peer", "nccl")
     assert (chosen.dtype, chosen.num_sms, chosen.iters) == ("bf16", None, 400)
-    assert settings("--device", "cuda", "--transports", "collective").contenders == ("collective",)
+    assert settings("--device", "cuda", "--transports", "collective").contenders == ("collective", "nccl")
     assert settings("--device", "cuda", world=8).ranks == 8  # torchrun's, of other machines too
 
 
 def test_a_run_for_each_dtype_and_number_of_sms(four_gpus):
     runs = exchange.settings_of(parse("--device", "cuda", "--dtype", "bf16,fp8", "--num-sms", "24,132"), None)
-    everything = ("peer", "baseline_allgather")
+    everything = ("peer", "nccl")
     assert [(run.dtype, run.num_sms, run.contenders) for run in runs] == [
         ("bf16", 24, everything),
         ("bf16", 132, ("peer",)),
@@ -91,7 +91,7 @@ def test_fp8_is_made_inside_dispatch_on_gpus_and_before_it_on_cpus(four_gpus):
     ("arguments", "words"),
     [
         (("--ranks", "5"), "--ranks 5, but PyTorch finds 4 GPUs here"),
-        (("--transports", "cpu"), "'cpu' is none of collective, peer, baseline_allgather"),
+        (("--transports", "cpu"), "'cpu' is none of collective, peer"),
         (("--transports", "collective", "--num-sms", "8"), "--num-sms is for transport peer"),
     ],
 )
@@ -113,11 +113,11 @@ def test_a_build_without_cuda_kernels_is_one_sentence(four_gpus, monkeypatch):
     monkeypatch.setattr(contenders, "available", lambda device: frozenset({"collective"}))
     with pytest.raises(EpConfigError, match=r"no CUDA kernels.* EP_BACKEND_CUDA=1"):
         settings("--device", "cuda")
-    assert settings("--device", "cuda", "--transports", "baseline_allgather").contenders
+    assert settings("--device", "cuda", "--transports", "collective").contenders
 
 
 def test_lists_and_the_number_of_ranks():
-    chosen = settings("--tokens", "8,1,8", "--transports", "collective, cpu", world=3)
+    chosen = settings("--tokens", "8,1,8", "--transports", "collective, cpu", "--peers", "none", world=3)
     assert (chosen.tokens, chosen.contenders, chosen.ranks) == ((8, 1), ("collective", "cpu"), 3)
     assert settings("--ranks", "2").ranks == 2
 
@@ -131,6 +131,9 @@ def test_lists_and_the_number_of_ranks():
         (("--topk", "8", "--experts", "16", "--routing", "one_rank"), None, "rank 0 holds 4 experts"),
         (("--dtype", "fp8", "--hidden", "64"), None, "multiple of 128"),
         (("--num-sms", "8"), None, "--num-sms is for transport peer"),
+        (("--transports", "gloo"), None, "'gloo' is none of"),
+        (("--peers", "nccl"), None, "--peers: 'nccl' is none of gloo, none"),
+        (("--peers", "none,gloo"), None, "none, or some"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, world, words):
@@ -271,7 +274,7 @@ def made_up():
         for transport, more in (
             ("peer", {"num_sms": 24}),
             ("peer", {"num_sms": 132}),
-            ("baseline_allgather", {"collectives": "all_gather of each tensor and reduce_scatter"}),
+            ("nccl", {"collectives": "all_gather of each tensor and reduce_scatter"}),
         )
         for dtype in ("bf16", "fp8")
         for tokens in (4096, 1)
@@ -292,18 +295,16 @@ def test_names_tell_results_apart():
     results = made_up()["results"]
     name = report.labels(results)
     assert {name(r) for r in results} == {
-        f"{who} {dtype}"
-        for who in ("peer 24 SMs", "peer 132 SMs", "baseline_allgather")
-        for dtype in ("bf16", "fp8")
+        f"{who} {dtype}" for who in ("peer 24 SMs", "peer 132 SMs", "nccl") for dtype in ("bf16", "fp8")
     }
     bf16 = [r for r in results if r["dtype"] == "bf16"]
-    assert {report.labels(bf16)(r) for r in bf16} == {"peer 24 SMs", "peer 132 SMs", "baseline_allgather"}
+    assert {report.labels(bf16)(r) for r in bf16} == {"peer 24 SMs", "peer 132 SMs", "nccl"}
 
 
 def test_the_table_has_a_line_for_each_and_remarks_speak_of_gpus():
     found = made_up()
     assert report.problems(found) == []
-    table = report.table(found, "baseline_allgather")
+    table = report.table(found, "nccl")
     assert table.row_count == 2 * 6
     assert list(table.columns[0].cells) == ["4096", *[""] * 5, "1", *[""] * 5]
     assert report.remarks(found) == [
@@ -369,7 +370,7 @@ def test_a_small_run(tmp_path, capfd, more):
     file = tmp_path / "new" / "results.json"
     assert cli.main(["bench", *TINY, *more, "--json", str(file)]) == 0
     out = capfd.readouterr().out
-    assert "baseline_allgather" in out
+    assert "gloo" in out
     assert "windows of" in out
     found = json.loads(file.read_text())
     assert report.problems(found) == []
@@ -411,7 +412,7 @@ def test_a_single_wrong_row_on_one_rank_is_reported_by_all(tmp_path, free_port):
         "--tokens",
         "5",
         "--transports",
-        "cpu,baseline_allgather",
+        "cpu",
         "--json",
         str(file),
     ]
@@ -434,7 +435,7 @@ def test_a_single_wrong_row_on_one_rank_is_reported_by_all(tmp_path, free_port):
     assert "WRONG RESULTS: cpu at 5 tokens" in texts[0]
     assert "WRONG" not in texts[1]
     results = json.loads(file.read_text())["results"]
-    assert {(r["transport"], r["correct"]) for r in results} == {("cpu", False), ("baseline_allgather", True)}
+    assert {(r["transport"], r["correct"]) for r in results} == {("cpu", False), ("gloo", True)}
 
 
 @pytest.fixture
@@ -465,8 +466,7 @@ def test_the_baseline_counts_by_its_faster_way(graph_us, counts_as):
 
     ours = [result("peer", phase, 10.0) for phase in report.PHASES]
     theirs = [
-        result(contenders.BASELINE, phase, us)
-        for phase, us in zip(report.PHASES, (23.0, 11.0, graph_us), strict=True)
+        result("nccl", phase, us) for phase, us in zip(report.PHASES, (23.0, 11.0, graph_us), strict=True)
     ]
     timing._compare([*theirs, *ours])
     assert [r["vs_baseline"] for r in ours] == [2.3, 1.1, counts_as / 10]

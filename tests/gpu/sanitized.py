@@ -1,0 +1,80 @@
+"""Small exchanges on one GPU for compute-sanitizer (test_sanitizers.py), compared with the reference.
+
+usage: sanitized.py own|bulk|short
+
+own: as the kernels divide tokens themselves; bulk: by bulk copies; short: combine is given memory that is too
+short for its result, which a memory checker must notice.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from one_gpu import differences, local_ranks
+
+import ep_backend as ep
+
+PLANS = {"own": (), "bulk": (4, 1, 4, 1)}
+LAYOUTS = ("rank_major", "compact", "expert_major")
+PAYLOADS = {
+    "bf16": {"payload": torch.bfloat16},
+    "fp32": {"payload": torch.float32},
+    "fp8": {"payload": torch.bfloat16, "quantization": "fp8_block128"},
+    "fp8 by the caller": {"payload": torch.float8_e4m3fn},
+    "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
+}
+# (ranks, T, tokens of each rank, routing)
+EXCHANGES = (
+    (1, 9, (9,), "uniform"),
+    (3, 9, (9, 0, 4), "uniform"),
+    (3, 1, (1, 1, 0), "uniform"),
+    (3, 37, (37, 20, 37), "sparse"),
+)
+
+
+def config(world, **more):
+    usual = {"num_experts": 2 * world + 2, "top_k": 3, "hidden_size": 256, "max_tokens_per_rank": 37}
+    return ep.EpConfig(**{**usual, **more, "transport": "peer", "timeout_s": 60.0})
+
+
+def exchanges(plan):
+    """Every layout and payload; the number of exchanges, all of them right."""
+    done = 0
+    for layout in LAYOUTS:
+        for name, payload in PAYLOADS.items():
+            for world in (1, 3):
+                # A few blocks: more would only take longer.
+                wanted = config(world, layout=layout, num_sms=4, **payload)
+                with local_ranks(wanted, world, plan=PLANS[plan]) as comms:
+                    for number, (ranks, slots, tokens, routing) in enumerate(EXCHANGES):
+                        if ranks != world:
+                            continue
+                        # One rank alone waits for nobody, so its kernels may be whole.
+                        for whole in (False, True) if world == 1 and layout != "compact" else (False,):
+                            how = {"seed": number, "routing": routing, "whole": whole}
+                            found = differences(comms, tokens=tokens, slots=slots, **how)
+                            assert not found, f"{layout}, {name}, T {slots}, {plan}: {found[0]}"
+                            done += 1
+    return done
+
+
+def too_short():
+    """A result of 9 rows written over one that has room for 1: behind it is nobody's memory."""
+    with local_ranks(config(1), 1) as (comm,):
+        ids = torch.zeros(9, 3, dtype=torch.int64, device=comm.device)
+        ids += torch.arange(3, device=comm.device)
+        x = torch.ones(9, 256, dtype=torch.bfloat16, device=comm.device)
+        received, handle = comm.dispatch(x, ids, torch.ones(9, 3, device=comm.device))
+        rows = received.rows.clone()
+        out = torch.empty(1, 256, dtype=torch.bfloat16, device=comm.device)
+        comm._transport.combine(handle.channel, rows, out)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "short":
+        too_short()
+    else:
+        print(f"{exchanges(sys.argv[1])} exchanges, all right")

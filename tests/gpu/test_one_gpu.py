@@ -1,0 +1,194 @@
+"""Many ranks on one GPU, in one process, against the reference: many ranks, the largest shapes."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import Ranks
+from one_gpu import MOST_STREAMS, LocalRank, differences, local_ranks, streams
+from whole_numbers import Bank, factors_of
+
+import ep_backend as ep
+from ep_backend.transports.gpu import window_bytes
+
+pytestmark = pytest.mark.gpu
+LAYOUTS = ("rank_major", "compact", "expert_major")
+CONFIGS = {
+    "bf16": {"payload": torch.bfloat16},
+    "fp16 fp32-wire": {"payload": torch.float16, "wire_dtype": torch.float32},
+    "fp32": {"payload": torch.float32, "expert_ids": "global", "pad_id": 1023},
+    "fp8": {"payload": torch.bfloat16, "quantization": "fp8_block128"},
+    "fp8 by the caller": {"payload": torch.float8_e4m3fn},
+    "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
+}
+# 4 tokens a chunk, by bulk copies, which the kernels would not choose for few tokens.
+BULK = (4, 1, 4, 1)
+# Kernels of several ranks are under way at the same time, so each stream needs a hardware queue of its own.
+ENVIRON = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_gpu():
+    if not torch.cuda.device_count():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def started():
+    groups = []
+    yield groups
+    for group in groups:
+        group.kill()
+
+
+@pytest.fixture
+def process(started):
+    """One process for all tests here; another one after a failure."""
+    if not started or not started[-1].alive:
+        started.append(Ranks(1, ENVIRON))
+    return started[-1]
+
+
+def config(more, world, **common):
+    usual = {
+        "num_experts": 4 * world + 1,
+        "top_k": 3,
+        "hidden_size": 256,
+        "max_tokens_per_rank": 80,
+        "timeout_s": 10.0,
+    }
+    return ep.EpConfig(**{**usual, **more, **common, "transport": "peer"})
+
+
+def exchanges_job(rank, group, config, world, cases, plan):
+    """The cases in halves and, where every rank has a stream of its own, whole in turns."""
+    wrong, chance = [], random.Random(world)
+    with local_ranks(config, world, plan=plan) as comms:
+        on = streams(comms)
+        # A whole compact dispatch waits for the GPU on the host, before the next rank's has been launched.
+        may_be_whole = world <= MOST_STREAMS and config.layout != "compact"
+        for number, (slots, routing) in enumerate(cases):
+            whole = may_be_whole and number % 2 == 1
+            tokens = [chance.choice((0, slots, chance.randint(0, slots))) for _ in comms]
+            how = {"slots": slots, "seed": number, "routing": routing, "exact": number % 3 == 1}
+            found = differences(comms, tokens=tokens, on=on, whole=whole, **how)
+            wrong += [(slots, routing, whole, text) for text in found]
+    return wrong
+
+
+CASES = (
+    (5, "uniform"),
+    (5, "uniform"),
+    (1, "uniform"),
+    (1, "skew"),
+    (40, "one_rank"),
+    (40, "skew"),
+    (13, "sparse"),
+    (6, "none"),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("world", "plan"), [(1, ()), (3, ()), (8, ()), (1, BULK), (4, BULK)], ids=lambda v: str(v)
+)
+def test_same_bits_as_the_reference(process, world, plan, name, layout):
+    more = config(CONFIGS[name], world, layout=layout)
+    (wrong,) = process.run(exchanges_job, more, world, CASES, plan, timeout=120)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("plan", [(), BULK], ids=["own plan", "bulk"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("world", "hidden"), [(16, 1000), (33, 136), (72, 264)])
+def test_many_ranks(process, world, hidden, layout, plan):
+    """More ranks than a word has bits; rows of an odd number of 16 bytes; most experts and top-k."""
+    more = {"hidden_size": hidden, "num_experts": 1024, "top_k": 16, "max_tokens_per_rank": 20}
+    wanted = config(more, world, layout=layout, payload=torch.bfloat16)
+    cases = ((3, "uniform"), (1, "skew"), (5, "sparse"))
+    (wrong,) = process.run(exchanges_job, wanted, world, cases, plan, timeout=300)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("plan", [(), BULK], ids=["own plan", "bulk"])
+@pytest.mark.parametrize("layout", LAYOUTS[::2])
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("bf16", 16384),
+        ("bf16", 16376),
+        ("fp32", 16380),
+        ("fp32", 16384),
+        ("fp16 fp32-wire", 16376),
+        ("fp8", 16384),
+        ("opaque", 16376),
+    ],
+)
+def test_long_rows(process, name, hidden, layout, plan):
+    more = {**CONFIGS[name], "hidden_size": hidden, "max_tokens_per_rank": 9}
+    if name == "opaque":
+        more |= {"payload_bytes": 4 * 16384, "scale_bytes": 16380}
+    wanted = config(more, 3, layout=layout)
+    cases = ((9, "uniform"), (9, "uniform"), (2, "skew"))
+    (wrong,) = process.run(exchanges_job, wanted, 3, cases, plan, timeout=120)
+    assert wrong == []
+
+
+def most_tokens_job(rank, group, config, world):
+    """Whole numbers, compared on the GPU: rows where they came and what combine returned."""
+    wrong = []
+    with local_ranks(config, world) as comms:
+        device = comms[0].device
+        banks = [Bank(config, world, r, 1, config.max_tokens_per_rank, 5, device) for r in range(world)]
+        for slots in (config.max_tokens_per_rank, config.max_tokens_per_rank - 1):
+            given = [(bank.x[0, :slots], bank.ids[0, :slots], bank.weights[0, :slots]) for bank in banks]
+            handles = [
+                comm.dispatch_send(*parts, tokens_per_rank=slots)
+                for comm, parts in zip(comms, given, strict=True)
+            ]
+            for comm, handle in zip(comms, handles, strict=True):
+                received = comm.dispatch_recv(handle)
+                live = (received.topk_ids != config.pad_id).any(1, keepdim=True)
+                sent = torch.cat([x for x, _, _ in given])
+                if not torch.equal(torch.where(live, received.rows, 0), torch.where(live, sent, 0)):
+                    wrong.append((slots, comm.rank, "rows"))
+                factor = factors_of(comm)[received.topk_ids.long()] * received.topk_weights
+                y = torch.where(live, received.rows.float() * factor.sum(1, keepdim=True), torch.nan)
+                comm.combine_send(y, handle)
+            for comm, handle, bank in zip(comms, handles, banks, strict=True):
+                if not torch.equal(comm.combine_recv(handle), bank.out[0, :slots]):
+                    wrong.append((slots, comm.rank, "combined"))
+        for comm in comms:
+            comm.check()
+    return wrong
+
+
+@pytest.mark.parametrize(("world", "hidden"), [(2, 2056), (4, 136), (16, 8)])
+def test_most_tokens(process, world, hidden):
+    more = {"hidden_size": hidden, "num_experts": 1024, "top_k": 16, "max_tokens_per_rank": 16384}
+    wanted = config(more, world, payload=torch.float32)
+    (wrong,) = process.run(most_tokens_job, wanted, world, timeout=120)
+    assert wrong == []
+
+
+def crowded_job(rank, group, config):
+    """Communicators whose waiting blocks would not all fit the GPU are refused; the others go on."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    crowd = replace(config, num_channels=16, num_sms=sms)
+    window = torch.zeros(window_bytes(crowd, 1), dtype=torch.uint8, device="cuda:0")
+    with local_ranks(config, 2) as comms:
+        try:
+            LocalRank(crowd, 0, [window], ())
+            said = ""
+        except RuntimeError as error:
+            said = str(error)
+        return said, differences(comms, tokens=[5, 3], slots=5)
+
+
+def test_launches_that_do_not_fit_the_gpu_are_refused(process):
+    ((said, wrong),) = process.run(crowded_job, config({}, 2), timeout=60)
+    assert "blocks are reserved by other channels" in said
+    assert "use fewer SMs" in said
+    assert wrong == []
