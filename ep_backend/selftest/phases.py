@@ -200,7 +200,7 @@ def _others(first: str, task: Task, options: Options) -> list[Run]:
 
 
 def _group_cases(transport: str, options: Options) -> tuple[plan.Case, ...]:
-    return plan.group_cases(options.ranks, bulk=transport in OF_GPUS)
+    return plan.group_cases(options.ranks, bulk=transport == "peer")
 
 
 def name(transport: str, options: Options, carrier: str = "gloo") -> str:

@@ -22,8 +22,8 @@ PAYLOADS: dict[str, dict[str, Any]] = {
 HIDDEN = 256
 TOP_K = 3
 EXPERTS_PER_RANK = 4  # and one more in all: ranks with different numbers of them
-# csrc/kernels/cuda/exchange.cu: from 2048 on other kernels are used; odd: the last chunk is short.
-BULK_TOKENS = 2051
+# csrc/kernels/cuda/exchange.cu: from 20 MB of results on other kernels are used; odd: the last chunk is short.
+BULK_TOKENS, BULK_HIDDEN = 2451, 4096
 MANY_TOKENS = 301  # of CPUs, which have one kind of kernels
 BULK_TWICE = ("bf16", "fp8 made by dispatch")  # the others once, by one rank alone: the reference is slow
 
@@ -57,11 +57,12 @@ class Case:
     steps: tuple[Step, ...]
 
     def config(self, world: int, transport: str, timeout_s: float) -> EpConfig:
+        most = max(step.slots for step in self.steps)
         return EpConfig(
             num_experts=EXPERTS_PER_RANK * world + 1,
             top_k=TOP_K,
-            hidden_size=HIDDEN,
-            max_tokens_per_rank=max(step.slots for step in self.steps),
+            hidden_size=BULK_HIDDEN if most >= BULK_TOKENS else HIDDEN,
+            max_tokens_per_rank=most,
             layout=self.layout,
             transport=transport,
             timeout_s=timeout_s,

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ep_backend as ep
-from ep_backend.transports.peer import local_numbers
+from ep_backend.transports.gpu import local_numbers
 
 
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(0, 5))

@@ -76,13 +76,18 @@ def test_every_layout_and_payload_with_all_kinds_of_exchanges(world):
 
 def test_bulk_exchanges_are_above_the_switch():
     source = (ROOT / "csrc/kernels/cuda/exchange.cu").read_text()
-    switch = int(re.search(r"kBulkFrom = (\d+)", source).group(1))
-    assert switch <= plan.BULK_TOKENS
-    bulk = [case for case in plan.local_cases("cuda") if any(step.slots >= switch for step in case.steps)]
+    assert plan.BULK_TOKENS * plan.BULK_HIDDEN * 2 >= float(re.search(r"kBulkFrom = (\w+);", source).group(1))
+
+    def has_bulk(case):
+        return case.config(1, "auto", 1.0).hidden_size == plan.BULK_HIDDEN and any(
+            step.slots >= plan.BULK_TOKENS for step in case.steps
+        )
+
+    bulk = [case for case in plan.local_cases("cuda") if has_bulk(case)]
     assert len(bulk) == len(plan.PAYLOADS) * len(plan.LAYOUTS)
     for with_bulk in (False, True):
         cases = plan.group_cases(4, bulk=with_bulk)
-        together = {case.payload for case in cases if any(step.slots >= switch for step in case.steps)}
+        together = {case.payload for case in cases if has_bulk(case)}
         assert together == (set(plan.BULK_TWICE) if with_bulk else set())
 
 
