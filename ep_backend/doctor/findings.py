@@ -151,6 +151,7 @@ def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]
         if given:
             settings = " ".join(f"{item.name}={item.value}" for item in given)
             cure = f"engines with this library's plug-in get {settings}; for other programs: {P2P_CURE}"
+        used = f"uses transport {decision.transport} here" if decision else "does not use transport peer here"
         hint = ""
         if record.iommu == "translated":
             hint = "; the IOMMU translates addresses here, which often is the cause: boot with iommu=pt, or "
@@ -158,7 +159,7 @@ def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]
         yield Finding(
             what=f"the data check of peer access failed: {pairs}{said}",
             why="the driver offers direct access, and what one GPU writes does not reach the other: NCCL "
-            "hangs or sums wrong data. ep_backend does not use transport peer here",
+            f"hangs or sums wrong data. ep_backend {used}",
             next=f"{cure}{hint}",
         )
     untried = [one for one in directions if one.access and one.works is None and one.problem]
@@ -181,7 +182,7 @@ def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]
         yield Finding(
             what=f"peer access works and is slow between {len(staged)} ordered pairs: {staged[0]}",
             why="transport peer and NCCL wait for every row that goes this way",
-            next="compare with EP_BACKEND_PEER_ACCESS=0 ep-backend doctor; keep what is faster",
+            next="compare with transport host: EP_BACKEND_PEER_ACCESS=0 ep-backend doctor; keep the faster",
             wrong=False,
         )
 

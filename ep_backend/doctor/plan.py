@@ -1,8 +1,9 @@
 """Expected time of dispatch + combine for a model's shape, from what was measured on the machine. Pure.
 
 The formulas count bytes and add what does not depend on bytes. Their constants were fitted to the kept
-measurements (``benchmarks/results``: 2 and 4 H200 joined by NVLink, and CPUs), which a test compares with
-them; docs/doctor.md says how far they carry. Everywhere else they are a model, and ``basis`` says so.
+measurements (``benchmarks/results``: 2 and 4 H200 joined by NVLink, 2 through memory of the host, and CPUs),
+which a test compares with them; docs/doctor.md says how far they carry. Everywhere else they are a model, and
+``basis`` says so.
 """
 
 from __future__ import annotations
@@ -19,25 +20,32 @@ DTYPES = ("bf16", "fp8")
 # Transport peer.
 FLIGHTS = 4  # one-way latencies of a round trip: the rows' way out and back, and the flag's, in both phases
 KERNELS_S = 8.0e-6  # launches, loads, routing and sums of a round trip
-QUANTISE_S = 1.3e-6  # fp8 in dispatch
+QUANTISE_S = 1.6e-6  # fp8 in dispatch
 OWN_ROWS = 0.25  # work on a token inside its GPU, in rows on the link
 SM_BYTES_PER_S = 11e9  # that one multiprocessor moves, if there are too few of them to fill the link
-# Many tokens travel in chunks, a few of which are under way at a time: small rows do not fill the link.
-CHUNKED_FROM = 2048  # tokens
-CHUNK_TOKENS, CHUNKS_AT_ONCE = 4, 66
-CHUNK_S = (
-    7.5e-6  # of one chunk in one phase; half where dispatch quantises, which has two under way in a block
-)
 
-# GPUs, hidden size, experts and top-k, and tokens up to which measurements are kept (all on H200).
-KEPT = frozenset({(2, 2048, 128, 8), (2, 7168, 256, 8), (4, 7168, 256, 8)})
+# Transport host: the same flights, through memory of the host.
+HOST_KERNELS_S = 9.5e-6
+HOST_QUANTISE_S = 2.5e-6
+HOST_ROW_BYTES = 768  # what a token costs at each receiver beside its two rows, in bytes on the way
+
+# By transport: GPUs, hidden size, experts and top-k, and tokens up to which measurements are kept (on H200).
+KEPT = {
+    "peer": frozenset({(2, 2048, 128, 8), (2, 4096, 128, 8), (2, 7168, 256, 8), (4, 7168, 256, 8)}),
+    "host": frozenset({(2, 2048, 128, 8), (2, 7168, 256, 8)}),
+}
 KEPT_TOKENS = 4096
 CHECKED = "model; within 30% of what was measured on as many H200 with this shape"
-# The model of NCCL against the same files and docs/doctor.md ("Expected times", NCCL).
+# The model of NCCL against the same files: the largest errors, all with peer access.
 NCCL_TOO_FAST, NCCL_IN_GRAPH = 0.35, 3.7
 NCCL_ERROR = (
-    f"on H200 with NVLink up to {NCCL_TOO_FAST:.0%} below single calls, and a CUDA graph took up to "
-    f"{NCCL_IN_GRAPH} times as long"
+    f"on H200 up to {NCCL_TOO_FAST:.0%} below single calls, and a CUDA graph took up to {NCCL_IN_GRAPH} "
+    "times as long"
+)
+# Transport collective has no formula; benchmarks/results/collective-2h200.json.
+COLLECTIVE = (
+    "on 2 H200 without peer access it took 1.4 ms with 1 token, 7.6 ms with 128 and 509 ms with 4096 (hidden "
+    "7168, bf16)"
 )
 
 # Transport cpu. With more ranks than cores, ranks wait for each other's turn on a core.
@@ -55,8 +63,8 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Expected(msgspec.Struct, frozen=True, kw_only=True):
-    """Time of one dispatch + combine of one layer. ``way``: "peer", "cpu", or "nccl", which is all-gather +
-    reduce-scatter, what engines do by themselves. ``seconds`` None: no formula or no measurement; ``basis``
+    """Time of one dispatch + combine of one layer. ``way``: a transport, or "nccl", which is all-gather
+    + reduce-scatter, what engines do by themselves. ``seconds`` None: no formula or no measurement; ``basis``
     says what it rests on or what is missing."""
 
     shape: str
@@ -103,9 +111,10 @@ def rows_per_token(shape: Shape, ranks: int) -> tuple[float, float]:
     return everywhere * (ranks - 1) / ranks, everywhere
 
 
-def checked(shape: Shape, ranks: int, tokens: int) -> bool:
-    """Whether kept measurements on H200 hold this shape; says nothing about the machine at hand."""
-    return (ranks, shape.hidden, shape.experts, shape.topk) in KEPT and tokens <= KEPT_TOKENS
+def checked(way: str, shape: Shape, ranks: int, tokens: int) -> bool:
+    """Whether kept measurements of ``way`` on H200 hold this shape; the machine at hand may be another."""
+    kept = KEPT.get(way, frozenset())
+    return (ranks, shape.hidden, shape.experts, shape.topk) in kept and tokens <= KEPT_TOKENS
 
 
 def row_bytes(hidden: int, dtype: str) -> tuple[int, int]:
@@ -129,17 +138,27 @@ def peer_s(
     FLIGHTS * latency_s + KERNELS_S [+ QUANTISE_S] + tokens * (r + OWN_ROWS) * (b + w) / rate, with r other
     ranks per token (`rows_per_token`), b and w bytes of a row (`row_bytes`), and rate = ``bytes_per_s``, at
     which a GPU stores into its peers, but no more than SM_BYTES_PER_S for each of ``sms`` multiprocessors
-    (None: enough of them). ``latency_s``: of a flag, one way. From CHUNKED_FROM tokens on, the last term is
-    no less than CHUNK_S * tokens / (CHUNK_TOKENS * CHUNKS_AT_ONCE) in either phase.
+    (None: enough of them). ``latency_s``: of a flag, one way.
     """
     away, _ = rows_per_token(shape, ranks)
     rate = bytes_per_s if sms is None else min(bytes_per_s, sms * SM_BYTES_PER_S)
     fixed = FLIGHTS * latency_s + KERNELS_S + (QUANTISE_S if dtype == "fp8" else 0.0)
-    link = tokens * (away + OWN_ROWS) * sum(row_bytes(shape.hidden, dtype)) / rate
-    if tokens < CHUNKED_FROM:
-        return fixed + link
-    chunks = tokens / (CHUNK_TOKENS * CHUNKS_AT_ONCE) * CHUNK_S
-    return fixed + max(link, chunks * (1.5 if dtype == "fp8" else 2.0))
+    return fixed + tokens * (away + OWN_ROWS) * sum(row_bytes(shape.hidden, dtype)) / rate
+
+
+def host_s(
+    shape: Shape, ranks: int, tokens: int, dtype: str, *, bytes_per_s: float, latency_s: float
+) -> float:
+    """Seconds of dispatch + combine over transport host.
+
+    FLIGHTS * latency_s + HOST_KERNELS_S [+ HOST_QUANTISE_S] + tokens * r * (b + w + HOST_ROW_BYTES) / rate,
+    with r, b and w as for `peer_s`; own rows do not leave the GPU. rate = ``bytes_per_s``: what the SMs of a
+    GPU write into the host's memory and read from it at the same time, each way, while all GPUs do so (the
+    slower way). ``latency_s``: of a flag through that memory, one way.
+    """
+    away, _ = rows_per_token(shape, ranks)
+    fixed = FLIGHTS * latency_s + HOST_KERNELS_S + (HOST_QUANTISE_S if dtype == "fp8" else 0.0)
+    return fixed + tokens * away * (sum(row_bytes(shape.hidden, dtype)) + HOST_ROW_BYTES) / bytes_per_s
 
 
 def cpu_s(shape: Shape, ranks: int, tokens: int, dtype: str, *, copy_bytes_per_s: float, cpus: int) -> float:

@@ -10,15 +10,14 @@ import msgspec
 
 from ep_backend.cli import choice
 from ep_backend.doctor import advice, copying, plan, software, warmup
-from ep_backend.doctor.findings import Finding, find, used_directions
+from ep_backend.doctor.expect import expect
+from ep_backend.doctor.findings import Finding, find
 from ep_backend.doctor.plan import Expected, Shape
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record, probe
 from ep_backend.select import AVAILABLE, Conflict, Decision, decide, find_conflicts
-
-MODEL = "model, not measured"
-FROM_NCCL = f"model of all-gather + reduce-scatter, from the all-reduces measured just now; {plan.NCCL_ERROR}"
+from ep_backend.transports import OF_GPUS
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,15 +123,16 @@ def examine(
             break
         for dtype in plan.DTYPES:
             times += expect(record, decision, warm_up, shape, tokens, ranks, dtype, copy_bytes_per_s)
-        way = "peer" if decision.transport == "peer" else "nccl"
-        ours = [one for one in times if (one.shape, one.dtype, one.way) == (shape.name, "bf16", way)]
         if all_reduces is not None:
-            name = "EP" if way == "peer" else "EP over NCCL"
+            way = decision.transport if decision.transport in OF_GPUS else "nccl"
+            ours = [one for one in times if (one.shape, one.dtype, one.way) == (shape.name, "bf16", way)]
+            name = advice.OVER_NCCL if way == "nccl" else "EP"
             found = advice.compare(shape, ranks, ours, all_reduces, warm_up.times(ranks // 2), name)
             comparisons += found
             words += advice.sentences(found)
-    if all_reduces is None and ranks > 1:
-        words.append("EP was not compared with TP: no all-reduce was measured here.")
+    if ranks > 1 and not comparisons:
+        what = "no all-reduce was measured here" if all_reduces is None else "EP has no expected time here"
+        words.append(f"EP was not compared with TP: {what}.")
     return Report(
         record=record,
         software=dict(versions or {}),
@@ -147,71 +147,6 @@ def examine(
         advice=tuple(words),
         findings=find(record, decision, warm_up, environ, kernels=kernels, undecided=undecided),
     )
-
-
-def expect(
-    record: Record,
-    decision: Decision,
-    warm_up: WarmUp,
-    shape: Shape,
-    tokens: Sequence[int],
-    ranks: int,
-    dtype: str,
-    copy_bytes_per_s: float | None,
-) -> list[Expected]:
-    """Times of the transport chosen and, where NCCL was measured, of what engines do by themselves."""
-    found: list[tuple[str, Callable[[int], float] | None, str]] = []
-    on_h200 = _on_h200(record)
-    if decision.transport == "peer":
-        rate, latency = _slowest_link(record)
-        if rate is None or latency is None:
-            found.append(("peer", None, "no expectation: the links were not measured"))
-        else:
-            found.append(
-                (
-                    "peer",
-                    lambda t: plan.peer_s(
-                        shape, ranks, t, dtype, bytes_per_s=rate, latency_s=latency, sms=decision.sms
-                    ),
-                    MODEL,
-                )
-            )
-    elif decision.transport == "cpu" and copy_bytes_per_s is not None:
-        found.append(
-            (
-                "cpu",
-                lambda t: plan.cpu_s(
-                    shape, ranks, t, dtype, copy_bytes_per_s=copy_bytes_per_s, cpus=record.cpus or 1
-                ),
-                f"{MODEL}: fitted to 2 and 4 ranks on 2 cores, with this machine's copy rate",
-            )
-        )
-    elif not record.used_gpus() or decision.transport != "collective":
-        found.append(
-            (decision.transport, None, f"no expectation: there is no formula for {decision.transport}")
-        )
-    all_reduces = warm_up.times(ranks)
-    if all_reduces is not None:
-        slower = (
-            "" if decision.transport == "peer" else "; transport collective is slower, it packs on the CPU"
-        )
-        found.append(("nccl", lambda t: plan.nccl_s(shape, ranks, t, dtype, all_reduces), FROM_NCCL + slower))
-    elif record.used_gpus() and decision.transport == "collective":
-        found.append(("nccl", None, "no expectation: no all-reduce was measured"))
-    return [
-        Expected(
-            shape=shape.name,
-            tokens=count,
-            dtype=dtype,
-            way=way,
-            seconds=None if formula is None else formula(count),
-            basis=plan.CHECKED
-            if way == "peer" and formula and on_h200 and plan.checked(shape, ranks, count)
-            else basis,
-        )
-        for way, formula, basis in found
-        for count in tokens
-    ]
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -230,24 +165,6 @@ def as_json(report: Report) -> dict[str, Any]:
         "advice": list(report.advice),
         "findings": msgspec.to_builtins(report.findings),
     }
-
-
-def _slowest_link(record: Record) -> tuple[float | None, float | None]:
-    """Least store rate and longest latency between GPUs that are used; None if one was not measured."""
-    directions = used_directions(record)
-    rates = [one.store_bytes_per_s for one in directions if one.store_bytes_per_s]
-    latencies = [one.latency_s for one in directions if one.latency_s]
-    pairs = len(record.used_gpus()) * (len(record.used_gpus()) - 1)
-    if not pairs or len(rates) < pairs or len(latencies) < pairs:
-        return None, None
-    return min(rates), max(latencies)
-
-
-def _on_h200(record: Record) -> bool:
-    """Whether this is the kind of machine that the constants were measured on; nothing is decided by it."""
-    used = set(record.used_gpus())
-    gpus = [gpu for gpu in record.gpus if gpu.uuid in used]
-    return all("H200" in gpu.name and gpu.nvlinks for gpu in gpus)
 
 
 def _relevant(decision: Decision | None, environ: Mapping[str, str]) -> dict[str, str]:

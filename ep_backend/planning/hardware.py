@@ -16,8 +16,9 @@ UNKEPT: Final = "measured, raw data not kept"
 Kind = Literal["specification", "measured", "measured, raw data not kept", "published", "model"]
 
 H200 = "H200, docs/doctor.md (On two H200)"
-HOST_MEMORY = "stores of SMs into pinned memory of an H200's host, PCIe Gen5"
-NO_P2P = "two H200 on PCIe Gen5 with EP_BACKEND_PEER_ACCESS=0, docs/doctor.md"
+HOST_MEMORY = "pinned memory of the host of two H200, PCIe Gen5, benchmarks/results/host-memory-2h200.json"
+HOST_FLAG = "through pinned memory of the host, H200, PCIe Gen5"
+NO_P2P = "two H200, PCIe Gen5, no peer access, benchmarks/results/doctor-2h200-no-peer-access.json"
 SGLANG = "https://github.com/sgl-project/sglang/issues/39605: NCCL over shared memory, a machine without P2P"
 
 
@@ -33,8 +34,10 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A way between the GPUs of one machine, or of one NVLink domain.
 
     ``stores``: what SMs reach into a peer's memory, and ``flag``: a flag one way; ``stores`` None: GPUs do
-    not reach each other. ``staging``: without peer access, what SMs reach into the host's memory, when one
-    GPU stores and when four do. ``all_reduces``: bytes per rank and seconds on two GPUs (`all_reduces_of`).
+    not reach each other. ``staging``: without peer access, what SMs write into the host's memory and read
+    from it at the same time, each way, when up to two GPUs do so and when more do (`host_rate`).
+    ``all_reduces``: bytes per rank and seconds on two GPUs (`all_reduces_of`); ``all_reduces_shared``: the
+    share of that rate which is left to each of more than two.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     all_reduces: tuple[tuple[float, float], ...]
     all_reduces_kind: Kind
     all_reduces_source: str
+    all_reduces_shared: float = 1.0
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,14 +68,17 @@ NVLINK5_BOTH_WAYS = 1.8e12
 NVLINK4_BOTH_WAYS = 900e9
 PCIE5_ONE_WAY = 64e9
 PCIE4_ONE_WAY = 32e9
+LANES = 16
 
 STORES_NVLINK4 = 370e9
 FLAG_NVLINK4_S = 0.73e-6
 FLAG_HOST_S = 2.23e-6
-STAGING_ONE, STAGING_FOUR = 52.6e9, 39e9
+HOST_BOTH_WAYS = 33e9  # the slower way: reading, while two GPUs also write
+HOST_STORES_ONE, HOST_STORES_FOUR = 52.6e9, 39e9  # only storing: one GPU, each of four (raw data not kept)
+HOST_SHARED = HOST_STORES_FOUR / HOST_STORES_ONE  # of the rate that is left to each of more than two: a model
 EFFICIENCY = STORES_NVLINK4 / (NVLINK4_BOTH_WAYS / 2)  # 0.82; into host memory over PCIe Gen5 also 0.82
 
-# benchmarks/results/doctor-2h200.json, and the same machine without peer access (docs/doctor.md).
+# benchmarks/results/doctor-2h200.json and doctor-2h200-no-peer-access.json.
 NVLINK4_ALL_REDUCES = (
     (4096, 6.768e-6),
     (16384, 7.312e-6),
@@ -83,14 +90,14 @@ NVLINK4_ALL_REDUCES = (
     (67108864, 250.248e-6),
 )
 NO_P2P_ALL_REDUCES = (
-    (4096, 10.6e-6),
-    (16384, 11.3e-6),
-    (65536, 15.6e-6),
-    (262144, 34.9e-6),
-    (1048576, 61.7e-6),
-    (4194304, 165.0e-6),
-    (16777216, 589.7e-6),
-    (67108864, 2331e-6),
+    (4096, 10.323e-6),
+    (16384, 11.141e-6),
+    (65536, 15.157e-6),
+    (262144, 35.566e-6),
+    (1048576, 61.584e-6),
+    (4194304, 167.200e-6),
+    (16777216, 596.624e-6),
+    (67108864, 2349.144e-6),
 )
 
 
@@ -107,7 +114,8 @@ def _published(small_s: float, rate: float) -> tuple[tuple[float, float], ...]:
 
 
 def _staging(share: float, kind: Kind, source: str) -> tuple[Number, Number]:
-    return Number(STAGING_ONE * share, kind, source), Number(STAGING_FOUR * share, kind, source)
+    rate = HOST_BOTH_WAYS * share
+    return Number(rate, kind, source), Number(rate * HOST_SHARED, "model", f"{HOST_SHARED:.2f} of {source}")
 
 
 _NVLINK = "https://www.nvidia.com/en-us/data-center/nvlink/"
@@ -142,7 +150,7 @@ _LINKS = (
             title=f"PCIe Gen{generation} x16 with peer access, {rate / 1e9:.0f} GB/s one way",
             one_way=Number(rate, "specification", _PCIE),
             stores=Number(EFFICIENCY * rate, "model", _SCALED),
-            flag=Number(FLAG_HOST_S, "model", "as measured through pinned host memory, H200, PCIe Gen5"),
+            flag=Number(FLAG_HOST_S, "model", f"as measured {HOST_FLAG}"),
             all_reduces=_from_nvlink4(rate, FLAG_HOST_S),
             all_reduces_kind="model",
             all_reduces_source=_RING,
@@ -151,31 +159,33 @@ _LINKS = (
     ),
     Link(
         name="pcie5-host",
-        title="PCIe Gen5 x16 without peer access, through host memory, as a server does it",
+        title="PCIe Gen5 x16 without peer access, through host memory, a server",
         one_way=Number(PCIE5_ONE_WAY, "specification", _PCIE),
-        staging=_staging(1.0, UNKEPT, HOST_MEMORY),
-        flag=Number(FLAG_HOST_S, UNKEPT, HOST_MEMORY),
+        staging=_staging(1.0, "measured", HOST_MEMORY),
+        flag=Number(FLAG_HOST_S, UNKEPT, HOST_FLAG),
         all_reduces=NO_P2P_ALL_REDUCES,
         all_reduces_kind="measured",
         all_reduces_source=NO_P2P,
+        all_reduces_shared=HOST_SHARED,
     ),
     Link(
         name="pcie4-host",
         title="PCIe Gen4 x16 without peer access, through host memory",
         one_way=Number(PCIE4_ONE_WAY, "specification", _PCIE),
         staging=_staging(0.5, "model", f"half of PCIe Gen5: {HOST_MEMORY}"),
-        flag=Number(FLAG_HOST_S, "model", f"as PCIe Gen5: {HOST_MEMORY}"),
+        flag=Number(FLAG_HOST_S, "model", f"as measured {HOST_FLAG}"),
         all_reduces=tuple((n / 2, t) for n, t in NO_P2P_ALL_REDUCES),
         all_reduces_kind="model",
-        all_reduces_source=f"twice the bytes of: {NO_P2P}",
+        all_reduces_source=f"half the bytes in the time of: {NO_P2P}",
+        all_reduces_shared=HOST_SHARED,
     ),
     *(
         Link(
             name=name,
             title=f"PCIe Gen5 x16 without peer access, a consumer machine on which NCCL moves {words}",
             one_way=Number(PCIE5_ONE_WAY, "specification", _PCIE),
-            staging=_staging(1.0, UNKEPT, HOST_MEMORY),
-            flag=Number(FLAG_HOST_S, UNKEPT, HOST_MEMORY),
+            staging=_staging(1.0, "model", f"as a server: {HOST_MEMORY}"),
+            flag=Number(FLAG_HOST_S, "model", f"as measured {HOST_FLAG}"),
             all_reduces=_published(small_s, rate),
             all_reduces_kind="published",
             all_reduces_source=SGLANG,
@@ -209,12 +219,34 @@ PLACES = {
 CORE_COPY = Number(10e9, "measured", "a core of an AMD EPYC, benchmarks/results/cpu-2ranks.json")
 
 
-def all_reduces_of(link: Link, gpus: int) -> AllReduces:
-    """Times of NCCL's all-reduce on ``gpus`` GPUs, from those of two.
+def all_reduces_of(link: Link, gpus: int, busy: int = 0) -> AllReduces:
+    """Times of NCCL's all-reduce on ``gpus`` GPUs, from those of two; ``busy``: GPUs of the machine that send
+    at the same time, if they are more.
 
-    T(W, n) = T(2, n * 2 (W - 1) / W) + 2 (W - 2) * flag: a ring sends 2 (W - 1) / W of the bytes from each
-    GPU, which is all of them on two, in 2 (W - 1) steps. Exact for two.
+    T(W, n) = T(2, n / share * 2 (W - 1) / W) + 2 (W - 2) * flag: a ring sends 2 (W - 1) / W of the bytes from
+    each GPU, which is all of them on two, in 2 (W - 1) steps. share: ``all_reduces_shared`` of the link if
+    more than two GPUs are busy, otherwise 1. Exact for two.
     """
     sent = 2 * (gpus - 1) / gpus
+    if max(gpus, busy) > 2:
+        sent /= link.all_reduces_shared
     more_s = 2 * (gpus - 2) * link.flag.value
     return AllReduces([(n / sent, t + more_s) for n, t in link.all_reduces])
+
+
+def host_rate(link: Link, gpus: int) -> Number | None:
+    """What `ep_backend.doctor.plan.host_s` wants to know; None where peers reach each other."""
+    return None if link.staging is None else link.staging[gpus > 2]
+
+
+def host_of(generation: int | None, width: int | None, gpus: int) -> tuple[Number, Number] | None:
+    """The same and the latency of a flag for GPUs on such PCIe links; None for links that are not here. Half
+    of the lanes move half as much."""
+    link = LINKS.get(f"pcie{generation}-host")
+    rate = None if link is None else host_rate(link, gpus)
+    if link is None or rate is None or not width or width > LANES:
+        return None
+    if width == LANES:
+        return rate, link.flag
+    share = width / LANES
+    return Number(rate.value * share, "model", f"{share:g} of {rate.source}"), link.flag

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ep_backend.doctor import advice, plan
-from ep_backend.doctor.plan import AllReduces, Expected
+from ep_backend.doctor.plan import AllReduces, Expected, Shape
 from ep_backend.planning import hardware, memory
 from ep_backend.planning import words as words_of
 from ep_backend.planning.hardware import PLACES, Link
@@ -19,13 +19,12 @@ from ep_backend.planning.memory import Weights
 from ep_backend.planning.model import Model
 from ep_backend.planning.words import Row
 from ep_backend.profiles import Profile
+from ep_backend.transports import OF_GPUS
 
 MODEL = "model, not measured on such hardware with this shape"
 NO_NCCL = "EP over NCCL and TP left out: NCCL needs GPUs"
-NO_HOST = (
-    "not in this version, so no time; its bytes alone, through pinned host memory, and four flags take "
-    "at least what stands in the row 'at least'"
-)
+SHARED = f"each of more than two GPUs gets {hardware.HOST_SHARED:.2f} of the rate of host memory"
+NO_COLLECTIVE = f"no formula: rows are packed on the CPU; {plan.COLLECTIVE}"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +71,6 @@ def make(
                 comparisons += compared
                 if words_of.EP_WEIGHTS not in too_large:
                     words += advice.sentences(compared, impossible)
-                words += words_of.host_sentence(found, too_large)
     return Plan(
         model=model,
         profile=profile.name,
@@ -102,7 +100,7 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
     gathered = (gpus - 1) * tokens * (there + back)
     found: list[Row] = []
 
-    def add(way: str, sent: float, seconds: float | None, basis: str, least_s: float | None = None) -> None:
+    def add(way: str, sent: float, seconds: float | None, basis: str) -> None:
         found.append(
             Row(
                 way=way,
@@ -111,7 +109,6 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
                 tokens=tokens,
                 sent_bytes=sent,
                 seconds=seconds,
-                least_s=least_s,
                 basis=basis,
             )
         )
@@ -120,37 +117,16 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
     one_machine = gpus <= place.most_gpus and bool(place.links or profile.name == "cpu")
     transports = profile.transport.inside if one_machine else profile.transport.across
     for name in transports:
-        if name == "peer":
-            if link is not None and link.stores is not None:
-                seconds = plan.peer_s(
-                    shape,
-                    gpus,
-                    tokens,
-                    dtype,
-                    bytes_per_s=link.stores.value,
-                    latency_s=link.flag.value,
-                    sms=profile.sm_budget.sms if profile.sm_budget else None,
-                )
-                known = link.stores.kind == "measured" and plan.checked(shape, gpus, tokens)
-                add("EP over peer", direct, seconds, plan.CHECKED if known else MODEL)
-            else:
-                add("EP over peer", direct, None, "no numbers for so many GPUs or for this link")
-        elif name == "host":
-            least = None if link is None else _host_least_s(link, gpus, direct)
-            add("EP over host", direct, None, NO_HOST, least)
-        elif name == "cpu":
-            rate = gpus * hardware.CORE_COPY.value
-            seconds = plan.cpu_s(shape, gpus, tokens, dtype, copy_bytes_per_s=rate, cpus=gpus)
-            add("EP over cpu", direct, seconds, f"{MODEL}; a core per rank that copies 10 GB/s")
-        elif name == "collective":
-            add("EP over collective", direct, None, "no formula: rows are packed on the CPU")
-        else:
-            add(f"EP over {name}", direct, None, "not in this version, no formula")
+        if name == "host" and link is not None and link.staging is None:
+            continue  # peers reach each other; host is what the profile falls back on if they do not
+        add(f"EP over {name}", direct, *_transport(name, shape, profile, link, gpus, tokens, dtype))
     if profile.name == "cpu":
         return found
     all_reduces = None if link is None else hardware.all_reduces_of(link, gpus)
     unknown = place.why or "no number for a network between machines is known here"
     basis = unknown if link is None else f"model from all-reduces of two GPUs ({link.all_reduces_kind})"
+    if link is not None and gpus > 2 and link.all_reduces_shared < 1:
+        basis += f"; {SHARED}"
     add(
         advice.OVER_NCCL,
         gathered,
@@ -158,33 +134,57 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
         basis if link is None else f"{basis}; {plan.NCCL_ERROR}",
     )
     if memory.can_split(model, gpus):
-        add(f"TP {gpus}", *_tensor(model, link, gpus, gpus * tokens), basis)
+        add(f"TP {gpus}", *_tensor(model, link, gpus, gpus, gpus * tokens), basis)
     if memory.halves(model, gpus):
         half = gpus // 2
-        add(f"TP {half} x PP 2", *_tensor(model, link, half, gpus * tokens / 2), basis)
+        add(f"TP {half} x PP 2", *_tensor(model, link, half, gpus, gpus * tokens / 2), basis)
     return found
 
 
-def _tensor(model: Model, link: Link | None, width: int, tokens: float) -> tuple[float, float | None]:
-    """Bytes that a GPU sends in rings, and seconds: two all-reduces of ``tokens`` rows, ``width`` GPUs."""
+def _transport(
+    name: str, shape: Shape, profile: Profile, link: Link | None, gpus: int, tokens: int, dtype: str
+) -> tuple[float | None, str]:
+    """Seconds of a round trip and what they rest on, or None and why not."""
+    if name == "cpu":
+        rate = gpus * hardware.CORE_COPY.value
+        seconds = plan.cpu_s(shape, gpus, tokens, dtype, copy_bytes_per_s=rate, cpus=gpus)
+        return seconds, f"{MODEL}; a core per rank that copies 10 GB/s"
+    if name == "collective":
+        return None, NO_COLLECTIVE
+    if name not in OF_GPUS:
+        return None, "not in this version, no formula"
+    number = None
+    if link is not None:
+        number = link.stores if name == "peer" else hardware.host_rate(link, gpus)
+    if link is None or number is None:
+        return None, "no numbers for so many GPUs or for this link"
+    numbers = {"bytes_per_s": number.value, "latency_s": link.flag.value}
+    if name == "peer":
+        sms = profile.sm_budget.sms if profile.sm_budget else None
+        seconds = plan.peer_s(shape, gpus, tokens, dtype, **numbers, sms=sms)
+    else:
+        seconds = plan.host_s(shape, gpus, tokens, dtype, **numbers)
+    if number.kind == "measured" and plan.checked(name, shape, gpus, tokens):
+        return seconds, plan.CHECKED
+    return seconds, f"{MODEL}; {SHARED}" if name == "host" and gpus > 2 else MODEL
+
+
+def _tensor(
+    model: Model, link: Link | None, width: int, busy: int, tokens: float
+) -> tuple[float, float | None]:
+    """Bytes that a GPU sends in rings, and seconds: two all-reduces of ``tokens`` rows, ``width`` GPUs of
+    ``busy``."""
     _, row = plan.row_bytes(model.hidden, "bf16")
     sent = 2 * tokens * row * 2 * (width - 1) / width
     if link is None:
         return sent, None
-    return sent, advice.tensor_s(model.shape, tokens, hardware.all_reduces_of(link, width))
-
-
-def _host_least_s(link: Link, gpus: int, sent: float) -> float | None:
-    """What transport host cannot go below: four flags, and its stores into host memory."""
-    if link.staging is None:
-        return None
-    one, four = link.staging
-    return plan.FLIGHTS * link.flag.value + sent / (four if gpus > 2 else one).value
+    return sent, advice.tensor_s(model.shape, tokens, hardware.all_reduces_of(link, width, busy))
 
 
 def compare(model: Model, link: Link, gpus: int, rows: Sequence[Row]) -> list[advice.Comparison]:
     """Doctor's comparison of EP over our transport, or over NCCL where that has no time, with TP."""
-    ours = [row for row in rows if row.way == "EP over peer" and row.seconds is not None]
+    ways = {f"EP over {name}" for name in OF_GPUS}
+    ours = [row for row in rows if row.way in ways and row.seconds is not None]
     ours = ours or [row for row in rows if row.way == advice.OVER_NCCL]
     expected = [
         Expected(
@@ -199,7 +199,7 @@ def compare(model: Model, link: Link, gpus: int, rows: Sequence[Row]) -> list[ad
     ]
     in_halves: AllReduces | None = None
     if memory.halves(model, gpus):
-        in_halves = hardware.all_reduces_of(link, gpus // 2)
+        in_halves = hardware.all_reduces_of(link, gpus // 2, gpus)
     name = f"{ours[0].way} ({link.name}, {ours[0].dtype})" if ours else "EP"
     all_reduces = hardware.all_reduces_of(link, gpus)
     return advice.compare(model.shape, gpus, expected, all_reduces, in_halves, name)

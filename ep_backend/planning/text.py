@@ -62,8 +62,8 @@ def _link(link: Link) -> str:
     parts = [link.title, f"one way {_rate(link.one_way)}"]
     parts += [f"stores of SMs {_rate(link.stores)}"] if link.stores else []
     if link.staging:
-        one, four = link.staging
-        parts += [f"stores into host memory {_rate(one)}, with four GPUs at once {_rate(four)}"]
+        two, more = link.staging
+        parts += [f"host memory, both ways at once, {_rate(two)}, with more than two GPUs {_rate(more)}"]
     parts += [f"a flag {link.flag.value * 1e6:.2f} us ({link.flag.kind})"]
     parts += [f"NCCL's all-reduces: {link.all_reduces_kind}, {link.all_reduces_source}"]
     return "; ".join(parts)
@@ -118,50 +118,36 @@ def _volumes(plan: Plan) -> list[str]:
     first = plan.rows[0].link
     rows = [row for row in plan.rows if row.link == first]
     title = "One GPU sends in one layer, MB (as much arrives), by tokens per GPU:"
-    return _table(title, rows, [("", lambda row: row.sent_bytes / 1e6)], 3)
+    return _table(title, rows, lambda row: row.sent_bytes / 1e6, 3)
 
 
 def _times(rows: Sequence[Row], link: str, layers: int) -> list[str]:
     over = f" over {link}" if link else ""
     title = f"Communication of one layer{over}, us, by tokens per GPU:"
-    found = _table(title, rows, [("", lambda row: _scaled(row.seconds, 1e6)), (" at least", _least)], 1)
+    found = _table(title, rows, lambda row: _scaled(row.seconds, 1e6), 1)
     title = f"The same for one step, ms ({layers} layers with experts):"
     timed = [row for row in rows if row.seconds is not None]
     if timed:
-        found += _table(title, timed, [("", lambda row: _scaled(row.seconds, 1e3 * layers))], 2)
+        found += _table(title, timed, lambda row: _scaled(row.seconds, 1e3 * layers), 2)
     return found
-
-
-def _least(row: Row) -> float | None:
-    return _scaled(row.least_s, 1e6)
 
 
 def _scaled(seconds: float | None, factor: float) -> float | None:
     return None if seconds is None else seconds * factor
 
 
-def _table(
-    title: str,
-    rows: Sequence[Row],
-    values: Sequence[tuple[str, Callable[[Row], float | None]]],
-    digits: int,
-) -> list[str]:
-    """One line for each way and dtype and each of ``values``; a further one only if it has a number."""
+def _table(title: str, rows: Sequence[Row], value: Callable[[Row], float | None], digits: int) -> list[str]:
+    """One line for each way and dtype, one column for each number of tokens."""
     tokens = list(dict.fromkeys(row.tokens for row in rows))
-    cases = list(dict.fromkeys((row.way, row.dtype) for row in rows))
-    shown: list[tuple[str, list[float | None]]] = []
-    for case in cases:
-        of_case = {row.tokens: row for row in rows if (row.way, row.dtype) == case}
-        for suffix, value in values:
-            cells = [value(of_case[count]) for count in tokens]
-            if not suffix or any(cell is not None for cell in cells):
-                shown.append((f"{case[0]}, {case[1]}{suffix}", cells))
-    width = max(len(label) for label, _ in shown)
-    found = [title, f"  {'':<{width}}" + "".join(f"{count:>11}" for count in tokens)]
-    for label, cells in shown:
-        texts = ["-" if cell is None else f"{cell:,.{digits}f}" for cell in cells]
-        found.append(f"  {label:<{width}}" + "".join(f"{cell:>11}" for cell in texts))
-    return found
+    found: dict[str, dict[int, float | None]] = {}
+    for row in rows:
+        found.setdefault(f"{row.way}, {row.dtype}", {})[row.tokens] = value(row)
+    width = max(map(len, found))
+    shown = [title, f"  {'':<{width}}" + "".join(f"{count:>11}" for count in tokens)]
+    for label, cells in found.items():
+        texts = ["-" if cell is None else f"{cell:,.{digits}f}" for cell in map(cells.__getitem__, tokens)]
+        shown.append(f"  {label:<{width}}" + "".join(f"{cell:>11}" for cell in texts))
+    return shown
 
 
 def _wrap(text: str, indent: int) -> list[str]:

@@ -13,8 +13,7 @@ EP_WEIGHTS = "EP + DP"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer, one way. ``sent_bytes``: by one GPU; as many arrive. ``seconds`` None: ``basis`` says why.
-    ``least_s``: a bound where there is no time."""
+    """One layer, one way. ``sent_bytes``: by one GPU; as many arrive. ``seconds`` None: see ``basis``."""
 
     way: str
     link: str
@@ -22,7 +21,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int  # per GPU
     sent_bytes: float
     seconds: float | None
-    least_s: float | None = None
     basis: str
 
 
@@ -66,29 +64,6 @@ def _choice(model: Model, ways: Sequence[str], cases: Sequence[Sequence[Row]]) -
 def _lead(ranking: Sequence[Row], ways: int) -> float:
     """By what factor the first is faster than the fastest that is not among the first ``ways``."""
     return _seconds(ranking[ways]) / _seconds(ranking[0]) if len(ranking) > ways else 0.0
-
-
-def host_sentence(rows: Sequence[Row], too_large: Collection[str] = ()) -> list[str]:
-    """Where EP over transport host, at its limit, would lose to TP and PP and where it need not; nothing if
-    EP does not fit, or no rival."""
-    need_not: list[int] = []
-    loses: list[int] = []
-    rivals = {row.way for row in rows if row.way.startswith("TP") and row.seconds is not None} - set(
-        too_large
-    )
-    for row in rows:
-        theirs = [_seconds(other) for other in rows if other.tokens == row.tokens and other.way in rivals]
-        if row.least_s is not None and theirs and EP_WEIGHTS not in too_large:
-            (need_not if row.least_s < min(theirs) else loses).append(row.tokens)
-    if not need_not + loses:
-        return []
-    parts = [f"need not lose at {advice.tokens_of(need_not)}"] if need_not else []
-    parts += [f"would lose at {advice.tokens_of(loses)}"] if loses else []
-    names = " and ".join(dict.fromkeys(row.way for row in rows if row.way in rivals))
-    return [
-        f"EP over transport host, which is not in this version, {' and '.join(parts)} per GPU against "
-        f"{names} ({rows[0].link}, {rows[0].dtype}): a bound from measured rates, not a prediction."
-    ]
 
 
 def _split(way: str) -> str:
