@@ -93,21 +93,21 @@ def test_one_gpu_of_each_machine_is_judged_by_its_neighbours():
 def test_without_links_no_profile_fits():
     for verdict, word in ((False, "none"), (None, "unknown")):
         decision = decide(gpu_machine(4, nvlink=lambda a, b, verdict=verdict: verdict))
-        assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
+        assert (decision.profile, decision.transport, decision.env) == (None, "host", ())
         assert f"nvlink must be all and is {word}" in decision.reason
 
 
 def test_pcie_machines_whose_peer_access_nobody_checked_fit_no_profile():
     """What a PCIe machine is where the data check could not run: neither good nor bad is assumed."""
     decision = decide(pcie_machine(4, works=None))
-    assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
+    assert (decision.profile, decision.transport, decision.env) == (None, "host", ())
     for name, word in (("pcie_p2p", "all"), ("pcie_blackwell", "none")):
         assert f"{name}: peer_access must be {word} and is unknown" in decision.reason
 
 
 def test_gpus_that_nobody_describes_are_not_taken_for_a_cpu_machine():
     assert decide([cpu_rank(visible=("nvidia0",))]).profile is None
-    assert decide([cpu_rank(device="cuda:0"), cpu_rank(device="cuda:1")]).transport == "collective"
+    assert decide([cpu_rank(device="cuda:0"), cpu_rank(device="cuda:1")]).transport == "host"
 
 
 def test_mig_slices_have_no_links():
