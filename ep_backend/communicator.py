@@ -16,9 +16,8 @@ from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, unchecked
 from ep_backend.probe import Record, probe
-from ep_backend.profiles import version
 from ep_backend.select import Decision, decide
-from ep_backend.transports import OF_GPUS, OLDEST_CUDA
+from ep_backend.transports import OF_GPUS
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
@@ -31,16 +30,6 @@ TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig, torch.device
     PeerTransport.name: PeerTransport,
     HostTransport.name: HostTransport,
 }
-
-
-def _check_drivers(records: list[Record]) -> None:
-    """The kernels are one CUDA 13 binary; an older driver cannot load it."""
-    for rank, record in enumerate(records):
-        if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
-            raise EpConfigError(
-                f"rank {rank} has NVIDIA driver {record.driver}, which serves CUDA {record.cuda_driver}; "
-                "transports peer and host need driver 580 or newer (CUDA 13.0); collective works with any"
-            )
 
 
 def available(device: torch.device) -> frozenset[str]:
@@ -132,8 +121,6 @@ class Communicator:
                 group, lambda: probe(self.device, neighbours=group_gpus), lambda record: record
             )
         self.decision: Decision = decide(records, config.transport, available=available(self.device))
-        if self.decision.transport in OF_GPUS:
-            _check_drivers(records)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
         if config.num_sms is None:
             config = replace(config, num_sms=self.decision.sms)

@@ -116,8 +116,9 @@ def unmet(condition: Condition, facts: Facts) -> list[str]:
 
 
 def short_of_shared_memory(facts: Facts, transport: str) -> bool:
-    """Whether NCCL goes through /dev/shm here, with ``transport`` chosen, and that is small."""
-    through_host = transport == "collective" and facts.gpus == "all" and facts.several_gpus
+    """Whether NCCL goes through /dev/shm here, with ``transport`` chosen, and that is small. Transport host
+    itself does not."""
+    through_host = transport in ("host", "collective") and facts.gpus == "all" and facts.several_gpus
     space = facts.shared_memory_bytes
     return through_host and facts.nvlink != "all" and space is not None and space < LEAST_SHARED_MEMORY
 

@@ -17,7 +17,7 @@ from ep_backend.errors import EpConfigError
 from ep_backend.facts import Facts, gather, short_of_shared_memory, unmet, word
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
-from ep_backend.transports import OF_GPUS
+from ep_backend.transports import OF_GPUS, OLDEST_CUDA
 
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
@@ -251,7 +251,7 @@ def _transport(
     place = "inside one machine" if together else f"across {facts.hosts} machines"
     if not facts.several_hosts and not facts.shares_memory:
         place = "between ranks that share no memory (containers? start them with --ipc=host --network=host)"
-    wishes: tuple[str, ...] = ()
+    wishes: tuple[str, ...] = ("host",) if together and facts.gpus == "all" else ()
     if profile is not None:
         wishes = profile.transport.inside if together else profile.transport.across
     passed: list[str] = []
@@ -308,7 +308,20 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
                 return f"it moves CPU tensors and rank {rank} computes on {record.device}"
     if transport in OF_GPUS and facts.gpus == "none":
         return "it moves GPU tensors and no rank computes on a GPU"
+    if transport in OF_GPUS and (old := _old_driver(records)):
+        return old
     return _no_peer_access(records, facts) if transport in ("peer", "hier") else ""
+
+
+def _old_driver(records: Sequence[Record]) -> str:
+    """The kernels are one CUDA 13 binary; an older driver cannot load it."""
+    for rank, record in enumerate(records):
+        if record.cuda_driver and profiles.version(record.cuda_driver) < OLDEST_CUDA:
+            return (
+                f"rank {rank} has NVIDIA driver {record.driver}, which serves CUDA {record.cuda_driver}; "
+                "driver 580 or newer (CUDA 13.0) was wanted"
+            )
+    return ""
 
 
 def _no_peer_access(records: Sequence[Record], facts: Facts) -> str:

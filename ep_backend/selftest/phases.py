@@ -21,7 +21,6 @@ from ep_backend.select import Decision, decide
 from ep_backend.selftest import exchanges, graphs, plan
 from ep_backend.selftest.advice import advise
 from ep_backend.selftest.exchanges import Result, Task
-from ep_backend.transports import OF_GPUS
 
 WAITS = 3  # a wait for a peer takes this part of the deadline at most: there is time to say who did not come
 

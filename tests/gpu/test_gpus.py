@@ -26,6 +26,7 @@ CONFIGS = {
     "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
 }
 LAYOUTS = ("rank_major", "compact", "expert_major")
+TRANSPORTS = ("peer", "host")
 
 
 def needs(world):
@@ -71,14 +72,14 @@ def results(cfg, rank, received, seed, dtype):
     return torch.where(reference.defined_rows(cfg, received)[..., None], y, torch.nan)
 
 
-def same_bits_job(rank, group, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
+def same_bits_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
     """Each exchange, T after T, on the GPU and on the CPU; returns what differs."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
     wrong = []
     with (
         ep.Communicator(group, config(more, world, "cpu", num_channels=2)) as cpu,
-        ep.Communicator(group, config(more, world, "peer", num_channels=2), device=f"cuda:{rank}") as gpu,
+        ep.Communicator(group, config(more, world, transport, num_channels=2), device=f"cuda:{rank}") as gpu,
     ):
         cfg = cpu.config
         for number, slots in enumerate(exchanges):
@@ -117,29 +118,32 @@ def same_bits_job(rank, group, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
     return wrong
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_same_bits_as_the_cpu_transport(world, name, layout):
+def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
     needs(world)
     more = {**CONFIGS[name], "layout": layout}
-    assert ranks(world).run(same_bits_job, more, timeout=120) == [[]] * world
+    assert ranks(world).run(same_bits_job, transport, more, timeout=120) == [[]] * world
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_same_bits_with_many_tokens_and_ranks_without_experts(world, layout):
+def test_same_bits_with_many_tokens_and_ranks_without_experts(world, layout, transport):
     """Bulk copies, several tiles of slots; neighbouring experts live on different ranks, none on the last."""
     needs(world)
     more = {
         "payload": torch.bfloat16,
         "layout": layout,
+        "hidden_size": 4096 if layout == "rank_major" else 256,  # 20 MB of results go by bulk copies
         "max_tokens_per_rank": 2500,
         "num_experts": 9,
         "expert_map": tuple(e % max(1, world - 1) for e in range(9)),
     }
-    exchanges = (2500, 2048, 2500, 1000, 2300, 2100)
-    assert ranks(world).run(same_bits_job, more, exchanges, timeout=120) == [[]] * world
+    exchanges = (2500, 2443, 2500, 1000, 2461, 2100)
+    assert ranks(world).run(same_bits_job, transport, more, exchanges, timeout=120) == [[]] * world
 
 
 def collective_job(rank, group, backend):
@@ -177,11 +181,11 @@ def test_collective_with_rows_on_gpus(world, backend):
         assert group.run(collective_job, backend, timeout=120) == [[]] * world
 
 
-def graph_job(rank, group):
+def graph_job(rank, group, transport):
     """One captured exchange, replayed with other tokens and another count, between eager ones."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16}, world, "peer")
+    cfg = config({"payload": torch.bfloat16}, world, transport)
     wrong = []
     with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
         slots = 24
@@ -221,17 +225,18 @@ def graph_job(rank, group):
     return wrong
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_graph_replays_with_other_counts(world):
+def test_graph_replays_with_other_counts(world, transport):
     needs(world)
-    assert ranks(world).run(graph_job, timeout=120) == [[]] * world
+    assert ranks(world).run(graph_job, transport, timeout=120) == [[]] * world
 
 
-def expert_major_graph_job(rank, group):
+def expert_major_graph_job(rank, group, transport):
     """The same in the expert-major layout: each expert answers with its number times the row."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16, "layout": "expert_major"}, world, "peer")
+    cfg = config({"payload": torch.bfloat16, "layout": "expert_major"}, world, transport)
     wrong = []
     with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
         slots = 24
@@ -276,17 +281,18 @@ def expert_major_graph_job(rank, group):
     return wrong
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_expert_major_graph_replays_with_other_counts(world):
+def test_expert_major_graph_replays_with_other_counts(world, transport):
     needs(world)
-    assert ranks(world).run(expert_major_graph_job, timeout=120) == [[]] * world
+    assert ranks(world).run(expert_major_graph_job, transport, timeout=120) == [[]] * world
 
 
-def compact_capture_job(rank, group):
+def compact_capture_job(rank, group, transport):
     """A compact dispatch while a graph is captured; then an exchange as usual."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16, "layout": "compact"}, world, "peer")
+    cfg = config({"payload": torch.bfloat16, "layout": "compact"}, world, transport)
     said = []
     with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
@@ -309,20 +315,21 @@ def compact_capture_job(rank, group):
         return said, torch.equal(exchange(), want)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [1, 2])
-def test_compact_refuses_to_be_captured(world):
+def test_compact_refuses_to_be_captured(world, transport):
     needs(world)
-    for said, right_again in ranks(world).run(compact_capture_job, timeout=60):
+    for said, right_again in ranks(world).run(compact_capture_job, transport, timeout=60):
         assert len(said) == 2
         assert all("CUDA graph" in text and "expert_major was wanted" in text for text in said)
         assert right_again
 
 
-def twice_job(rank, group, layout):
+def twice_job(rank, group, transport, layout):
     """An expert that stands twice in a token: nobody looks for that on a GPU, and nothing may break."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16, "layout": layout}, world, "peer")
+    cfg = config({"payload": torch.bfloat16, "layout": layout}, world, transport)
     with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
 
@@ -338,21 +345,22 @@ def twice_job(rank, group, layout):
         return counts, torch.equal(again, want)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("world", [1, 2])
-def test_an_expert_twice_in_a_token(world, layout):
+def test_an_expert_twice_in_a_token(world, layout, transport):
     needs(world)
-    outcomes = ranks(world).run(twice_job, layout, timeout=60)
+    outcomes = ranks(world).run(twice_job, transport, layout, timeout=60)
     assert all(right_again for _, right_again in outcomes)
     assert outcomes[0][0][0] == world * 20  # as much as it has room for
     assert not any(outcomes[0][0][1:])
 
 
-def closing_job(rank, group):
+def closing_job(rank, group, transport):
     """Exchanges that are left at every point, then one that must be right; then ranks that disagree."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16}, world, "peer")
+    cfg = config({"payload": torch.bfloat16}, world, transport)
     with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
 
@@ -386,15 +394,16 @@ def closing_job(rank, group):
     return same, said
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_closing(world):
+def test_closing(world, transport):
     needs(world)
-    results = ranks(world).run(closing_job, timeout=60)
+    results = ranks(world).run(closing_job, transport, timeout=60)
     assert [same for same, _ in results] == [[True] * 4] * world
     assert "ended the exchange without a combine" in results[0][1]
 
 
-def loop_job(rank, group, stall_s):
+def loop_job(rank, group, transport, stall_s):
     """Replays until a peer fails; then says what was raised, how long it took, and whether recovery works."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
@@ -403,7 +412,7 @@ def loop_job(rank, group, stall_s):
         top_k=2,
         hidden_size=256,
         max_tokens_per_rank=8,
-        transport="peer",
+        transport=transport,
         timeout_s=2.0,
     )
     with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
@@ -446,11 +455,12 @@ def loop_job(rank, group, stall_s):
         return error, bool((out == 0).all())
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_rank_dies_between_replays(world):
+def test_a_rank_dies_between_replays(world, transport):
     needs(world)
     with fresh_ranks(world) as group:
-        group.start(loop_job, None)
+        group.start(loop_job, transport, None)
         outcomes = group.outcomes(timeout=60)
     assert outcomes[1].exitcode == -signal.SIGKILL
     for rank in set(range(world)) - {1}:
@@ -462,21 +472,22 @@ def test_a_rank_dies_between_replays(world):
         assert recovery != "recovered"
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_recovery_after_a_stall(world):
+def test_recovery_after_a_stall(world, transport):
     needs(world)
     with fresh_ranks(world) as group:
-        results = group.run(loop_job, 4.0, timeout=60)
+        results = group.run(loop_job, transport, 4.0, timeout=60)
     for rank, ((peer, _, _), right_again) in enumerate(results):
         assert peer == 1 or rank == 1
         assert right_again
 
 
-def two_streams_job(rank, group):
+def two_streams_job(rank, group, transport):
     """Two communicators at the same time on two streams."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16}, world, "peer")
+    cfg = config({"payload": torch.bfloat16}, world, transport)
     wrong = 0
     with (
         ep.Communicator(group, cfg, device=f"cuda:{rank}") as one,
@@ -500,7 +511,8 @@ def two_streams_job(rank, group):
     return wrong
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_two_communicators_on_two_streams(world):
+def test_two_communicators_on_two_streams(world, transport):
     needs(world)
-    assert ranks(world).run(two_streams_job, timeout=120) == [0] * world
+    assert ranks(world).run(two_streams_job, transport, timeout=120) == [0] * world

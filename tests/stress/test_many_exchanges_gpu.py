@@ -21,14 +21,14 @@ import ep_backend as ep
 pytestmark = [pytest.mark.gpu, pytest.mark.stress]
 GPUS = torch.cuda.device_count()
 SLOTS = (1, 1, 7, 7, 7, 32, 32, 100, 260)
-MANY = 2050  # T that bulk copies carry; seldom, as comparing takes longer
+MANY = 2050  # T that bulk copies carry if rows have 10 KB; seldom, as comparing takes longer
 GRAPHS, TURNS = 6, 24  # graphs of a communicator, and turns in each
 CHECK_EVERY = 40  # replays or eager turns between two looks at what the GPU found
 # (layout, payload, hidden size, exchanges)
 PARTS = (
     ("rank_major", torch.bfloat16, 256, 25_000),
     ("expert_major", torch.bfloat16, 256, 20_000),
-    ("rank_major", torch.float32, 1024, 20_000),
+    ("rank_major", torch.float32, 2560, 20_000),
     ("compact", torch.bfloat16, 256, 2_000),
     ("expert_major", torch.float32, 136, 15_000),
     ("rank_major", torch.bfloat16, 264, 20_000),
@@ -259,7 +259,7 @@ def play(players, seed, exchanges):
     return begun, compared, replayed
 
 
-def config_of(world, part):
+def config_of(world, part, transport):
     layout, payload, hidden, _ = part
     return ep.EpConfig(
         num_experts=4 * world + 2,
@@ -270,19 +270,19 @@ def config_of(world, part):
         layout=layout,
         num_channels=2,
         timeout_s=30,
-        transport="peer",
+        transport=transport,
     )
 
 
-def a_gpu_each(rank, group, seed, part):
+def a_gpu_each(rank, group, seed, part, transport):
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    with ep.Communicator(group, config_of(world, part), device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, config_of(world, part, transport), device=f"cuda:{rank}") as comm:
         return play([Player(comm, torch.cuda.Stream(), seed)], seed, part[-1])
 
 
 def all_on_one_gpu(rank, group, seed, part, world):
-    with local_ranks(config_of(world, part), world) as comms:
+    with local_ranks(config_of(world, part, "peer"), world) as comms:
         players = [Player(comm, stream, seed) for comm, stream in zip(comms, streams(comms), strict=True)]
         torch.cuda.synchronize()
         return play(players, seed, part[-1])
@@ -311,11 +311,12 @@ def run_parts(group, job, where, capsys, *more):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("transport", ["peer", "host"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_many_exchanges(world, capsys):
+def test_many_exchanges(world, transport, capsys):
     if world > GPUS:
         pytest.skip(f"needs {world} GPUs, {GPUS} found")
-    run_parts(ranks(world), a_gpu_each, f"{world} GPUs", capsys)
+    run_parts(ranks(world), a_gpu_each, f"{world} GPUs, {transport}", capsys, transport)
 
 
 @pytest.mark.timeout(900)

@@ -161,7 +161,6 @@ def test_a_choice_that_cannot_be_made(name, value, words):
 @pytest.mark.parametrize(
     ("changes", "kernels", "words"),
     [
-        ({"cuda_driver": "12.8", "driver": "570.1"}, True, "driver 570.1 is too old for transport peer"),
         ({}, False, "has no CUDA kernels"),
         ({"versions": {"torch": "2.13.0+cpu"}, "visible": ()}, True, "built for CPUs only"),
         (
@@ -180,11 +179,11 @@ def test_drivers_and_builds(changes, kernels, words):
     only(examined(gpus(2, **changes), kernels=kernels), words)
 
 
-@pytest.mark.parametrize("name", ["pcie_blackwell", "pcie_rdma", "nvlink_pairs"])
-def test_an_older_driver_is_worth_a_note_where_peer_is_not_chosen(name):
+@pytest.mark.parametrize("name", ["nvswitch", "pcie_blackwell", "pcie_rdma", "nvlink_pairs"])
+def test_an_older_driver_is_worth_a_note_and_another_transport(name):
     record = msgspec.structs.replace(PROFILES[name][0], cuda_driver="12.8", driver="570.1")
     [finding] = examined(record).findings
-    assert "driver 570.1 is too old for transport peer" in finding.what
+    assert "driver 570.1 is too old for transports peer and host" in finding.what
     assert "transport collective, which is chosen here, works with it" in finding.why
     assert not finding.wrong
 

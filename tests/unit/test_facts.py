@@ -94,7 +94,7 @@ def test_peer_access_that_is_advertised_and_broken():
     promised = tuple(msgspec.structs.replace(r, nvml_read=True, nvml_write=True) for r in records[0].links)
     records = [msgspec.structs.replace(record, links=promised) for record in records]
     decision = decide(records)
-    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "host")
     assert "data check of peer access failed between GPU-node0-0 and GPU-node0-1" in decision.reason
     with pytest.raises(EpConfigError, match="asks for transport 'peer', but the data check of peer access"):
         decide(records, "peer")
@@ -107,7 +107,7 @@ def test_peer_access_that_is_not_offered_has_not_failed():
     directions = (Direction(source=a, target=b, **closed), Direction(source=b, target=a, **closed))
     records = [msgspec.structs.replace(r, directions=directions) for r in pcie_machine(2, works=False)]
     decision = decide(records)
-    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "host")
     assert f"The driver offers no peer access between {a} and {b}." in decision.reason
     assert "data check" not in decision.reason
     with pytest.raises(EpConfigError, match=f"but the driver offers no peer access between {a} and {b}"):
@@ -119,7 +119,7 @@ def test_peer_access_that_is_not_offered_has_not_failed():
 
 def test_nvlink_whose_data_check_failed_is_not_used():
     decision = decide(one_bad_pair(gpu_machine(8)))
-    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
+    assert (decision.profile, decision.transport) == ("nvswitch", "host")
     assert decision.reason.count("failed between GPU-node0-0 and GPU-node0-1") == 1
     elsewhere = one_bad_pair(gpu_machine(8, used=[2, 3, 4]))
     assert decide(elsewhere).transport == "peer", "the group does not use that pair"
@@ -145,7 +145,7 @@ def test_peer_access_can_be_refused_by_the_user(machine):
         for record in machine(4, **asked)
     ]
     decision = decide(records)
-    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "host")
     assert "EP_BACKEND_PEER_ACCESS=0: no peer access is used." in decision.reason
     with pytest.raises(EpConfigError, match="EP_BACKEND_PEER_ACCESS=0 forbids it"):
         decide(records, "peer")
@@ -166,7 +166,7 @@ def test_slices_of_gpus_have_no_peers():
     for records in (sliced, gpu_machine(2, device="MIG-1", used=[0, 1])):
         with pytest.raises(EpConfigError, match="rank 0 uses a slice of a GPU"):
             decide(records, "peer")
-        assert decide(records).transport == "collective"
+        assert decide(records).transport == "host"
     assert decide(sliced[:1], "peer").transport == "peer", "alone it needs no peer"
 
 

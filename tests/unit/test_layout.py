@@ -116,7 +116,7 @@ def test_window_of_a_configuration(world, tokens, payload, channels):
         num_channels=channels,
     )
     shape = config.window_shape(world)
-    total, first, stride, _, rows = ops.window_layout(shape)
+    total, first, stride, _, rows, _ = ops.window_layout(shape)
     end = first + (channels - 1) * stride + rows + world * tokens * config.row_bytes
     assert end <= total
     assert expected(shape)[0] == total

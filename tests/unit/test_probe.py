@@ -284,7 +284,7 @@ def test_a_driver_that_hangs(machine):
     assert time.monotonic() - begin < 5
     assert any("no answer within 0.2 s" in problem for problem in record.problems)
     assert record.visible == ("nvidia0",)
-    assert decide([record]).transport == "collective"
+    assert decide([record]).transport == "host"
     record = machine(fake_nvml(hang_s=30), deadline_s=0.2, device="cuda:1")
     assert record.used_gpus() == ("cuda:1",)
 
@@ -471,7 +471,7 @@ def test_nvlink_everywhere_starts_nothing_and_takes_what_is_known(machine, tried
     record = machine(fake_nvml(), checks="auto")
     assert (asked[0]["among"], asked[0]["fresh"]) == ((), False)
     decision = decide([record])
-    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
+    assert (decision.profile, decision.transport) == ("nvswitch", "host")
     assert "data check of peer access failed between GPU-0a and GPU-1a" in decision.reason
 
 
@@ -521,7 +521,7 @@ def test_the_users_veto(machine, tried, module):
     assert (record.links[0].nvlink, record.links[0].peer_works, record.fabric_works) == (False, False, False)
     assert record.environment == veto
     decision = decide([record])
-    assert (decision.profile, decision.transport) == ("pcie_blackwell", "collective")
+    assert (decision.profile, decision.transport) == ("pcie_blackwell", "host")
     record = machine(module(), veto, checks="fresh")
     assert record.directions == good.directions, "what was measured is shown all the same"
     assert decide([record]) == decision

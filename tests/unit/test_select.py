@@ -93,21 +93,21 @@ def test_one_gpu_of_each_machine_is_judged_by_its_neighbours():
 def test_without_links_no_profile_fits():
     for verdict, word in ((False, "none"), (None, "unknown")):
         decision = decide(gpu_machine(4, nvlink=lambda a, b, verdict=verdict: verdict))
-        assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
+        assert (decision.profile, decision.transport, decision.env) == (None, "host", ())
         assert f"nvlink must be all and is {word}" in decision.reason
 
 
 def test_pcie_machines_whose_peer_access_nobody_checked_fit_no_profile():
     """What a PCIe machine is where the data check could not run: neither good nor bad is assumed."""
     decision = decide(pcie_machine(4, works=None))
-    assert (decision.profile, decision.transport, decision.env) == (None, "collective", ())
+    assert (decision.profile, decision.transport, decision.env) == (None, "host", ())
     for name, word in (("pcie_p2p", "all"), ("pcie_blackwell", "none")):
         assert f"{name}: peer_access must be {word} and is unknown" in decision.reason
 
 
 def test_gpus_that_nobody_describes_are_not_taken_for_a_cpu_machine():
     assert decide([cpu_rank(visible=("nvidia0",))]).profile is None
-    assert decide([cpu_rank(device="cuda:0"), cpu_rank(device="cuda:1")]).transport == "collective"
+    assert decide([cpu_rank(device="cuda:0"), cpu_rank(device="cuda:1")]).transport == "host"
 
 
 def test_mig_slices_have_no_links():
@@ -147,9 +147,9 @@ MACHINES = [
     ("NVL72 tray", fabric_machine(), "nvl72", "peer", "peer", FABRIC, "fabric is true"),
     ("NVL72 trays", two(fabric_machine, 4), "nvl72", "collective", "collective", FABRIC,
      "peer, because this version maps GPU memory inside one machine only"),
-    ("2 NVLink pairs", gpu_machine(4, nvlink=pairs), "nvlink_pairs", "collective", "host",
+    ("2 NVLink pairs", gpu_machine(4, nvlink=pairs), "nvlink_pairs", "host", "host",
      {"NCCL_P2P_LEVEL": "NVL", **NO_IB}, "nvlink is some"),
-    ("2 NVLink pairs and a port", gpu_machine(4, nvlink=pairs, **HCA), "nvlink_pairs", "collective", "host",
+    ("2 NVLink pairs and a port", gpu_machine(4, nvlink=pairs, **HCA), "nvlink_pairs", "host", "host",
      {"NCCL_P2P_LEVEL": "NVL"}, "nvlink is some"),
     ("8 H100 PCIe", pcie_machine(8), "pcie_p2p", "peer", "peer",
      {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "nvlink is none, peer_access is all"),
@@ -169,16 +169,18 @@ MACHINES = [
     ("two machines with ports, peer access behind switches only",
      two(partial_machine, 4, **HCA), "pcie_rdma", "collective", "collective",
      {"NCCL_P2P_LEVEL": "PIX", **PCIE}, "hca is true"),
-    ("peer access behind switches only", partial_machine(4), "pcie_partial", "collective", "host",
+    ("peer access behind switches only", partial_machine(4), "pcie_partial", "host", "host",
      {"NCCL_P2P_LEVEL": "PIX", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-2"),
     ("peer access in one NUMA node only, old driver", partial_machine(4, near="NODE", **OLD), "pcie_partial",
-     "collective", "host", {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB, **OLD_HOST}, "peer_access is some"),
-    ("one bad pair among eight", one_bad_pair(pcie_machine(8)), "pcie_partial", "collective", "host",
+     "collective", "collective", {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB, **OLD_HOST},
+     "peer_access is some"),
+    ("one bad pair among eight", one_bad_pair(pcie_machine(8)), "pcie_partial", "host", "host",
      {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-1."),
     ("RTX PRO 6000 Blackwell workstation", pcie_machine(2, works=False, ancestor="PHB"), "pcie_blackwell",
-     "collective", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "peer_access is none"),
+     "host", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "peer_access is none"),
     ("the same with an old driver", pcie_machine(2, works=False, **OLD), "pcie_blackwell",
-     "collective", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB, **OLD_HOST}, "peer_access is none"),
+     "collective", "collective", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB, **OLD_HOST},
+     "passed over: host, because rank 0 has NVIDIA driver"),
 ]  # fmt: skip
 
 

@@ -128,7 +128,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
           "cudaDeviceGetAttribute");
     dependent_ = major >= 9;
     const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
-    // Bulk copies into host memory are slow: 3 to 10 times as slow as stores (docs/performance.md).
+    // Bulk copies into host memory take longer than stores (docs/performance.md).
     bulk_ = !settings.copies && major >= 9 &&
             std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
     const int capacity = sms * blocks_per_sm;
