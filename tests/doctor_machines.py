@@ -14,7 +14,7 @@ from ep_backend.probe import Record, _both_ways
 SMALL = Shape(name="small", hidden=2048, experts=128, topk=8, layers=48)
 LARGE = Shape(name="large", hidden=7168, experts=256, topk=8, layers=61)
 SKIPPED = WarmUp(outcome="skipped", why="this is a test")
-EVERYTHING = frozenset({"cpu", "collective", "peer"})
+EVERYTHING = frozenset({"cpu", "collective", "peer", "host"})
 
 
 def uuid(number):
@@ -129,7 +129,7 @@ PROFILES = {
     "cpu": (cpus(), "cpu"),
     "nvl72": (gpus(fabric_works=True, gpu={"fabric_cluster": "c-1", "fabric_clique": 7}), "peer"),
     "nvswitch": (gpus(8), "peer"),
-    "nvlink_pairs": (gpus(4, nvlink=bridges, rate=250e9), "collective"),
+    "nvlink_pairs": (gpus(4, nvlink=bridges, rate=250e9), "host"),
     # Recognised only where there are several machines; doctor looks at one.
     "pcie_rdma": (
         gpus(2, nvlink=none, ancestor="PXB", rate=50e9, environment={"EP_BACKEND_PROFILE": "pcie_rdma"}),
@@ -137,12 +137,12 @@ PROFILES = {
     ),
     "pcie_partial": (
         gpus(4, nvlink=none, works=bridges, ancestor="PHB", rate=50e9, hcas=()),
-        "collective",
+        "host",
     ),
     "pcie_p2p": (gpus(4, nvlink=none, ancestor="PXB", rate=50e9, hcas=()), "peer"),
     "pcie_blackwell": (
         gpus(2, nvlink=none, access=none, ancestor="PHB", name="NVIDIA GeForce RTX 4090", hcas=()),
-        "collective",
+        "host",
     ),
 }
 

@@ -3,7 +3,13 @@
 import json
 from pathlib import Path
 
+import msgspec
+
+from ep_backend.doctor import report, shapes
 from ep_backend.doctor.plan import Shape
+from ep_backend.doctor.warmup import WarmUp
+from ep_backend.planning.model import of_registry
+from ep_backend.probe import Record
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WITHIN = 0.3
@@ -21,20 +27,32 @@ def documents(pattern):
         yield file.name, json.loads(file.read_text())
 
 
-def peer_cases():
-    for name, document in documents("peer-*.json"):
-        ranks = document.get("settings", {}).get("ranks") or document["machine"]["gpus"]
+def ranks_of(document):
+    return document.get("settings", {}).get("ranks") or document["machine"]["gpus"]
+
+
+def round_trips(pattern, transport):
+    """File, shape, ranks, tokens, dtype, SMs (None: all) and microseconds."""
+    for name, document in documents(pattern):
         for one in document["results"]:
-            if one["transport"] == "peer" and one["phase"] == "round_trip":
+            if one["transport"] == transport and one["phase"] == "round_trip":
                 yield (
                     name,
                     shape_of(document),
-                    ranks,
+                    ranks_of(document),
                     one["tokens"],
                     one["dtype"],
                     one.get("num_sms"),
                     one["median_us"],
                 )
+
+
+def host_cases():
+    yield from round_trips("host-2h200*.json", "host")
+
+
+def peer_cases():
+    yield from round_trips("peer-*.json", "peer")
     for name, document in documents("kernels-h200x4-*.json"):
         shape = Shape(
             name="measured",
@@ -44,3 +62,21 @@ def peer_cases():
         )
         for one in document["processes_4"] + document["one_process_4_gpus"]:
             yield name, shape, 4, one["T"], "fp8" if one["quant"] else "bf16", one["blocks"], one["us"]
+
+
+def kept_report(name):
+    """What doctor says now of a machine that it looked at then."""
+    document = json.loads((RESULTS / name).read_text())
+    record = msgspec.convert(document["machine"], Record)
+    decision, undecided = report.choose(record)
+    return report.examine(
+        record,
+        decision,
+        undecided,
+        msgspec.convert(document["warm_up"], WarmUp),
+        [of_registry(shape).shape for shape in shapes.DEFAULT],
+        shapes.TOKENS,
+        document["ranks"],
+        environ=record.environment,
+        versions=document["software"],
+    )

@@ -113,7 +113,7 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
     if any("NVML does not describe" in problem for problem in record.problems):
         yield Finding(
             what="the GPUs' links are not known, because NVML does not describe the GPUs",
-            why="no profile fits, so nothing is set and the slowest transport is used",
+            why="no profile fits, so nothing is set, and transport peer is not used",
             next="pip install nvidia-ml-py (in a container also: give it the driver's utility capability)",
         )
     if not record.used_gpus():

@@ -17,7 +17,7 @@ from doctor_machines import (
 )
 
 from ep_backend import env, facts, nvml
-from ep_backend.doctor import advice, plan
+from ep_backend.doctor import advice, expect, plan
 from ep_backend.doctor.plan import AllReduces, Expected
 
 
@@ -52,6 +52,7 @@ def test_broken_peer_access_names_the_pairs_and_the_cure():
     mended = only(examined(gpus(2, nvlink=none, works=none)), "failed").next
     assert "iommu" not in mended
     assert "engines with this library's plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export" in mended
+    assert finding.why.endswith("ep_backend uses transport host here")
 
 
 def test_pairs_that_are_not_used_do_not_matter():
@@ -325,13 +326,55 @@ def test_a_slow_link_turns_the_advice_round():
 
 
 def test_collective_is_compared_by_what_nccl_costs_at_least():
-    record, _ = PROFILES["pcie_blackwell"]
+    record = msgspec.structs.replace(
+        PROFILES["pcie_blackwell"][0], environment={"EP_BACKEND_TRANSPORT": "collective"}
+    )
     report = examined(record, warmed(2), shapes=(LARGE,), tokens=(8,))
     [one] = report.comparisons
     times = report.warm_up.times(2)
     assert one.ep == "EP over NCCL"
     assert one.ep_s == plan.nccl_s(LARGE, 2, 8, "bf16", times)
     assert any("--enforce-eager" in words for words in report.advice)
+    assert {one.basis.partition("; transport ")[2] for one in report.expected} == {
+        expect.SLOWER.removeprefix("transport ")
+    }
+
+
+def test_host_is_compared_by_its_own_time():
+    record, _ = PROFILES["pcie_blackwell"]
+    report = examined(record, warmed(2), shapes=(LARGE,), tokens=(8,))
+    [one] = report.comparisons
+    assert one.ep == "EP"
+    assert one.ep_s == plan.host_s(LARGE, 2, 8, "bf16", bytes_per_s=33e9, latency_s=2.23e-6)
+    assert not any("--enforce-eager" in words for words in report.advice)
+    assert not any("packs" in words for words in (*report.advice, *(one.basis for one in report.expected)))
+    assert {one.way for one in report.expected} == {"host", "nccl"}
+
+
+def test_host_memory_is_that_of_the_slowest_pcie_link():
+    record, _ = PROFILES["pcie_blackwell"]
+
+    def told(**gpu):
+        changed = msgspec.structs.replace(record.gpus[0], **gpu)
+        found = examined(msgspec.structs.replace(record, gpus=(changed, *record.gpus[1:])), tokens=(4096,))
+        (ours, *_) = [one for one in found.expected if one.way == "host"]
+        return ours, found
+
+    full, _ = told()
+    assert "model, not measured; host memory is taken to move 33.0 GB/s" in full.basis
+    half, _ = told(pcie_generation=4)
+    assert "16.5 GB/s" in half.basis
+    assert half.seconds == pytest.approx(2 * full.seconds, rel=0.05)
+    unknown, report = told(pcie_width=None)
+    assert unknown.seconds is None
+    assert unknown.basis.startswith("no expectation")
+    assert "EP was not compared with TP: EP has no expected time here." in report.advice
+
+
+@pytest.mark.parametrize(("gpu", "kept"), [({}, True), ({"pcie_width": 8}, False), ({"nvlinks": 0}, False)])
+def test_host_is_called_checked_on_h200_with_the_same_pcie_link_only(gpu, kept):
+    report = examined(gpus(2, nvlink=none, access=none, gpu={"nvlinks": 18, **gpu}), shapes=(LARGE,))
+    assert {one.basis.startswith(plan.CHECKED) for one in report.expected if one.way == "host"} == {kept}
 
 
 def test_engines_and_containers():

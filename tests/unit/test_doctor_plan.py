@@ -1,9 +1,10 @@
 """Expected times: the formulas against every kept measurement, and against what must hold."""
 
+import json
 import time
 
 import pytest
-from measurements import MEASURED, WITHIN, documents, peer_cases, shape_of
+from measurements import MEASURED, RESULTS, WITHIN, documents, host_cases, peer_cases, shape_of
 
 from ep_backend.config import EpConfig
 from ep_backend.doctor import copying, plan
@@ -11,6 +12,8 @@ from ep_backend.doctor.plan import AllReduces, Shape
 
 # What doctor measured on 2 H200 (docs/doctor.md): stores of SMs between two GPUs, a flag one way.
 H200 = {"bytes_per_s": 370e9, "latency_s": 0.73e-6}
+# Memory of its host, both ways at once, and a flag through it.
+HOST = {"bytes_per_s": 33e9, "latency_s": 2.23e-6}
 
 
 def config(**changes):
@@ -30,21 +33,38 @@ def test_there_are_measurements():
     assert {case[2] for case in peer_cases()} == {2, 4}
     assert {case[3] for case in peer_cases()} >= {1, 8, 32, 64, 128, 256, 4096}
     assert {case[4] for case in peer_cases()} == {"bf16", "fp8"}
+    assert {case[3:5] for case in host_cases()} >= {(1, "bf16"), (128, "fp8"), (4096, "bf16"), (4096, "fp8")}
     assert {document["settings"]["ranks"] for _, document, _ in cpu_cases()} == {2, 4}
 
 
-def missed(machine):
-    """Measurements of peer from which the expectation for ``machine`` is further away than it may be."""
-    found = []
+def errors(machine):
+    """Of the expectation for ``machine`` against each measurement of peer; and whether it used all SMs."""
     for name, shape, ranks, tokens, dtype, sms, measured_us in peer_cases():
         expected_us = plan.peer_s(shape, ranks, tokens, dtype, **machine, sms=sms) * 1e6
-        if abs(expected_us / measured_us - 1) >= WITHIN:
-            found.append((name, ranks, tokens, dtype, sms, measured_us, expected_us))
-    return found
+        yield expected_us / measured_us - 1, sms is None or sms >= 132, (name, ranks, tokens, dtype, sms)
 
 
-def test_every_measurement_of_peer_is_within_30_percent():
-    assert missed(H200) == []
+def host_errors(machine):
+    for name, shape, ranks, tokens, dtype, _, measured_us in host_cases():
+        expected_us = plan.host_s(shape, ranks, tokens, dtype, **machine) * 1e6
+        yield expected_us / measured_us - 1, True, (name, ranks, tokens, dtype)
+
+
+def missed(found):
+    """Where the expectation is further away than it may be."""
+    return [case for error, _, case in found if abs(error) >= WITHIN]
+
+
+def test_every_measurement_of_peer_and_host_is_within_30_percent():
+    assert missed(errors(H200)) == []
+    assert missed(host_errors(HOST)) == []
+
+
+def test_how_far_the_formulas_are_from_measurements_as_the_pages_say():
+    """docs/doctor.md, "Expected times"; docs/planning.md, "How good it is"."""
+    assert max(abs(error) for error, all_sms, _ in errors(H200) if all_sms) < 0.13
+    assert max(abs(error) for error, all_sms, _ in errors(H200) if not all_sms) < 0.2
+    assert max(abs(error) for error, _, _ in host_errors(HOST)) < 0.13
 
 
 def test_every_measurement_of_cpu_is_within_30_percent():
@@ -59,7 +79,9 @@ def test_every_measurement_of_cpu_is_within_30_percent():
     "change", [{"latency_s": 5e-6}, {"bytes_per_s": 150e9}], ids=["slow flags", "slow link"]
 )
 def test_the_comparison_with_measurements_can_fail(change):
-    assert missed({**H200, **change})
+    assert missed(errors({**H200, **change}))
+    host = {"latency_s": 5e-6} if "latency_s" in change else {"bytes_per_s": 24e9}
+    assert missed(host_errors({**HOST, **host}))
 
 
 def test_rows_per_token_by_hand():
@@ -96,6 +118,26 @@ def test_slower_links_and_longer_flights_take_longer():
     assert plan.peer_s(MEASURED, 4, 128, "bf16", bytes_per_s=50e9, latency_s=1.24e-6) > 4 * base
     slow = plan.peer_s(MEASURED, 4, 128, "bf16", bytes_per_s=H200["bytes_per_s"], latency_s=10.73e-6)
     assert slow - base == pytest.approx(plan.FLIGHTS * 10e-6)
+
+
+def test_what_does_not_leave_the_gpu_costs_host_nothing():
+    alone = Shape(name="", hidden=2048, experts=4, topk=2)
+    assert plan.host_s(alone, 1, 4096, "bf16", **HOST) == plan.host_s(alone, 1, 1, "bf16", **HOST)
+    base = plan.host_s(MEASURED, 2, 4096, "bf16", **HOST)
+    twice = plan.host_s(MEASURED, 2, 4096, "bf16", bytes_per_s=66e9, latency_s=HOST["latency_s"])
+    assert base == pytest.approx(2 * twice, rel=0.01)
+    assert plan.host_s(MEASURED, 2, 4096, "fp8", **HOST) < 0.8 * base
+
+
+def test_the_words_about_collective_are_its_measurements():
+    document = json.loads((RESULTS / "collective-2h200.json").read_text())
+    took = {
+        one["tokens"]: one["median_us"] / 1e3
+        for one in document["results"]
+        if (one["transport"], one["phase"], one["dtype"]) == ("collective", "round_trip", "bf16")
+    }
+    assert f"{took[1]:.1f} ms with 1 token, {took[128]:.1f} ms with 128" in plan.COLLECTIVE
+    assert f"{took[4096]:.0f} ms with 4096" in plan.COLLECTIVE
 
 
 def test_all_reduces_between_and_beyond_what_was_measured():
