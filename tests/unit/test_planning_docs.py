@@ -1,9 +1,11 @@
-"""docs/planning.md: its samples are what the commands print, its table of first batches what is planned."""
+"""docs/planning.md: its samples are what the commands print, its tables what is planned and was measured."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from measurements import RESULTS, host_cases, peer_cases
 
 from ep_backend import cli, profiles
 from ep_backend.planning import model, predict
@@ -12,7 +14,8 @@ from ep_backend.planning.hardware import LINKS
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 SAMPLES = re.findall(r"`ep-backend (plan [^`]+)`:\n\n```\n(.*?)```", PAGE, flags=re.DOTALL)
 USAGE = [line for line in PAGE.split("```")[1].splitlines() if line.startswith("ep-backend")]
-BATCHES = [1 << power for power in range(17)]
+BATCHES = [1 << power for power in range(13)]
+PROFILES = {profile.name: profile for profile in profiles.shipped()}
 
 
 @pytest.mark.parametrize(("command", "shown"), SAMPLES, ids=[command for command, _ in SAMPLES])
@@ -30,19 +33,108 @@ def test_there_are_samples_and_the_commands_on_top_run(capsys):
     assert capsys.readouterr().out
 
 
-def first_batches(name, link, profile, gpus):
-    """For each way of TP the first batch from which EP over NCCL is not slower, or "never"."""
-    rows = predict.of_link(model.read(name), profile, LINKS[link], gpus, BATCHES, "bf16")
-    seconds = {(row.way, row.tokens): row.seconds for row in rows}
-    for way in dict.fromkeys(row.way for row in rows if row.way.startswith("TP")):
-        loses = [count for count in BATCHES if seconds["EP over NCCL", count] > seconds[way, count]]
-        later = [count for count in BATCHES if count > max(loses, default=0)]
-        yield str(later[0]) if later else "never"
+def seconds(name, gpus, tokens, link="pcie5-host", profile="pcie_blackwell", dtype="bf16"):
+    """By way and number of tokens."""
+    rows = predict.of_link(model.read(name), PROFILES[profile], LINKS[link], gpus, tokens, dtype)
+    return {(row.way, row.tokens): row.seconds for row in rows}
 
 
-def test_the_table_of_first_batches():
-    profile = profiles.find("pcie_blackwell", profiles.shipped())
-    for name in ("qwen3-30b-a3b", "deepseek-v3"):
-        for link in ("pcie5-host", "consumer", "consumer-memcpy"):
-            cells = [cell for gpus in (2, 4, 8) for cell in first_batches(name, link, profile, gpus)]
-            assert f"| {name}, `{link}` | {' | '.join(cells)} |" in PAGE
+def shown(microseconds):
+    return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
+
+
+def measured(cases, ranks, hidden):
+    return {
+        (tokens, dtype): us
+        for name, of, of_ranks, tokens, dtype, sms, us in cases
+        if not name.startswith("kernels") and sms is None and (of_ranks, of.hidden) == (ranks, hidden)
+    }
+
+
+def nccl(file):
+    """Microseconds of bf16 by number of tokens and phase."""
+    document = json.loads((RESULTS / file).read_text())
+    return {
+        (one["tokens"], one["phase"]): one["median_us"]
+        for one in document["results"]
+        if one["transport"].startswith(("nccl", "baseline")) and one["dtype"] == "bf16"
+    }
+
+
+def single_calls(times, tokens):
+    return times[tokens, "dispatch"] + times[tokens, "combine"]
+
+
+def test_the_table_of_peer_with_four_gpus():
+    took = measured(peer_cases(), 4, 7168)
+    for tokens in (1, 32, 128, 4096):
+        cells = []
+        for dtype in ("bf16", "fp8"):
+            times = seconds("deepseek-v3", 4, [tokens], "nvlink4", "nvswitch", dtype)
+            cells += [times["EP over peer", tokens] * 1e6, took[tokens, dtype]]
+        assert f"| {tokens} | {' | '.join(map(shown, cells))} |" in PAGE
+
+
+def host_beside_others(tokens):
+    """For each hidden size: EP over host planned and measured, NCCL measured, TP 2."""
+    for name, hidden, suffix in (("deepseek-v3", 7168, ""), ("qwen3-30b-a3b", 2048, "-hidden2048")):
+        times = seconds(name, 2, [tokens])
+        yield (
+            times["EP over host", tokens] * 1e6,
+            measured(host_cases(), 2, hidden)[tokens, "bf16"],
+            single_calls(nccl(f"host-2h200{suffix}.json"), tokens),
+            times["TP 2", tokens] * 1e6,
+        )
+
+
+def test_the_table_of_host_with_two_gpus_and_what_is_said_of_it():
+    table = {tokens: list(host_beside_others(tokens)) for tokens in (1, 8, 32, 128, 512, 4096)}
+    for tokens, cells in table.items():
+        every = " | ".join(shown(cell) for of_size in cells for cell in of_size)
+        assert f"| {tokens} | {every} |" in PAGE
+    assert [round(of_nccl / tp, 1) for _, _, of_nccl, tp in table[1]] == [1.8, 1.9]
+    assert [round(tp / host, 1) for _, host, _, tp in table[1]] == [1.3, 1.2]
+    later = [of_size for tokens, cells in table.items() for of_size in cells if tokens >= 32]
+    assert all(2.05 < tp / host < 2.85 and of_nccl < tp for _, host, of_nccl, tp in later)
+
+
+def test_the_table_of_ep_over_nccl():
+    two, four = nccl("peer-2h200.json"), nccl("peer-4h200.json")
+    for tokens in (1, 128, 4096):
+        planned = [
+            seconds("deepseek-v3", gpus, [tokens], "nvlink4", "nvswitch")["EP over NCCL", tokens] * 1e6
+            for gpus in (2, 4)
+        ]
+        cells = [planned[0], single_calls(two, tokens), two[tokens, "round_trip"]]
+        cells += [planned[1], four[tokens, "round_trip"]]
+        assert f"| {tokens} | {' | '.join(map(shown, cells))} |" in PAGE
+
+
+MODELS = ("qwen3-30b-a3b", "deepseek-v3")
+
+
+@pytest.mark.parametrize("link", ["pcie5-host", "consumer", "consumer-memcpy"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_tp_against_ep_without_peer_access(name, link):
+    cells = []
+    for gpus in (2, 4, 8):
+        times = seconds(name, gpus, BATCHES, link)
+        for way in dict.fromkeys(way for way, _ in times if way.startswith("TP")):
+            ratios = [times[way, tokens] / times["EP over host", tokens] for tokens in (1, 64, 4096)]
+            cells.append(", ".join(f"{ratio:.1f}" for ratio in ratios))
+            if "PP" in way:
+                assert all(times["EP over NCCL", tokens] > times[way, tokens] for tokens in BATCHES)
+            else:
+                assert all(times["EP over host", tokens] < times[way, tokens] for tokens in BATCHES)
+            if link != "pcie5-host":
+                assert min(ratios) > 1.1
+    assert f"| {name}, `{link}` | {' | '.join(cells)} |" in PAGE
+
+
+@pytest.mark.parametrize(("name", "wins", "loses"), zip(MODELS, [(2, 64), (1, 16)], [256, 128], strict=True))
+def test_where_ep_over_host_wins_and_loses_against_tp_and_pp_on_a_server(name, wins, loses):
+    times = seconds(name, 4, BATCHES)
+    ratios = {tokens: times["TP 2 x PP 2", tokens] / times["EP over host", tokens] for tokens in BATCHES}
+    faster = [tokens for tokens, ratio in ratios.items() if ratio > 1 / 0.9]
+    assert (faster[0], faster[-1]) == wins
+    assert [tokens for tokens, ratio in ratios.items() if ratio < 0.9] == [t for t in BATCHES if t >= loses]
