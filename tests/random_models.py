@@ -49,9 +49,13 @@ PER_TOKEN = {
 }
 
 
-def write(folder, architecture, fp8=None, **sizes):
+def write(folder, architecture, fp8=None, router_std=1.0, **sizes):
     """A model folder; ``architecture`` is a name of ep_backend.bench.engines.models, ``sizes`` replace some
     of SIZES. Returns it.
+
+    ``router_std``: of the router's logits. With 1 the last expert that a token takes weighs a tenth and is
+    often nearly tied with the next: rounding swaps them, and the model says something else. With 4 it
+    weighs a hundredth.
 
     ``fp8``: "block" (weights with a scale per 128x128, rows quantised per 1x128 as they come) or "token" (a
     scale per output channel, rows quantised with one scale each).
@@ -79,6 +83,8 @@ def write(folder, architecture, fp8=None, **sizes):
             weight *= size[1] ** -0.5
         if name == "lm_head.weight":
             weight *= LOGIT_STD
+        if name.endswith("mlp.gate.weight"):
+            weight *= router_std
         if fp8 is None or not name.endswith("_proj.weight"):
             tensors[name] = weight.to(torch.bfloat16)
         elif fp8 == "block":

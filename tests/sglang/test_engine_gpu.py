@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import random_models
 import torch
-from served_tokens import differences, groups_of_prompts, served, serving
+from served_tokens import FP8_LIMIT, LIMIT, differences, groups_of_prompts, served, serving
 
+from ep_backend import reference
 from ep_backend.bench.engines.sglang import FIRST_PORT, PORT_BLOCK, serve_command, serve_environment
 from ep_backend.launch.server import Session
 
@@ -36,11 +37,13 @@ OVERLAP = ("--enable-two-batch-overlap",)
 COPIES = ("--enable-eplb", "--ep-num-redundant-experts", "4")
 SPLIT = "a batch is computed as two overlapping halves"
 
-# ``of``: options of both servers; ``extra``: of ours, because stock does not know them or need not.
+# ``of``: options of both servers; ``extra``: of ours, because stock does not know them or need not;
+# ``transport``: ours, peer if not given.
 CASES = {
     "dp attention": {"of": DP},
     "dp attention, without graphs": {"of": DP, "extra": ("--disable-cuda-graph",)},
     "dp attention, prompts in chunks": {"of": DP, "extra": ("--chunked-prefill-size", "128")},
+    "dp attention, through host memory": {"of": DP, "transport": "host"},
     "dp attention, two-batch overlap": {"of": DP, "extra": OVERLAP, "says": SPLIT},
     "dp attention, two-batch overlap without graphs": {
         "of": DP,
@@ -90,7 +93,9 @@ def model(tmp_path_factory):
         if kind not in written:
             folder = tmp_path_factory.mktemp(kind)
             # A width that every version of DeepGEMM's kernels takes.
-            written[kind] = random_models.write(folder, *kinds[kind], moe_intermediate_size=1024)
+            written[kind] = random_models.write(
+                folder, *kinds[kind], router_std=4.0, moe_intermediate_size=1024
+            )
         return written[kind], groups_of_prompts()
 
     return get
@@ -109,7 +114,7 @@ def stock(tmp_path_factory, model):
             said, _ = served(tmp_path_factory.mktemp("stock"), twice, model=folder, backend="none", **options)
             answers[key] = {group: said[group] for group in prompts}
             print("stock against itself:")
-            differences({group: said[f"{group} again"] for group in prompts}, answers[key])
+            differences({group: said[f"{group} again"] for group in prompts}, answers[key])  # prints them
         return answers[key]
 
     return get
@@ -128,23 +133,47 @@ def test_tokens_are_those_of_stock(tmp_path, model, stock, name):
     if ranks > GPUS:
         pytest.skip(f"needs {ranks} GPUs")
     folder, prompts = model(kind)
-    got, log = served(
-        tmp_path, prompts, model=folder, backend="ep_backend", extra=case.get("extra", ()), **options
-    )
-    assert all(f"ep_backend: rank {rank} of {ranks}, transport peer" in log for rank in range(ranks))
+    transport = case.get("transport", "peer")
+    environ = (*options.get("environ", ()), ("EP_BACKEND_TRANSPORT", transport))
+    ours = {**options, "environ": environ, "extra": case.get("extra", ())}
+    got, log = served(tmp_path, prompts, model=folder, backend="ep_backend", **ours)
+    assert all(f"ep_backend: rank {rank} of {ranks}, transport {transport}" in log for rank in range(ranks))
     assert "NOT AVAILABLE" not in log
     assert case.get("says", "") in log
     want = stock(kind, **options)
     print(f"{name}:")
-    assert differences(got, want) == []
+    assert differences(got, want, limit_of(kind)) == []
 
 
-def test_a_wrong_combine_is_noticed(tmp_path, model, stock):
-    folder, prompts = model("plain")
-    scaled = (("EP_BACKEND_TEST_SCALE_COMBINE", "0.5"),)
-    got, log = served(tmp_path, prompts, model=folder, backend="ep_backend", environ=scaled, **DP)
+def limit_of(kind):
+    return FP8_LIMIT if kind == "fp8" else LIMIT
+
+
+@pytest.mark.parametrize("name", ["dp attention", "block fp8, triton"])
+def test_a_wrong_combine_is_noticed(tmp_path, model, stock, name):
+    kind, options = split(CASES[name]["of"])
+    folder, prompts = model(kind)
+    scaled = ("EP_BACKEND_TEST_SCALE_COMBINE", "0.5")
+    changed = {**options, "environ": (*options.get("environ", ()), scaled)}
+    got, log = served(tmp_path, prompts, model=folder, backend="ep_backend", **changed)
     assert "THE MODEL'S OUTPUT IS WRONG" in log
-    assert differences(got, stock("plain", **DP)) != []
+    wrong = differences(got, stock(kind, **options), limit_of(kind))
+    assert len(wrong) == sum(map(len, prompts.values())), "each prompt shows it"
+
+
+def test_dispatch_quantises_as_sglang_does():
+    """But for ties: SGLang multiplies with 448 / amax, dispatch divides by amax / 448."""
+    from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_group_quant_fp8
+
+    x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    rows, scales = (each.cpu() for each in sglang_per_token_group_quant_fp8(x.cuda(), 128))
+    ours, our_scales = reference.quantize_fp8(x)  # dispatch is equal to it, bit by bit (tests/gpu)
+    torch.testing.assert_close(scales, our_scales, rtol=1e-6, atol=0)
+    steps = (rows.view(torch.uint8).int() - ours.view(torch.uint8).int()).abs()
+    apart = (steps > 0).double().mean().item()
+    print(f"{100 * apart:.3f} % of the elements are one step of e4m3 apart")
+    assert steps.max() <= 1
+    assert apart < 0.005
 
 
 REFUSED = {

@@ -26,7 +26,9 @@ def needed_of_triton(name):
 
 @pytest.mark.seam
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("cases", ["launcher_cases.py", "scheduler_cases.py", "exchange_cases.py"])
+@pytest.mark.parametrize(
+    "cases", ["launcher_cases.py", "scheduler_cases.py", "exchange_cases.py", "overlap_cases.py"]
+)
 @pytest.mark.parametrize("version", RELEASES)
 def test_seam_of_the_sources_of(version, cases):
     pytest.importorskip("transformers")

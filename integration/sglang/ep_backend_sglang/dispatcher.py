@@ -15,7 +15,7 @@ from ep_backend.engines.start import scale_for_tests
 from . import process
 from .start import refuse_layer
 from .step import rows_per_rank
-from .token_format import Plain, choose_format
+from .token_format import Plain, choose_format, routes
 
 logger = logging.getLogger("sglang.ep_backend")
 
@@ -97,10 +97,11 @@ class EpDispatcher(BaseDispatcher):
         return self._tested(self._communicator.combine_recv(self._taken(tbo_subbatch_index or 0)))
 
     def _call(self, x: torch.Tensor, topk_output: Any) -> dict[str, Any]:
+        ids, weights = routes(topk_output, x.shape[0])
         return {
             "x": x,
-            "topk_ids": topk_output.topk_ids,
-            "topk_weights": topk_output.topk_weights.to(torch.float32),
+            "topk_ids": ids,
+            "topk_weights": weights,
             "tokens_per_rank": rows_per_rank(x.shape[0], self._communicator.config.max_tokens_per_rank),
         }
 

@@ -59,6 +59,19 @@ class BlockFp8(Plain):
         )
 
 
+def routes(topk_output: Any, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's ids [rows, k] and float32 weights for ``rows`` rows.
+
+    A data-parallel rank without requests is given rows of padding where all ranks must have as many. Half a
+    batch of such rows reaches us without an answer of the router, which SGLang does not ask then
+    (`op_gate`, `op_select_experts`): these rows have no experts, and their sums are zero.
+    """
+    ids, weights = topk_output.topk_ids, topk_output.topk_weights.to(torch.float32)
+    if rows and not ids.shape[0]:
+        return ids.new_full((rows, ids.shape[1]), -1), weights.new_zeros(rows, ids.shape[1])
+    return ids, weights
+
+
 def routed(received: Received, topk_output: Any) -> Any:
     """The router's answer for the received rows."""
     return topk_output._replace(topk_ids=received.topk_ids, topk_weights=received.topk_weights)
