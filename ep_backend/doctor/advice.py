@@ -110,18 +110,27 @@ def apart(*ways: str) -> str:
 
 def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
     """How to start an engine here."""
-    on_gpus = bool(record.used_gpus())
     found = []
-    arguments = [f"{a.name} {a.value}".strip() for a in decision.engine if a.engine == "vllm"]
-    if arguments and ranks > 1:
-        line = f"vllm serve MODEL --data-parallel-size {ranks} {' '.join(arguments)}"
-        if decision.transport == "collective" and on_gpus:
-            found.append(
-                f"To serve with vLLM: {line} --enforce-eager (transport collective packs rows on the CPU, "
-                "which CUDA graphs cannot capture; expect the engine's own all-to-all to be faster)."
-            )
-        else:
-            found.append(f"To serve with vLLM: {line}")
+    on_the_cpu = decision.transport == "collective" and bool(record.used_gpus())
+    for engine, title, command, no_graphs in (
+        ("vllm", "vLLM", f"vllm serve MODEL --data-parallel-size {ranks}", "--enforce-eager"),
+        (
+            "sglang",
+            "SGLang",
+            f"python -m sglang.launch_server --model-path MODEL --tp-size {ranks} --dp-size {ranks} "
+            "--enable-dp-attention",
+            "--disable-cuda-graph",
+        ),
+    ):
+        arguments = [f"{a.name} {a.value}".strip() for a in decision.engine if a.engine == engine]
+        if arguments and ranks > 1:
+            line = " ".join([f"To serve with {title}: {command}", *arguments])
+            found.append(f"{line} {no_graphs}" if on_the_cpu else line)
+    if found and on_the_cpu:
+        found.append(
+            "Transport collective packs rows on the CPU, which CUDA graphs cannot capture; expect the "
+            "engine's own all-to-all to be faster."
+        )
     if record.container:
         found.append(
             "This is a container: ranks in several containers of one machine share memory only if all are "
