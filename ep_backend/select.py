@@ -251,7 +251,9 @@ def _transport(
     place = "inside one machine" if together else f"across {facts.hosts} machines"
     if not facts.several_hosts and not facts.shares_memory:
         place = "between ranks that share no memory (containers? start them with --ipc=host --network=host)"
-    wishes: tuple[str, ...] = ("host",) if together and facts.gpus == "all" else ()
+    wishes: tuple[str, ...] = ()
+    if together and facts.gpus == "all":
+        wishes = ("host",) if facts.several_gpus else ("peer", "host")  # one alone has no peers to reach
     if profile is not None:
         wishes = profile.transport.inside if together else profile.transport.across
     passed: list[str] = []
