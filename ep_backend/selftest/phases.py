@@ -140,10 +140,7 @@ def graph(options: Options, start: Start = processes.run) -> Report:
         return skipped("graph", "CUDA graphs need a GPU")
     if "peer" not in available(torch.device(options.device)):
         return _no_kernels("graph")
-    task = options.task()
-    if options.ranks == 1 and task.transport == "auto":
-        task = replace(task, transport="peer")  # one GPU alone has no links from which to choose
-    run = Run("graphs", expected(options), task)
+    run = Run("graphs", expected(options), options.task())
     act = partial(_group, options, options.ranks, graphs.run, start)
     return conclude("graph", options, options.ranks, ((run.transport, act(run)) for run in [run]))
 

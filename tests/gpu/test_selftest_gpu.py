@@ -53,7 +53,7 @@ def test_all_phases(ranks):
     assert statuses == ["passed", "passed", "passed", "skipped"], explain(found)
     assert [group["name"] for group in local["groups"]] == [f"peer on GPU {gpu}" for gpu in range(ranks)]
     done = {group["name"]: group for group in node["groups"] if not group["left_out"]}
-    assert {"peer", "collective over gloo"} <= set(done), explain(found)
+    assert {"peer", "host", "collective over gloo"} <= set(done), explain(found)
     assert ("collective over nccl" in done) == (ranks > 1)
     assert sum(group["chosen"] for group in node["groups"]) == 1
     assert node["ranks"] == graph["ranks"] == ranks
@@ -108,7 +108,6 @@ def test_one_wrong_bit(tmp_path, phase):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
     command = [sys.executable, str(script), "selftest", "--phase", phase, "--ranks", str(ranks)]
-    # One GPU alone has no links from which peer would be chosen.
     status, found = run([*command, "--transport", "peer"])
     assert status == 1, explain(found)
     (report,) = found["phases"]

@@ -399,9 +399,6 @@ def test_what_cannot_start_here_is_left_out_but_not_what_is_chosen(four_gpus):
 def test_graphs_without_peer_are_skipped_with_the_reason(four_gpus):
     found = phases.graph(GPUS, Starts(done("collective", left_out="CUDA graphs need transport peer")))
     assert (found.status, found.why) == ("skipped", "CUDA graphs need transport peer")
-    alone = Starts(done())
-    assert phases.graph(replace(GPUS, ranks=1), alone).status == "passed"
-    assert alone.tasks[0].transport == "peer"
     assert phases.graph(CPU, Starts()).status == "skipped"
 
 
