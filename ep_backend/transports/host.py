@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ep_backend import rendezvous
 from ep_backend._native import ops
+from ep_backend.errors import EpConfigError
 from ep_backend.surroundings import local_cpus
 from ep_backend.transports.gpu import GpuTransport, Windows
 from ep_backend.transports.shm import WindowShare
@@ -69,7 +70,7 @@ def near(device: torch.device) -> Iterator[None]:
 
 
 class _Pinned:
-    """Windows pinned for the GPUs of this process. Raises RuntimeError if CUDA refuses."""
+    """Windows pinned for the GPUs of this process. Raises EpConfigError if CUDA refuses."""
 
     def __init__(self, windows: Sequence[mmap.mmap], device: torch.device) -> None:
         self._windows = [torch.frombuffer(window, dtype=torch.uint8) for window in windows]
@@ -80,9 +81,13 @@ class _Pinned:
                 for window in self._windows:
                     self.addresses.append(ops.cuda_host_register(window.data_ptr(), window.numel()))
                     self._pinned.append(window.data_ptr())
-        except BaseException:
+        except RuntimeError as error:
             self.release()
-            raise
+            size = sum(map(len, windows)) / 2**20
+            raise EpConfigError(
+                f"{size:.0f} MiB of the host's memory cannot be pinned for a GPU ({error}); fewer tokens per "
+                "rank need less, and EP_BACKEND_TRANSPORT=collective none"
+            ) from error
 
     def release(self) -> None:
         while self._pinned:

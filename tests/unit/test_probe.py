@@ -595,3 +595,16 @@ def test_numa_node(machine, text, node):
 )
 def test_container(machine, files, environ, kind):
     assert machine(files=files, environ=environ).container == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("0-3,8\n", {0, 1, 2, 3, 8}), ("5\n", {5}), ("\n", set()), ("some\n", set()), (None, set())],
+)
+def test_cpus_next_to_a_gpu(tmp_path, text, cpus):
+    place = tmp_path / "sys/bus/pci/devices/0000:1b:00.0"
+    place.mkdir(parents=True)
+    if text is not None:
+        (place / "local_cpulist").write_text(text)
+    for bus_id in ("0000:1b:00.0", "00000000:1B:00.0"):
+        assert surroundings.local_cpus(tmp_path, bus_id) == cpus
