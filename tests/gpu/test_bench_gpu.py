@@ -55,7 +55,7 @@ def test_a_small_run(tmp_path, ranks):
     assert sorted(seen, key=str) == sorted(
         (
             (transport, sms, dtype, tokens, phase)
-            for transport, sms in (("peer", 16), ("peer", 64), ("nccl", None))
+            for transport, sms in (("peer", 16), ("peer", 64), ("host", 16), ("host", 64), ("nccl", None))
             for dtype in ("bf16", "fp8")
             for tokens in (1, 70, 1030)
             for phase in report.PHASES
@@ -64,7 +64,7 @@ def test_a_small_run(tmp_path, ranks):
     )
     for result in found["results"]:
         assert 0 < result["min_us"] <= result["median_us"] <= result["p99_us"]
-        assert ("vs_baseline" in result) == (result["transport"] == "peer")
+        assert ("vs_baseline" in result) == (result["transport"] != "nccl")
         if result["phase"] == "round_trip":
             assert result["exchanges_per_graph"] == (4 if result["tokens"] == 1030 else 20)
     if ranks > 1:
