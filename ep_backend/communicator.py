@@ -14,28 +14,33 @@ import torch.distributed as dist
 from ep_backend import _native, rendezvous
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
-from ep_backend.facts import neighbours, unchecked
+from ep_backend.facts import neighbours, nodes, unchecked
 from ep_backend.probe import Record, probe
 from ep_backend.select import Decision, decide
 from ep_backend.transports import OF_GPUS
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
+from ep_backend.transports.hier import HierTransport
 from ep_backend.transports.host import HostTransport
 from ep_backend.transports.peer import PeerTransport
 
-TRANSPORTS: dict[str, Callable[[dist.ProcessGroup | None, EpConfig, torch.device], Transport]] = {
-    CpuTransport.name: lambda group, config, device: CpuTransport(group, config),
-    CollectiveTransport.name: CollectiveTransport,
-    PeerTransport.name: PeerTransport,
-    HostTransport.name: HostTransport,
+Make = Callable[[dist.ProcessGroup | None, EpConfig, torch.device, list[Record]], Transport]
+TRANSPORTS: dict[str, Make] = {
+    CpuTransport.name: lambda group, config, device, records: CpuTransport(group, config),
+    CollectiveTransport.name: lambda group, config, device, records: CollectiveTransport(
+        group, config, device
+    ),
+    PeerTransport.name: lambda group, config, device, records: PeerTransport(group, config, device),
+    HostTransport.name: lambda group, config, device, records: HostTransport(group, config, device),
+    HierTransport.name: lambda group, config, device, records: HierTransport(group, config, nodes(records)),
 }
 
 
 def available(device: torch.device) -> frozenset[str]:
     """Names of the transports that this build has for tensors on ``device``."""
     if device.type == "cpu":
-        return frozenset({CpuTransport.name, CollectiveTransport.name})
+        return frozenset({CpuTransport.name, CollectiveTransport.name, HierTransport.name})
     return frozenset({CollectiveTransport.name, *(OF_GPUS if _native.HAS_CUDA else ())})
 
 
@@ -124,7 +129,7 @@ class Communicator:
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
         if config.num_sms is None:
             config = replace(config, num_sms=self.decision.sms)
-        self._transport = TRANSPORTS[self.decision.transport](group, config, self.device)
+        self._transport = TRANSPORTS[self.decision.transport](group, config, self.device, records)
         self._handles: list[Handle | None] = [None] * config.num_channels
         self._alive = True
 

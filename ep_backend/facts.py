@@ -92,6 +92,23 @@ def neighbours(records: Sequence[Record], rank: int) -> tuple[str, ...]:
     return tuple(sorted({uuid for record in host for uuid in record.used_gpus()}))
 
 
+def nodes(records: Sequence[Record]) -> tuple[tuple[int, ...], ...]:
+    """The ranks that share memory with each other, in order of rank; nodes in the order of their first
+    ranks."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for rank, record in enumerate(records):
+        found.setdefault((_host(record), record.shared_memory), []).append(rank)
+    return tuple(tuple(ranks) for ranks in found.values())
+
+
+def uneven(nodes: Sequence[Sequence[int]]) -> str:
+    """What is wrong with nodes that have different numbers of ranks; an empty text if they have not."""
+    sizes = [len(ranks) for ranks in nodes]
+    if len(set(sizes)) == 1:
+        return ""
+    return f"the nodes have {', '.join(map(str, sizes))} ranks; the same number on each was wanted"
+
+
 def unmet(condition: Condition, facts: Facts) -> list[str]:
     """The parts of ``condition`` that do not hold, in words; an empty list means that it holds."""
     missing = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,20 @@ CORES_PER_RANK = 2
 class HostSum:
     """Made together by all ranks of ``group``; used by one thread at a time, in the same order on all ranks.
 
-    ``capacity``: most numbers in one sum. ``timeout_s``: how long a rank waits for the others. Raises
-    EpConfigError on all ranks if they cannot share memory.
+    ``capacity``: most numbers in one sum. ``timeout_s``: how long a rank waits for the others. ``ranks``:
+    those of the group that add up with this one, itself included; None for all. Every rank of the group must
+    be in exactly one such part. Raises EpConfigError on all ranks if they cannot share memory.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, capacity: int, timeout_s: float) -> None:
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        capacity: int,
+        timeout_s: float,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
+        self._names = range(dist.get_world_size(group)) if ranks is None else ranks
+        self.rank, self.world_size = self._names.index(dist.get_rank(group)), len(self._names)
         self.capacity, self.timeout_s = capacity, timeout_s
         size = int(ops.host_sum_bytes(capacity))
         share, addresses = rendezvous.together(
@@ -38,7 +47,7 @@ class HostSum:
             lambda: WindowShare(size, self.rank, self.world_size, timeout_s),
             lambda share: share.address,
         )
-        boards, _ = rendezvous.together(group, lambda: share.map_peers(addresses))
+        boards, _ = rendezvous.together(group, lambda: share.map_peers([addresses[r] for r in self._names]))
         self._boards = [torch.frombuffer(board, dtype=torch.uint8) for board in boards]
         enough_cores = len(os.sched_getaffinity(0)) >= CORES_PER_RANK * self.world_size
         self._handle = ops.host_sum_create(
@@ -63,10 +72,11 @@ class HostSum:
             pass  # Python acts on signals here
         if status == _native.OK:
             return
-        peer, waited_us = ops.host_sum_error(self._handle)
+        blamed, waited_us = ops.host_sum_error(self._handle)
+        rank, peer = self._names[self.rank], self._names[blamed]
         if status == _native.TIMEOUT:
-            raise EpTimeoutError(rank=self.rank, peer=peer, phase="a host sum", waited_s=waited_us / 1e6)
-        raise EpProtocolError(f"rank {peer} and rank {self.rank} brought different counts to a host sum")
+            raise EpTimeoutError(rank=rank, peer=peer, phase="a host sum", waited_s=waited_us / 1e6)
+        raise EpProtocolError(f"rank {peer} and rank {rank} brought different counts to a host sum")
 
     def takes(self, values: torch.Tensor) -> bool:
         """Whether `all_reduce` takes this tensor."""

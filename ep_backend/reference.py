@@ -74,14 +74,24 @@ def combine(
     calls: Sequence[Call],
     results: Sequence[torch.Tensor],
     tokens_per_rank: int | None = None,
+    nodes: Sequence[Sequence[int]] | None = None,
 ) -> list[torch.Tensor]:
-    """What ``combine`` returns on each rank. ``results``: every rank's y for ``Communicator.combine``."""
+    """What ``combine`` returns on each rank. ``results``: every rank's y for ``Communicator.combine``.
+    ``nodes``: the ranks of each node, for transport hier; None for those that add up over ranks alone."""
     slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
-    totals = [torch.zeros(len(call.x), config.hidden_size) for call in calls]
-    for rank, y in enumerate(results):
-        for source, token, partial in _partials(config, calls, slots, rank, y):
-            totals[source][token] += partial.to(config.sum_dtype).float()
+    totals = _zeros(config, calls)
+    for ranks in nodes or [[rank] for rank in range(len(calls))]:
+        sums = _zeros(config, calls)
+        for rank in ranks:
+            for source, token, partial in _partials(config, calls, slots, rank, results[rank]):
+                sums[source][token] += partial.to(config.sum_dtype).float()
+        for total, node in zip(totals, sums, strict=True):
+            total += node.to(config.sum_dtype).float()
     return [total.to(config.result_dtype) for total in totals]
+
+
+def _zeros(config: EpConfig, calls: Sequence[Call]) -> list[torch.Tensor]:
+    return [torch.zeros(len(call.x), config.hidden_size) for call in calls]
 
 
 def first_difference(config: EpConfig, got: Received, want: Received) -> str | None:

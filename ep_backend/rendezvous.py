@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -50,3 +52,20 @@ def together(
         here = f"; on this rank: {said[2]}" if failure is not None and said[2] != text else ""
         raise EpConfigError(f"rank {rank} cannot start{more}: {text}{here}") from failure
     return result, [told for told, _, _ in answers]
+
+
+def part(group: dist.ProcessGroup | None, ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroupGloo:
+    """A gloo group of some of the ranks of ``group``, this rank among them, that torch.distributed does not
+    know of. Collective over ``group``, each rank of which must be in exactly one such part.
+
+    torch.distributed.new_group is not for this: it wants every process of the program to call it, or, without
+    that, the same number of groups on all ranks.
+    """
+    name = gather(group, secrets.token_hex(8))[ranks[0]]
+
+    def connect() -> dist.ProcessGroupGloo:
+        store = dist.PrefixStore(f"ep_backend/{name}", dist.distributed_c10d._get_default_store())
+        rank = ranks.index(dist.get_rank(group))
+        return dist.ProcessGroupGloo(store, rank, len(ranks), timeout=timedelta(seconds=timeout_s))
+
+    return together(group, connect)[0]

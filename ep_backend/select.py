@@ -14,14 +14,14 @@ import msgspec
 
 from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import Facts, gather, short_of_shared_memory, unmet, word
+from ep_backend.facts import Facts, gather, nodes, short_of_shared_memory, uneven, unmet, word
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
 from ep_backend.transports import OF_GPUS, OLDEST_CUDA
 
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
-AVAILABLE = frozenset({"cpu", "collective", *OF_GPUS})
+AVAILABLE = frozenset({"cpu", "collective", "hier", *OF_GPUS})
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -312,7 +312,11 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         return "it moves GPU tensors and no rank computes on a GPU"
     if transport in OF_GPUS and (old := _old_driver(records)):
         return old
-    return _no_peer_access(records, facts) if transport in ("peer", "hier") else ""
+    if transport == "hier":
+        if facts.gpus != "none":
+            return "this version joins machines only where ranks compute on CPUs"
+        return uneven(nodes(records))
+    return _no_peer_access(records, facts) if transport == "peer" else ""
 
 
 def _old_driver(records: Sequence[Record]) -> str:

@@ -132,14 +132,15 @@ def one_by_one(steps):
     return [(number, action) for number in range(len(steps)) for action in WHOLE]
 
 
-def check_steps(config, steps, results):
-    """Compare the results of ``run_steps`` on all ranks with the reference, bit by bit."""
+def check_steps(config, steps, results, nodes=None):
+    """Compare the results of ``run_steps`` on all ranks with the reference, bit by bit. ``nodes``: of
+    transport hier."""
     world = len(results)
     for number, step in enumerate(steps):
         calls = [make_call(config, world, rank, step) for rank in range(world)]
         wanted = reference.dispatch(config, calls, step["slots"])
         ys = [make_result(config, rank, step, wanted[rank]) for rank in range(world)]
-        totals = reference.combine(config, calls, ys, step["slots"])
+        totals = reference.combine(config, calls, ys, step["slots"], nodes)
         for rank in range(world):
             for transport, (received, combined) in results[rank].items():
                 where = f"{transport}, rank {rank}, step {number}"

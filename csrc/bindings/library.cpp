@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("exchange_error(int exchange) -> int[]");
     m.def("exchange_recover(int exchange, int timeout_us) -> int[]");
     m.def("exchange_set_timeout(int exchange, int timeout_us) -> ()");
+    m.def("exchange_stop(int exchange, int channel, int status) -> ()");
     m.def("exchange_close(int exchange, int channel) -> int");
 
     m.def(
@@ -59,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("exchange_error", TORCH_BOX(&ep::ops::exchange_error));
     m.impl("exchange_recover", TORCH_BOX(&ep::ops::exchange_recover));
     m.impl("exchange_set_timeout", TORCH_BOX(&ep::ops::exchange_set_timeout));
+    m.impl("exchange_stop", TORCH_BOX(&ep::ops::exchange_stop));
     m.impl("exchange_close", TORCH_BOX(&ep::ops::exchange_close));
     m.impl("dispatch_wait", TORCH_BOX(&ep::ops::dispatch_wait));
     m.impl("dispatch_record_bytes", TORCH_BOX(&ep::ops::dispatch_record_bytes));

@@ -21,6 +21,7 @@ from ep_backend.select import Decision, decide
 from ep_backend.selftest import exchanges, graphs, plan
 from ep_backend.selftest.advice import advise
 from ep_backend.selftest.exchanges import Result, Task
+from ep_backend.transports.hier import HierTransport
 
 WAITS = 3  # a wait for a peer takes this part of the deadline at most: there is time to say who did not come
 
@@ -183,7 +184,8 @@ def _others(first: str, task: Task, options: Options) -> list[Run]:
     names = {first}
     runs = []
     if options.transport == "auto":
-        for other in sorted(available(torch.device(options.device)) - names):
+        # On one machine hier is cpu, with copies.
+        for other in sorted(available(torch.device(options.device)) - names - {HierTransport.name}):
             names.add(other)
             cases = _group_cases(other, options)
             more = replace(task, transport=other, optional=True, cases=cases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,13 +126,21 @@ class NativeExchange:
     """This rank's window and its C++ exchange: what CPU transports are built on.
 
     ``windows``: addresses of all ranks' windows, as this process has them mapped; a rank without one is 0.
-    ``own``: this rank's window as bytes.
+    ``own``: this rank's window as bytes. ``names``: what errors call the ranks, where these are part of a
+    larger group; None for 0 ... world - 1.
     """
 
     def __init__(
-        self, config: EpConfig, rank: int, world: int, own: torch.Tensor, windows: list[int]
+        self,
+        config: EpConfig,
+        rank: int,
+        world: int,
+        own: torch.Tensor,
+        windows: list[int],
+        names: Sequence[int] | None = None,
     ) -> None:
         self.config, self.rank, self.world = config, rank, world
+        self.names = range(world) if names is None else names
         shape = config.window_shape(world)
         self._views = WindowViews(config, world, own, shape)
         expert_ranks = config.expert_ranks(world)
@@ -204,13 +212,22 @@ class NativeExchange:
         if status == _native.PEER_CLOSED:
             # Not sticky: the exchange is over for everybody.
             word[:2] = status, closed_by
-            error = error_for(word, self.rank, self.world)
+            error = error_for(word, self.rank, self.world, self.names)
             raise EpProtocolError(f"{error}; the communicator stays usable")
-        raise error_for(word, self.rank, self.world)
+        raise error_for(word, self.rank, self.world, self.names)
 
     def check(self) -> None:
         """Raise the sticky error, if there is one."""
-        self.raise_for(ops.exchange_error(self.handle)[0])
+        self.raise_for(self.status)
+
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Raise EpArgumentError if expert ids are out of range or an expert stands twice in a token."""
+        self.raise_for(ops.check_ids(self.handle, ids), ids)
+
+    @property
+    def status(self) -> int:
+        """Of the sticky error; OK if there is none."""
+        return int(ops.exchange_error(self.handle)[0])
 
 
 def _describe_bad_ids(ids: torch.Tensor, num_experts: int) -> str:
@@ -234,11 +251,17 @@ _PROTOCOL_CAUSES = {
 }
 
 
-def error_for(word: list[int], rank: int, world: int) -> EpError:
-    """What an error word (csrc/common/status.h, its fields in order) means on ``rank``."""
+def error_for(word: list[int], rank: int, world: int, names: Sequence[int] | None = None) -> EpError:
+    """What an error word (csrc/common/status.h, its fields in order) means on ``rank``. ``names``: what to
+    call the ranks, None for 0 ... world - 1."""
     status, peer, reporter, phase, channel, expected, seen, waited_us, cause, *masks = word
+    names = range(world) if names is None else names
+    bits = sum((mask & (2**64 - 1)) << (64 * i) for i, mask in enumerate(masks))
+    missing = tuple(names[r] for r in range(world) if bits >> r & 1)
+    rank, peer, reporter = (names[r] if r >= 0 else r for r in (rank, peer, reporter))
     if status == _native.ABORTED and cause in (_native.SLOTS_DIFFER, _native.AHEAD):
         blamed = f", and blames rank {peer}" if peer != rank else ", and blames this rank"
+        blamed = "" if peer < 0 else blamed
         return EpProtocolError(f"rank {reporter} stopped: {_PROTOCOL_CAUSES[cause]}{blamed}")
     if status == _native.PEER_CLOSED:
         return EpProtocolError(
@@ -254,7 +277,6 @@ def error_for(word: list[int], rank: int, world: int) -> EpError:
             f"rank {peer} is at exchange {seen} while rank {rank} is at {expected}: the ranks did not make "
             "the same calls"
         )
-    bits = sum((mask & (2**64 - 1)) << (64 * i) for i, mask in enumerate(masks))
     return EpTimeoutError(
         rank=rank,
         peer=peer,
@@ -264,5 +286,5 @@ def error_for(word: list[int], rank: int, world: int) -> EpError:
         epoch_seen=seen,
         waited_s=waited_us / 1e6,
         reported_by=reporter,
-        missing=tuple(r for r in range(world) if bits >> r & 1),
+        missing=missing,
     )

@@ -7,9 +7,11 @@ has: right everywhere, not fast, and not for CUDA graphs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from time import monotonic
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,16 @@ from ep_backend.transports.shm import anonymous
 
 CPU = torch.device("cpu")
 PACKED_FLAG_BYTES = 16  # csrc/kernels/cpu/exchange.h
+COUNT_BYTES = 24  # of what a rank tells another before a dispatch: records, tokens, T
+
+
+@dataclass
+class Traffic:
+    """What a rank has sent to other ranks so far, without what torch.distributed adds."""
+
+    dispatched_rows: int = 0
+    combined_rows: int = 0
+    bytes: int = 0
 
 
 @dataclass
@@ -41,26 +53,39 @@ class _Open:
 
 class CollectiveTransport(Transport):
     """All-to-all of the group's own backend. A failed operation leaves the group unusable, so there is no
-    recovery."""
+    recovery.
+
+    ``ranks``: those of the group that exchange with this one, itself included, over gloo; None for all. Every
+    rank of the group must be in exactly one such part.
+    """
 
     name = "collective"
 
-    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        config: EpConfig,
+        device: torch.device = CPU,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self._device = device  # of the caller's rows
-        self._carrier = device if dist.get_backend(group) == "nccl" else CPU
+        self._carrier = device if ranks is None and dist.get_backend(group) == "nccl" else CPU
         self.gives_views = device == CPU
         self._group = group
         self._config = config
         self._timeout_s = config.timeout()
-        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self._names = range(dist.get_world_size(group)) if ranks is None else ranks
+        self._rank, self._world = self._names.index(dist.get_rank(group)), len(self._names)
+        self.traffic = Traffic()
         self.window_bytes = int(ops.window_layout(config.window_shape(self._world))[0])
 
         def make() -> NativeExchange:
             own = torch.frombuffer(anonymous(self.window_bytes), dtype=torch.uint8)
             windows = [own.data_ptr() if r == self._rank else 0 for r in range(self._world)]
-            return NativeExchange(config, self._rank, self._world, own, windows)
+            return NativeExchange(config, self._rank, self._world, own, windows, self._names)
 
         self._exchange, _ = rendezvous.together(group, make)
+        self._part: Any = None if ranks is None else rendezvous.part(group, ranks, self._timeout_s)
         self._record_bytes = int(ops.dispatch_record_bytes(self._exchange.handle))
         self._open: list[_Open | None] = [None] * config.num_channels
         self._failure: EpTimeoutError | None = None
@@ -74,7 +99,7 @@ class CollectiveTransport(Transport):
             )
         scales = None if call.scales is None else call.scales.cpu()
         call = replace(call, x=call.x.cpu(), scales=scales, ids=call.ids.cpu(), weights=call.weights.cpu())
-        self._exchange.raise_for(ops.check_ids(self._exchange.handle, call.ids), call.ids)
+        self.check_ids(call.ids)
         self.close_exchange(call.channel)
         arguments = (
             self._exchange.handle,
@@ -95,13 +120,14 @@ class CollectiveTransport(Transport):
         tokens = torch.full((self._world,), call.x.shape[0])
         mine = torch.stack([rows, tokens, torch.full((self._world,), call.slots)], dim=1).to(self._carrier)
         counts = torch.empty_like(mine)
-        self._wait(
-            dist.all_to_all_single(counts, mine, group=self._group, async_op=True), "dispatch", call.channel
-        )
+        self._wait(self._start(counts, mine), "dispatch", call.channel)
         counts = counts.cpu()
         received_rows: list[int] = counts[:, 0].tolist()
         records = sent.new_empty(sum(received_rows) * self._record_bytes)
         work = self._start(records, sent, self._record_sizes(received_rows), self._record_sizes(sent_rows))
+        to_others = sum(sent_rows) - sent_rows[self._rank]
+        self.traffic.dispatched_rows += to_others
+        self.traffic.bytes += COUNT_BYTES * (self._world - 1) + self._record_bytes * to_others
         self._open[call.channel] = _Open(sent_rows, received_rows, counts, records, sent, work)
 
     def dispatch_recv(self, channel: int, slots: int) -> Received:
@@ -153,6 +179,15 @@ class CollectiveTransport(Transport):
             raise self._failure
         self._exchange.check()
 
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Raise EpArgumentError for expert ids that a dispatch would refuse."""
+        self._exchange.check_ids(ids)
+
+    @property
+    def status(self) -> int:
+        """Why the exchange has stopped; OK if it has not, or torch.distributed has failed."""
+        return self._exchange.status
+
     def recover(self) -> None:
         raise EpError(
             "the collective transport cannot recover: torch.distributed keeps no group usable after a failure"
@@ -163,6 +198,7 @@ class CollectiveTransport(Transport):
 
     def destroy(self) -> None:
         self._exchange.destroy()
+        self._part = None
 
     def _at(self, channel: int) -> _Open:
         exchange = self._open[channel]
@@ -193,11 +229,23 @@ class CollectiveTransport(Transport):
         exchange.records, exchange.sent = sent.new_empty(sum(into)), sent
         exchange.work = self._start(exchange.records, sent, into, out_of)
         exchange.returned = True
+        self.traffic.combined_rows += sum(exchange.received_rows) - exchange.received_rows[self._rank]
+        self.traffic.bytes += sum(out_of) - out_of[self._rank]
 
     def _start(
-        self, into: torch.Tensor, sent: torch.Tensor, into_sizes: list[int], sent_sizes: list[int]
+        self,
+        into: torch.Tensor,
+        sent: torch.Tensor,
+        into_sizes: Sequence[int] = (),
+        sent_sizes: Sequence[int] = (),
     ) -> dist.Work:
-        return dist.all_to_all_single(into, sent, into_sizes, sent_sizes, group=self._group, async_op=True)
+        """An all-to-all of bytes or, without sizes, of equal parts."""
+        if self._part is not None:
+            deadline = timedelta(seconds=self._timeout_s)
+            work: dist.Work = self._part.alltoall_base(into, sent, into_sizes, sent_sizes, timeout=deadline)
+            return work
+        sizes = (list(into_sizes) or None, list(sent_sizes) or None)
+        return dist.all_to_all_single(into, sent, *sizes, group=self._group, async_op=True)
 
     def _wait(self, work: dist.Work, phase: str, channel: int) -> None:
         start = monotonic()
@@ -205,8 +253,8 @@ class CollectiveTransport(Transport):
             work.wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             self._failure = EpTimeoutError(
-                rank=self._rank,
-                peer=-1,
+                rank=self._names[self._rank],
+                peer=self._names[1 - self._rank] if self._world == 2 else -1,  # torch does not say
                 phase=phase,
                 channel=channel,
                 waited_s=monotonic() - start,

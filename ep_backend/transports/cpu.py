@@ -3,6 +3,8 @@ docs/protocol.md."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -15,13 +17,20 @@ from ep_backend.transports.shm import WindowShare
 
 
 class CpuTransport(Transport):
-    """One window per rank, mapped by all. Raises EpConfigError on all ranks if any cannot map them."""
+    """One window per rank, mapped by all. Raises EpConfigError on all ranks if any cannot map them.
+
+    ``ranks``: those of the group that exchange with this one, itself included; None for all. Every rank of
+    the group must be in exactly one such part.
+    """
 
     name = "cpu"
 
-    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, config: EpConfig, ranks: Sequence[int] | None = None
+    ) -> None:
         self._timeout_s = config.timeout()
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        ranks = range(dist.get_world_size(group)) if ranks is None else ranks
+        rank, world = ranks.index(dist.get_rank(group)), len(ranks)
         self.window_bytes = int(ops.window_layout(config.window_shape(world))[0])
         share, addresses = rendezvous.together(
             group,
@@ -30,9 +39,10 @@ class CpuTransport(Transport):
         )
 
         def join() -> tuple[list[torch.Tensor], NativeExchange]:
-            windows = [torch.frombuffer(window, dtype=torch.uint8) for window in share.map_peers(addresses)]
+            mapped = share.map_peers([addresses[r] for r in ranks])
+            windows = [torch.frombuffer(window, dtype=torch.uint8) for window in mapped]
             own, pointers = windows[rank], [window.data_ptr() for window in windows]
-            return windows, NativeExchange(config, rank, world, own, pointers)
+            return windows, NativeExchange(config, rank, world, own, pointers, ranks)
 
         (self._windows, self._exchange), _ = rendezvous.together(group, join)
 
@@ -57,13 +67,18 @@ class CpuTransport(Transport):
     def check(self) -> None:
         self._exchange.check()
 
+    def stop(self, channel: int, status: int) -> None:
+        """Stop, and tell the peers: what brings rows here from elsewhere has failed with ``status``."""
+        ops.exchange_stop(self._exchange.handle, channel, status)
+
     def recover(self) -> None:
         """All ranks meet, so none writes any more; then all go on behind the highest epoch. Nothing is
         cleared."""
         absent = ops.exchange_recover(self._exchange.handle, round(self._timeout_s * 1e6))
         if absent:
+            names = ", ".join(str(self._exchange.names[r]) for r in absent)
             raise EpError(
-                f"rank {', '.join(map(str, absent))} did not come to recover() within {self._timeout_s:g} s; "
+                f"rank {names} did not come to recover() within {self._timeout_s:g} s; "
                 "this rank stays stopped: call recover() again on all ranks, or make a new communicator "
                 "without the dead"
             )

@@ -41,6 +41,13 @@ def test_cpu_ranks_of_two_machines_use_the_collective():
     assert "across 2 machines" in decision.reason
 
 
+def test_cpu_ranks_of_two_machines_can_ask_for_hier():
+    machines = [cpu_rank(), cpu_rank(boot_id="b1"), cpu_rank(boot_id="b1"), cpu_rank()]
+    assert decide(machines, "hier").transport == "hier"
+    with pytest.raises(EpConfigError, match="asks for transport 'hier', but the nodes have 1, 2 ranks"):
+        decide(machines[:3], "hier")
+
+
 def test_containers_with_their_own_shared_memory_use_the_collective():
     decision = decide([cpu_rank(), cpu_rank(shared_memory="53:1")])
     assert (decision.profile, decision.transport) == ("cpu", "collective")
@@ -71,8 +78,9 @@ def test_nvswitch_with_a_build_that_has_everything():
     machine = gpu_machine(8)
     assert decide(machine, available=EVERYTHING).transport == "peer"
     two = machine + gpu_machine(8, host="node1")
-    assert decide(two, available=EVERYTHING).transport == "hier"
-    assert decide(two).transport == "collective"
+    decision = decide(two, available=EVERYTHING)
+    assert decision.transport == "collective"
+    assert "passed over: hier, because this version joins machines only where" in decision.reason
 
 
 def test_only_the_gpus_of_the_group_count():
@@ -143,7 +151,8 @@ OLD_HOST = {"NCCL_CUMEM_HOST_ENABLE": "0"}
 MACHINES = [
     ("laptop", [cpu_rank()] * 2, "cpu", "cpu", "cpu", {}, "gpus is none"),
     ("DGX", gpu_machine(8, **HCA), "nvswitch", "peer", "peer", NVSWITCH, "nvlink is all"),
-    ("two DGX", two(gpu_machine, 8, **HCA), "nvswitch", "collective", "hier", NVSWITCH, "across 2 machines"),
+    ("two DGX", two(gpu_machine, 8, **HCA), "nvswitch", "collective", "collective", NVSWITCH,
+     "across 2 machines; passed over: hier, because this version joins machines only where"),
     ("NVL72 tray", fabric_machine(), "nvl72", "peer", "peer", FABRIC, "fabric is true"),
     ("NVL72 trays", two(fabric_machine, 4), "nvl72", "collective", "collective", FABRIC,
      "peer, because this version maps GPU memory inside one machine only"),
@@ -157,15 +166,15 @@ MACHINES = [
      {"NCCL_P2P_LEVEL": "PHB", **PCIE}, "nvlink is none, peer_access is all"),
     ("two H100 PCIe machines without ports", two(pcie_machine, 8), "pcie_p2p", "collective", "collective",
      {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "across 2 machines"),
-    ("two H100 PCIe machines with ports", two(pcie_machine, 8, **HCA), "pcie_rdma", "collective", "hier",
-     {"NCCL_P2P_LEVEL": "PHB", **PCIE}, "several_hosts is true, hca is true"),
+    ("two H100 PCIe machines with ports", two(pcie_machine, 8, **HCA), "pcie_rdma",
+     "collective", "collective", {"NCCL_P2P_LEVEL": "PHB", **PCIE}, "several_hosts is true, hca is true"),
     ("two machines with ports, nothing checked", two(pcie_machine, 4, works=None, **HCA), "pcie_rdma",
-     "collective", "hier", PCIE, "hca is true"),
+     "collective", "collective", PCIE, "hca is true"),
     ("two machines with ports, no peer access, old driver",
      two(pcie_machine, 4, works=False, **HCA, **OLD), "pcie_rdma", "collective", "collective",
      {"NCCL_P2P_LEVEL": "LOC", **PCIE, **OLD_HOST}, "hca is true"),
     ("two machines with a port and one GPU each", two(pcie_machine, 1, **HCA, **OLD), "pcie_rdma",
-     "collective", "hier", PCIE, "hca is true"),
+     "collective", "collective", PCIE, "hca is true"),
     ("two machines with ports, peer access behind switches only",
      two(partial_machine, 4, **HCA), "pcie_rdma", "collective", "collective",
      {"NCCL_P2P_LEVEL": "PIX", **PCIE}, "hca is true"),

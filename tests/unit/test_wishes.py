@@ -80,7 +80,7 @@ def test_the_transport_can_be_forced():
     ("records", "wish", "message"),
     [
         ([cpu_rank()], "colective", "unknown transport 'colective'; did you mean 'collective'"),
-        ([cpu_rank()], "hier", "not in this build, which has collective and cpu"),
+        (gpu_machine(2), "hier", "only where ranks compute on CPUs"),
         ([cpu_rank(), cpu_rank(boot_id="b1")], "cpu", "the ranks share no memory"),
         (gpu_machine(2), "cpu", "it moves CPU tensors and rank 0 computes on GPU-node0-0"),
         (gpu_machine(2) + gpu_machine(2, host="node1"), "peer", "inside one machine only"),

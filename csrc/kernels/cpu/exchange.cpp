@@ -106,6 +106,17 @@ Status Exchange::fail(ErrorWord word) {
     return error_.status;
 }
 
+void Exchange::stop(int64_t channel, Status status) {
+    ErrorWord error;
+    error.status = status;
+    error.reporter = static_cast<int32_t>(settings_.rank);
+    error.channel = channel;
+    error.epoch_expected = channels_[channel].epoch;
+    // Before the first exchange since the start or a recovery the epoch is one that peers take for old.
+    if (epoch_distance(error.epoch_expected, floor_) < 0) error.epoch_expected = floor_;
+    fail(error);
+}
+
 bool Exchange::told_to_stop(int64_t channel, Phase phase, int64_t waited_us) {
     for (int64_t r = 0; r < settings_.shape.world; ++r) {
         if (r == settings_.rank || masked_.test(r)) continue;

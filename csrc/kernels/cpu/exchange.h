@@ -90,6 +90,10 @@ class Exchange {
     Status pack_close(int64_t channel, const int64_t* rows_per_source, char* records);
     Status unpack_combine(int64_t channel, const char* records, void* out, DType type);
 
+    // What brings rows to this rank from elsewhere has failed: the peers stop too, instead of running into
+    // deadlines of their own. Nobody of them is to blame.
+    void stop(int64_t channel, Status status);
+
     const ErrorWord& error() const { return error_; }
     int32_t closed_by() const { return closed_by_; }  // who made the last combine_recv return kPeerClosed
     // All ranks meet, so none of them still writes; then every channel goes on behind the highest epoch of

@@ -1,0 +1,365 @@
+"""Transport ``hier``: several nodes, each of which shares memory inside.
+
+A token crosses the network once for each node that has one of its experts, from rank (n, i) to rank (m, i):
+transport ``collective`` among the ranks of the same place, to which nodes are what ranks are otherwise. There
+transport ``cpu`` brings it to the ranks that hold the experts. The sums go back the same way: added up inside
+the node first, then one row per token and node. See docs/architecture.md for the numerics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import _native
+from ep_backend.config import MAX_TOKENS, EpConfig
+from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError, EpTimeoutError
+from ep_backend.facts import uneven
+from ep_backend.host_sum import HostSum
+from ep_backend.transports.base import DispatchCall, Received, Transport
+from ep_backend.transports.collective import CollectiveTransport, Traffic
+from ep_backend.transports.cpu import CpuTransport
+
+NODE_PATIENCE = 1.25
+"""How much longer than a wait between nodes one inside a node lasts: a rank that misses another node can then
+say so before its own node misses it."""
+
+
+@dataclass
+class _Open:
+    """The exchange that a channel has open. ``places``: where received rows stood and where they went, in
+    layouts that need to know."""
+
+    slots: int
+    received: bool = False
+    returned: bool = False
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class HierTransport(Transport):
+    """``nodes``: the ranks of each node (`ep_backend.facts.nodes`). Raises EpConfigError on all ranks if
+    nodes differ in their number of ranks, or cannot be reached. A failed operation of torch.distributed
+    cannot be recovered from."""
+
+    name = "hier"
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, config: EpConfig, nodes: Sequence[Sequence[int]]
+    ) -> None:
+        if wrong := uneven(nodes):
+            raise EpConfigError(f"transport hier: {wrong}")
+        if config.max_tokens_per_rank * len(nodes) > MAX_TOKENS:
+            raise EpConfigError(
+                f"transport hier: a rank holds max_tokens_per_rank = {config.max_tokens_per_rank} tokens "
+                f"for each of {len(nodes)} nodes; at most {MAX_TOKENS} together were wanted"
+            )
+        self._config, self._nodes, self._rank = config, nodes, dist.get_rank(group)
+        self._world = dist.get_world_size(group)
+        here, place = next(
+            (n, ranks.index(self._rank)) for n, ranks in enumerate(nodes) if self._rank in ranks
+        )
+        self._partners = tuple(ranks[place] for ranks in nodes)
+        node_of = {rank: n for n, ranks in enumerate(nodes) for rank in ranks}
+        expert_ranks = config.expert_ranks(self._world)
+        expert_nodes = tuple(node_of[rank] for rank in expert_ranks)
+        self._network = CollectiveTransport(
+            group,
+            replace(config, expert_map=expert_nodes, layout="rank_major", expert_ids="global", pad_id=-1),
+            ranks=self._partners,
+        )
+
+        # Inside a node its experts have numbers of their own, in the order of their ids, and rows are bytes.
+        # Behind their scales the rows of some layouts carry more: see _carried.
+        mine = [e for e, node in enumerate(expert_nodes) if node == here]
+        self._number = torch.full((config.num_experts + 1,), -1, dtype=torch.int32)  # [-1] is -1
+        self._number[mine] = torch.arange(len(mine), dtype=torch.int32)
+        self._num_local = expert_ranks.count(self._rank)
+        nobody = max(0, config.top_k - len(mine))  # experts that fill up what a configuration must have
+        owners = [nodes[here].index(expert_ranks[e]) for e in mine] + [0] * nobody
+        self._num_lists = owners.count(place)
+        self._sorts = config.layout != "rank_major"
+        self._keeps_ids = config.expert_ids == "global" and config.layout != "expert_major"
+        node_config = replace(
+            config,
+            num_experts=len(owners),
+            expert_map=tuple(owners),
+            max_tokens_per_rank=len(nodes) * config.max_tokens_per_rank,
+            payload=torch.uint8,
+            quantization=None,
+            payload_bytes=config.row_bytes,
+            scale_bytes=config.row_scale_bytes + 4 * self._sorts + 8 * config.top_k * self._keeps_ids,
+            out_dtype=torch.float32,
+            wire_dtype=config.sum_dtype,
+            expert_ids="local",
+            pad_id=-1,
+        )
+        self._node = CpuTransport(group, node_config, ranks=nodes[here])
+        self._tokens = HostSum(group, self._world, config.timeout(), ranks=nodes[here])
+        self.set_timeout(config.timeout())
+
+        # Blocks of T rows: (place, node) as the node's exchange has them, and by rank as they are handed out.
+        size = len(nodes[here])
+        self._sources = torch.tensor([nodes[n][i] for i in range(size) for n in range(len(nodes))])
+        self._blocks = self._sources.argsort()
+        self.gives_views = self._in_order = bool((self._sources == torch.arange(self._world)).all())
+        self.window_bytes = self._network.window_bytes + self._node.window_bytes
+        self._open: list[_Open | None] = [None] * config.num_channels
+        self._failure: EpError | None = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to other nodes."""
+        return self._network.traffic
+
+    def dispatch_send(self, call: DispatchCall) -> None:
+        """Starts to send between nodes; waits for the counts of the other nodes only."""
+        self.check()
+        if call.num_tokens is not None:
+            raise EpArgumentError("num_tokens is for CUDA graphs, and transport hier cannot be captured")
+        self._network.check_ids(call.ids)
+        self.close_exchange(call.channel)
+        with self._watched(call.channel, between_nodes=True):
+            self._network.dispatch_send(call)
+        self._open[call.channel] = _Open(call.slots)
+
+    def dispatch_recv(self, channel: int, slots: int) -> Received:
+        self.check()
+        return self._receive(channel)
+
+    def combine_send(self, channel: int, y: torch.Tensor) -> None:
+        """Sends inside the node."""
+        self.check()
+        exchange = self._at(channel)
+        y = self._as_received(y, exchange)
+        with self._watched(channel):
+            self._node.combine_send(channel, y)
+        exchange.returned = True
+
+    def combine_recv(self, channel: int, out: torch.Tensor) -> None:
+        self.check()
+        self._return_sums(channel)
+        self._open[channel] = None
+        with self._watched(channel, between_nodes=True):
+            self._network.combine_recv(channel, out)
+
+    def close_exchange(self, channel: int) -> None:
+        self.check()
+        exchange = self._open[channel]
+        if exchange is None:
+            return
+        if not exchange.received:
+            self._receive(channel)
+        if exchange.returned:  # what other nodes wait for must reach them
+            try:
+                self._return_sums(channel)
+            except EpProtocolError:
+                self.check()
+                return
+        else:
+            with self._watched(channel):
+                self._node.close_exchange(channel)
+        self._open[channel] = None
+        with self._watched(channel, between_nodes=True):
+            self._network.close_exchange(channel)
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._network.check()
+        self._node.check()
+
+    def recover(self) -> None:
+        raise EpError(
+            "transport hier cannot recover: torch.distributed keeps no group usable after a failure; make a "
+            "new communicator"
+        )
+
+    def set_timeout(self, seconds: float) -> None:
+        self._network.set_timeout(seconds)
+        self._node.set_timeout(NODE_PATIENCE * seconds)
+        self._tokens.timeout_s = NODE_PATIENCE * seconds
+
+    def destroy(self) -> None:
+        self._network.destroy()
+        self._node.destroy()
+        self._tokens.destroy()
+
+    def _at(self, channel: int) -> _Open:
+        exchange = self._open[channel]
+        if exchange is None:
+            raise EpError("the channel has no open exchange: dispatch and combine alternate")
+        return exchange
+
+    def _receive(self, channel: int) -> Received:
+        """Take what came from the partners in other nodes, and give it to the ranks of this node."""
+        exchange = self._at(channel)
+        with self._watched(channel, between_nodes=True):
+            arrived = self._network.dispatch_recv(channel, exchange.slots)
+        assert arrived.topk_ids is not None
+        assert arrived.topk_weights is not None
+        rows, slots = arrived.rows.view(torch.uint8), len(self._nodes) * exchange.slots
+        carried = self._carried(arrived, exchange.slots)
+        ids = self._number[arrived.topk_ids.long()]
+        call = DispatchCall(channel, rows, carried, ids, arrived.topk_weights, slots)
+        tokens = torch.zeros(self._world, dtype=torch.int32)
+        tokens[list(self._partners)] = arrived.tokens_per_source
+        with self._watched(channel):
+            self._node.dispatch_send(call)
+            received = self._node.dispatch_recv(channel, slots)
+            self._tokens.all_reduce(tokens)
+        exchange.received = True
+        return self._as_documented(replace(received, tokens_per_source=tokens), exchange)
+
+    def _return_sums(self, channel: int) -> None:
+        """Add up what the ranks of this node give for each token, and send it to the token's node."""
+        shape = (len(self._nodes) * self._at(channel).slots, self._config.hidden_size)
+        sums = torch.empty(shape, dtype=torch.float32)
+        try:
+            with self._watched(channel):
+                self._node.combine_recv(channel, sums)
+        except EpProtocolError:
+            self.check()
+            # A rank of this node has closed the exchange. It is over for all: the other nodes must learn it.
+            self._open[channel] = None
+            with self._watched(channel, between_nodes=True):
+                self._network.close_exchange(channel)
+            raise
+        with self._watched(channel, between_nodes=True):
+            self._network.combine_send(channel, sums)
+
+    @contextmanager
+    def _watched(self, channel: int, *, between_nodes: bool = False) -> Iterator[None]:
+        """Around everything that may fail for good: the first failure stays, and this node learns of it."""
+        try:
+            yield
+        except (EpTimeoutError, EpProtocolError) as error:
+            cause = _native.TIMEOUT
+            if isinstance(error, EpProtocolError):
+                cause = self._network.status
+                if cause == _native.OK and self._node_is_well():
+                    raise  # a peer closed the exchange
+            self._failure = self._between_nodes(error) if between_nodes else error
+            self._node.stop(channel, cause)
+            if self._failure is error:
+                raise
+            raise self._failure from error
+
+    def _node_is_well(self) -> bool:
+        try:
+            self._node.check()
+        except EpError:
+            return False
+        return True
+
+    def _between_nodes(self, error: EpError) -> EpError:
+        """In a combine, a partner that does not answer may itself be waiting for a rank of its node."""
+        if not isinstance(error, EpTimeoutError) or error.phase != "combine":
+            return error
+        partners = ", ".join(str(rank) for rank in self._partners if rank != self._rank)
+        return EpTimeoutError(
+            rank=error.rank,
+            peer=-1,
+            phase=error.phase,
+            channel=error.channel,
+            waited_s=error.waited_s,
+            detail=f"it is among {partners} or the other ranks of their nodes; {error.detail}",
+        )
+
+    def _carried(self, arrived: Received, slots: int) -> torch.Tensor | None:
+        """What rows have with them inside the node, [nodes * T, bytes]: their scales; where they must be
+        sorted, the int32 number source * T + token; if global ids were asked for, all ids and weights."""
+        parts = [] if arrived.scales is None else [arrived.scales.view(torch.uint8)]
+        if self._sorts:
+            firsts = torch.tensor(self._partners, dtype=torch.int32) * slots
+            numbers = firsts[:, None] + torch.arange(slots, dtype=torch.int32)
+            parts.append(numbers.view(-1, 1).view(torch.uint8))
+        if self._keeps_ids:
+            assert arrived.topk_ids is not None
+            assert arrived.topk_weights is not None
+            parts += [arrived.topk_ids.view(torch.uint8), arrived.topk_weights.view(torch.uint8)]
+        if len(parts) > 1:
+            return torch.cat(parts, dim=1)
+        return parts[0] if parts else None
+
+    def _as_documented(self, got: Received, exchange: _Open) -> Received:
+        """Rows of the node's exchange, which come in order of (place, node, token), in order of (source,
+        token)."""
+        config = self._config
+        per_expert = got.rows_per_expert
+        assert per_expert is not None
+        per_expert = per_expert[: self._num_local]
+        rows, carried, ids, weights = got.rows, got.scales, got.topk_ids, got.topk_weights
+        if config.layout == "expert_major":
+            rows = rows[: self._num_local]
+        if self._sorts:
+            assert carried is not None
+            lists = carried[None] if config.layout == "compact" else carried[: self._num_local]
+            at = config.row_scale_bytes
+            numbers = lists[..., at : at + 4].contiguous().view(torch.int32).squeeze(-1)
+            filled = torch.tensor([len(rows)]) if config.layout == "compact" else per_expert
+            exchange.places = _in_order(numbers, filled)
+            rows, carried = (_moved(t, exchange.places) for t in (rows, carried[: len(rows)]))
+            if ids is not None and weights is not None:
+                ids, weights = (_moved(t, exchange.places) for t in (ids, weights))
+        elif not self._in_order:
+            assert ids is not None
+            assert weights is not None
+            rows, ids, weights = (self._by_source(t, self._blocks) for t in (rows, ids, weights))
+            carried = None if carried is None else self._by_source(carried, self._blocks)
+        scales = None
+        if config.row_scale_bytes:
+            assert carried is not None
+            scales = carried[..., : config.row_scale_bytes].contiguous().view(config.scale_dtype)
+        if self._keeps_ids:
+            assert carried is not None
+            assert ids is not None
+            here, size = (ids >= 0).any(1, keepdim=True), 4 * config.top_k
+            all_ids, all_weights = carried[:, -2 * size :].split(size, dim=1)
+            ids = torch.where(here, all_ids.contiguous().view(torch.int32), -1)
+            weights = torch.where(here, all_weights.contiguous().view(torch.float32), 0.0)
+        if ids is not None:
+            ids = ids.masked_fill(ids < 0, config.pad_id)
+        return Received(
+            rows.view(config.received_dtype), scales, ids, weights, got.tokens_per_source, per_expert
+        )
+
+    def _as_received(self, y: torch.Tensor, exchange: _Open) -> torch.Tensor:
+        """The experts' results in the order in which the node's exchange handed the rows out."""
+        if not self._sorts:
+            return y if self._in_order else self._by_source(y, self._sources)
+        assert exchange.places is not None
+        shape = list(y.shape)
+        if self._config.layout == "expert_major":
+            shape[0] = self._num_lists
+        stood, went = exchange.places
+        return _moved(y, (went, stood), y.new_empty(shape))
+
+    def _by_source(self, rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Blocks of T rows in another order."""
+        return rows.unflatten(0, (self._world, -1)).index_select(0, order).flatten(0, 1)
+
+
+def _in_order(numbers: torch.Tensor, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where rows stand and where they go if each list is sorted by the rows' numbers: two [rows] int64 of
+    places in all lists. ``numbers``: [lists, capacity]; ``filled``: how many count in each list."""
+    capacity = numbers.shape[1]
+    is_row = torch.arange(capacity) < filled[:, None]
+    order = numbers.masked_fill(~is_row, torch.iinfo(torch.int32).max).argsort(dim=1, stable=True)
+    firsts = torch.arange(len(numbers))[:, None] * capacity
+    return (order + firsts)[is_row], is_row.flatten().nonzero().flatten()
+
+
+def _moved(
+    rows: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor], into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``rows`` at their new places; what stands elsewhere is undefined. Rows of any type have whole words."""
+    moved = torch.empty_like(rows) if into is None else into
+    stood, went = places
+    if len(stood):
+        old, new = (t.flatten(0, -2).view(torch.int32) for t in (rows, moved))
+        new.index_copy_(0, went, old.index_select(0, stood))
+    return moved

@@ -1,0 +1,92 @@
+"""Two nodes with a network between them: what crosses it, and what happens when it is cut."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from exchange import check_steps, make_call
+from network_rank import CONFIG, STEPS
+from networks import LINK, need_namespaces, two_nodes
+
+RANK_NODES = (0, 1, 1, 0)  # of each rank, its node
+NODES = ((0, 3), (1, 2))
+RANK_FILE = Path(__file__).parent.parent / "network_rank.py"
+ADDED = 1.1  # by TCP, IP and Ethernet, and by the barriers around what is counted
+
+
+@pytest.fixture
+def nodes():
+    need_namespaces()
+    with two_nodes() as nodes:
+        yield nodes
+
+
+def start(nodes, job, folder):
+    world = len(RANK_NODES)
+    path = os.pathsep.join([str(RANK_FILE.parent), os.environ.get("PYTHONPATH", "")])
+    arguments = [(job, str(rank), str(world), str(folder)) for rank in range(world)]
+    return [
+        subprocess.Popen(
+            nodes[node].command(sys.executable, str(RANK_FILE), *words),
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        for node, words in zip(RANK_NODES, arguments, strict=True)
+    ]
+
+
+def answers(processes, folder, timeout):
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            assert process.wait(max(0.1, deadline - time.monotonic())) == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"answer-{rank}", weights_only=False) for rank in range(len(processes))]
+
+
+def crossings(rank_to):
+    """Rows that leave each node over all steps; ``rank_to``: to the ranks of the other node, each or once."""
+    left, owners = [0, 0], CONFIG.expert_ranks(len(RANK_NODES))
+    for one in STEPS:
+        for rank, node in enumerate(RANK_NODES):
+            for ids in make_call(CONFIG, len(RANK_NODES), rank, one).topk_ids.tolist():
+                away = {rank_to(owners[e]) for e in ids if e >= 0 and RANK_NODES[owners[e]] != node}
+                left[node] += len(away)
+    return left
+
+
+def test_what_crosses_the_network(nodes, tmp_path):
+    found = answers(start(nodes, "count", tmp_path), tmp_path, 90)
+    assert all("asked for" in answer["hier"]["reason"] for answer in found)
+    check_steps(CONFIG, STEPS, [{"hier": answer["hier"]["results"]} for answer in found], NODES)
+    check_steps(CONFIG, STEPS, [{"collective": answer["collective"]["results"]} for answer in found])
+    record = CONFIG.row_bytes + 8 * CONFIG.top_k + 8
+    for transport, rank_to in (("hier", lambda rank: RANK_NODES[rank]), ("collective", lambda rank: rank)):
+        left = crossings(rank_to)
+        for rank, node in ((0, 0), (1, 1)):
+            # Dispatched rows go out; combined ones answer what came in.
+            wanted = left[node] * record + left[1 - node] * CONFIG.wire_row_bytes
+            sent = found[rank][transport]["sent"]
+            assert wanted < sent < ADDED * wanted, f"{transport}, node {node}"
+    # With four experts of a token, most go to both ranks of a node.
+    assert found[0]["collective"]["sent"] > 1.5 * found[0]["hier"]["sent"]
+
+
+def test_a_cut_network(nodes, tmp_path):
+    processes = start(nodes, "cut", tmp_path)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("running-*"))) < len(processes):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    time.sleep(0.5)
+    nodes[0].ip("link", "set", LINK, "down")
+    for answer in answers(processes, tmp_path, 40):
+        assert answer["hier"]["waited"] < 20
+        assert "waited" in answer["hier"]["error"] or "stopped first" in answer["hier"]["error"]

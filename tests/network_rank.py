@@ -1,0 +1,78 @@
+"""One rank of tests/failure/test_network.py: ``network_rank.py JOB RANK WORLD FOLDER``; answers in FOLDER."""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from exchange import Runner, make_call, step
+from networks import LINK
+
+import ep_backend as ep
+
+CONFIG = ep.EpConfig(
+    num_experts=16, top_k=4, hidden_size=1024, max_tokens_per_rank=32, payload=torch.float32, timeout_s=20.0
+)
+STEPS = [step([32, 17, 0, 29], seed=seed) for seed in range(6)]
+
+
+def link_bytes():
+    """Bytes that have left this node through the link, with all headers."""
+    with open("/proc/self/net/dev") as lines:
+        fields = next(line for line in lines if line.strip().startswith(f"{LINK}:")).split(":")[1].split()
+    return int(fields[8])
+
+
+def count(comm):
+    """All steps; bytes that left this node meanwhile, and the results."""
+    runner = Runner(comm, STEPS)
+    dist.barrier()
+    before = link_bytes()
+    dist.barrier()
+    for number in range(len(STEPS)):
+        runner.act(number, "dispatch")
+        runner.act(number, "combine")
+    dist.barrier()
+    return {"sent": link_bytes() - before, "results": (runner.received, runner.combined)}
+
+
+def cut(comm):
+    """Exchanges until one fails: how, and after how long."""
+    comm.set_timeout(3.0)
+    call = make_call(CONFIG, comm.world_size, comm.rank, STEPS[0])
+    dist.barrier()
+    (Path(FOLDER) / f"running-{comm.rank}").touch()
+    try:
+        for _ in range(10**6):
+            start = time.monotonic()
+            _, handle = comm.dispatch(call.x, call.topk_ids, call.topk_weights)
+            comm.combine(torch.zeros(comm.world_size * 32, CONFIG.hidden_size), handle)
+    except ep.EpTimeoutError as error:
+        return {"error": str(error), "waited": time.monotonic() - start}
+    raise AssertionError("the network was cut and nobody noticed")
+
+
+if __name__ == "__main__":
+    JOB, RANK, WORLD, FOLDER = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    os.environ["GLOO_SOCKET_IFNAME"] = LINK
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(f"{FOLDER}/store", WORLD),
+        rank=RANK,
+        world_size=WORLD,
+        timeout=timedelta(seconds=30),
+    )
+    answers = {}
+    transports = ("hier", "collective") if JOB == "count" else ("hier",)
+    for transport in transports:
+        comm = ep.Communicator(None, replace(CONFIG, transport=transport))
+        answers[transport] = {"count": count, "cut": cut}[JOB](comm)
+        answers[transport]["reason"] = comm.decision.reason
+        comm.destroy()
+    torch.save(answers, f"{FOLDER}/answer-{RANK}")
+    os._exit(0)  # a group whose network is gone does not end by itself

@@ -1,0 +1,31 @@
+"""Nodes that are made up: ranks of one machine whose records say that they are on several."""
+
+from dataclasses import replace
+from unittest import mock
+
+import msgspec
+from exchange import run_steps
+
+import ep_backend as ep
+from ep_backend.probe import probe
+
+
+def pretend(rank, nodes):
+    """While it lasts, the record of ``rank`` says that it shares memory with the ranks of its node alone."""
+    here = next(n for n, ranks in enumerate(nodes) if rank in ranks)
+
+    def ours(device, **more):
+        return msgspec.structs.replace(probe(device, **more), host=f"node{here}", boot_id=f"boot{here}")
+
+    return mock.patch("ep_backend.communicator.probe", ours)
+
+
+def make(rank, group, nodes, config, transport="hier"):
+    with pretend(rank, nodes):
+        return ep.Communicator(group, replace(config, transport=transport))
+
+
+def run_steps_on(rank, group, nodes, config, steps, schedule, transports=("hier",)):
+    """The job ``run_steps`` on made-up nodes."""
+    with pretend(rank, nodes):
+        return run_steps(rank, group, config, steps, schedule, transports)
