@@ -29,6 +29,7 @@ __all__ = [
     "Condition",
     "Profile",
     "Setting",
+    "beside_shipped",
     "digest",
     "find",
     "from_dict",
@@ -145,8 +146,18 @@ def load(requested: str = "auto") -> tuple[tuple[Profile, ...], str, bool]:
     if not is_path(requested):
         return known, find(requested, known).name, True
     own = load_file(requested)
-    known = in_order([own, *(profile for profile in known if profile.name != own.name)])
-    return known, own.name, own.recognition is None
+    return beside_shipped(own, requested), own.name, own.recognition is None
+
+
+def beside_shipped(own: Profile, where: str) -> tuple[Profile, ...]:
+    """A user's own profile and the shipped ones whose place it does not take, in order.
+
+    ``where`` is its file's name for messages. Raises EpConfigError if it claims a name of another.
+    """
+    try:
+        return in_order([own, *(profile for profile in shipped() if profile.name != own.name)])
+    except EpConfigError as error:
+        raise EpConfigError(f"{where}: {error}") from None
 
 
 def digest(requested: str = "auto") -> str:

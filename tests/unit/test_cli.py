@@ -205,6 +205,24 @@ def test_profiles_validate(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "alias", "claimed"),
+    [("dgx", "my_own", "dgx"), ("mine", "hgx", "hgx"), ("nvswitch", "hgx", ""), ("mine", "my_own", "")],
+)
+def test_profiles_validate_accepts_what_can_be_used(capsys, tmp_path, name, alias, claimed):
+    """A file may take the place of a shipped profile, and not a name that another one keeps."""
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.replace('"mine"', f'"{name}"').replace('"my_own"', f'"{alias}"'))
+    status, out, err = run(capsys, "profiles", "validate", str(file))
+    assert run(capsys, "env", "--profile", str(file))[0] == status == (1 if claimed else 0)
+    if claimed:
+        assert out == ""
+        assert err.startswith(f"{file}: profiles ")
+        assert f"both claim the name '{claimed}'" in err
+    else:
+        assert out == f"{file}: valid (profile {name})\n"
+
+
+@pytest.mark.parametrize(
     "arguments", [[], ["nonsense"], ["env", "--bogus"], ["env", "--shell", "--json"], ["profiles", "show"]]
 )
 def test_wrong_usage_is_status_2(capsys, arguments):
