@@ -149,6 +149,54 @@ def test_a_block_must_not_contradict_what_it_adds_to(first, second):
     assert profiles.from_dict(data, "box.toml"), "the block takes the switch back"
 
 
+def two_blocks(first, second, disable="1"):
+    """VALID with a level under one condition, and the switch that makes it meaningless under another."""
+    level = {"when": first, "environment": {"NCCL_P2P_LEVEL": {**SETTING, "value": "PIX"}}}
+    switch = {"when": second, "environment": {"NCCL_P2P_DISABLE": {**SETTING, "value": disable}}}
+    return changed(["conditional"], [level, VALID["conditional"][0], switch])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"hca": True}, {"peer_access": "none"}),
+        ({"peer_access": "none"}, {"peer_access": "none"}),
+        ({"peer_access": "some"}, {"peer_level": "PIX"}),
+        ({"several_gpus": False}, {"nvlink": "none"}),
+        ({"gpus": "none"}, {"peer_access": "none", "several_gpus": False}),
+        ({"cuda_driver_below": "13.0"}, {"cuda_driver_at_least": "12.8"}),
+        ({"nccl_at_least": "2.9"}, {"nccl_at_least": "2.28", "nccl_below": "3"}),
+    ],
+)
+def test_two_blocks_that_can_hold_together_must_not_contradict_each_other(first, second):
+    words = (
+        r"box.toml: conditional\[0\] and conditional\[2\] can hold together: NCCL_P2P_LEVEL means nothing "
+        "while NCCL_P2P_DISABLE is 1; keep one of them"
+    )
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(EpConfigError, match=words):
+            profiles.from_dict(two_blocks(one, other), "box.toml")
+        assert profiles.from_dict(two_blocks(one, other, disable="0"), "box.toml")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"hca": True}, {"hca": False}),
+        ({"peer_access": "all"}, {"peer_access": "some", "hca": True}),
+        ({"peer_access": "none"}, {"peer_level": "PXB"}),
+        ({"several_gpus": False}, {"peer_access": "all"}),
+        ({"gpus": "none"}, {"peer_access": "some"}),
+        ({"gpus": "none"}, {"several_gpus": True}),
+        ({"cuda_driver_below": "13.0"}, {"cuda_driver_at_least": "13"}),
+        ({"nccl_below": "2.9"}, {"nccl_at_least": "2.10", "nccl_below": "3"}),
+    ],
+)
+def test_blocks_that_never_hold_together_may_differ(first, second):
+    for one, other in ((first, second), (second, first)):
+        assert profiles.from_dict(two_blocks(one, other), "box.toml")
+
+
 @pytest.mark.parametrize(
     "condition",
     [
