@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import cpu_rank
 
-from ep_backend import profiles
+from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
+from ep_backend.select import apply_env, decide
 
 VALID = {
     "name": "box",
@@ -147,6 +149,28 @@ def test_a_block_must_not_contradict_what_it_adds_to(first, second):
     data["conditional"][0]["environment"] = {"NCCL_P2P_DISABLE": {**SETTING, "value": "0"},
                                              "NCCL_P2P_LEVEL": setting["LEVEL"]}  # fmt: skip
     assert profiles.from_dict(data, "box.toml"), "the block takes the switch back"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NCCL_SOCKET_IFNAME", "=eth0"),
+        ("NCCL_IB_HCA", "=mlx5_0:1,mlx5_1:1"),
+        ("NCCL_IB_GID_INDEX", "3"),
+        ("NCCL_PROTO", "^LL128"),
+        ("NCCL_ALGO", "Ring"),
+        ("NCCL_SHM_DISABLE", "1"),
+        ("GLOO_SOCKET_IFNAME", "eth0"),
+    ],
+)
+def test_what_a_site_sets_is_set_and_known_as_ours(tmp_path, name, value):
+    file = tmp_path / "own.toml"
+    setting = f'[environment.{name}]\nvalue = "{value}"\nwhy = "w"\nsource = "s"\n'
+    file.write_text(OWN.format(name="mine", aliases="") + setting)
+    environ = {}
+    assert apply_env(decide([cpu_rank()], requested_profile=str(file)), environ) == ()
+    assert environ[name] == value
+    assert env.applied(environ) == {name: value}
 
 
 def two_blocks(first, second, disable="1"):
