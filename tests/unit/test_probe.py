@@ -314,6 +314,15 @@ def test_cuda_visible_devices(machine, listed, visible):
     assert machine(fake_nvml(), {"CUDA_VISIBLE_DEVICES": listed}).visible == visible
 
 
+@pytest.mark.parametrize(
+    ("listed", "told"),
+    [("-1", False), ("0,-1,1", False), ("", False), ("0,7", True), ("-2", True), ("1-1", True)],
+)
+def test_hiding_gpus_on_purpose_is_no_problem(machine, listed, told):
+    problems = machine(fake_nvml(), {"CUDA_VISIBLE_DEVICES": listed}).problems
+    assert any("CUDA_VISIBLE_DEVICES" in problem for problem in problems) == told
+
+
 def test_device_is_found_by_its_place_among_the_visible(machine):
     environ = {"CUDA_VISIBLE_DEVICES": "1,0"}
     assert machine(fake_nvml(), environ, device="cuda").device == "GPU-1a"

@@ -303,6 +303,12 @@ def test_aliases(name, found):
 def test_unknown_name():
     with pytest.raises(EpConfigError, match="no hardware profile 'nvswich'; did you mean 'nvswitch'"):
         profiles.load("nvswich")
+    with pytest.raises(EpConfigError, match=r"'bogus' \(known: auto, cpu, dgx, "):
+        profiles.load("bogus")
+    with pytest.raises(EpConfigError, match="'atuo'; did you mean 'auto'"):
+        profiles.load("atuo")
+    with pytest.raises(EpConfigError, match=r"'bogus' \(known: cpu, "):
+        profiles.find("bogus", profiles.shipped())
 
 
 def test_load_auto():
