@@ -25,7 +25,10 @@ def of_proc(root: Path) -> tuple[Gpu, ...]:
 
 
 def visible(names: Sequence[str], environ: Mapping[str, str], problems: list[str]) -> tuple[str, ...]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does: in its order, ending at the first entry that names nothing."""
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does: in its order, ending at the first entry that names nothing.
+
+    -1 is the usual way to say that on purpose, and no problem.
+    """
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return tuple(names)
@@ -34,6 +37,8 @@ def visible(names: Sequence[str], environ: Mapping[str, str], problems: list[str
         if entry.startswith("MIG-"):
             found.append(entry)  # a slice of a GPU: no links to others, and not described further
             continue
+        if entry == "-1":
+            break
         if entry.isdecimal():
             matches = [names[int(entry)]] if int(entry) < len(names) else []
         else:

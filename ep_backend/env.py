@@ -25,6 +25,7 @@ class Variable:
     """One environment variable: what it is called, what it may hold, and what it does.
 
     ``minimum`` and ``maximum`` are inclusive and concern numbers; ``choices`` lists every accepted text.
+    ``per_host``: hosts may need different values, so the ranks of a group need not agree on it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Variable:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    per_host: bool = False
 
     def parse(self, text: str) -> Any:
         """``text`` as the variable's type. Raises EpConfigError with what came and what was wanted."""
@@ -50,15 +52,22 @@ class Variable:
                 raise self._error(text)
             if self.maximum is not None and value > self.maximum:
                 raise self._error(text)
-        elif self.choices and value not in self.choices:
+        elif (self.choices and value not in self.choices) or (self._one_word and text.split() != [text]):
             raise self._error(text)
         return value
+
+    @property
+    def _one_word(self) -> bool:
+        """Blanks separate what `apply` notes, and mean nothing in lists for other libraries."""
+        return self.kind == "set" and self.type == "str" and not self.choices
 
     @property
     def wanted(self) -> str:
         """What an acceptable value looks like, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if self._one_word:
+            return "a text without blanks"
         words = {"str": "a text", "int": "a whole number", "float": "a number"}[self.type]
         if self.minimum is not None:
             words += f" from {self.minimum:g}"
@@ -90,10 +99,15 @@ def _set(name: str, help: str, *, choices: tuple[str, ...] = (), maximum: int | 
     return Variable(name, "set", "int", None, help, minimum=0, maximum=maximum)
 
 
+def _set_text(name: str, help: str, *, per_host: bool = False) -> Variable:
+    return Variable(name, "set", "str", None, help, per_host=per_host)
+
+
 _SWITCH = ("0", "1")
 
 # What each foreign variable means: docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html and
-# docs.nvidia.com/nvshmem/api/gen/env.html.
+# docs.nvidia.com/nvshmem/api/gen/env.html; GLOO_SOCKET_IFNAME:
+# docs.pytorch.org/docs/stable/distributed.html#choosing-the-network-interface-to-use.
 VARIABLES: tuple[Variable, ...] = (
     _read(
         "EP_BACKEND_TIMEOUT_S",
@@ -168,6 +182,11 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     _set("NCCL_P2P_DISABLE", "1 switches NCCL's peer-to-peer transport off.", choices=_SWITCH),
     _set(
+        "NCCL_SHM_DISABLE",
+        "1 switches NCCL's shared-memory transport off: GPUs of a host without peer access use the network.",
+        choices=_SWITCH,
+    ),
+    _set(
         "NCCL_SHM_USE_CUDA_MEMCPY",
         "1 lets NCCL's shared-memory transport copy with cudaMemcpy.",
         choices=_SWITCH,
@@ -188,6 +207,39 @@ VARIABLES: tuple[Variable, ...] = (
     _set("NCCL_IB_SL", "InfiniBand service level of NCCL's traffic.", maximum=15),
     _set("NCCL_IB_TC", "InfiniBand/RoCE traffic class of NCCL's traffic.", maximum=255),
     _set("NCCL_IB_ADAPTIVE_ROUTING", "1 lets the fabric route NCCL's packets adaptively.", choices=_SWITCH),
+    _set_text(
+        "NCCL_IB_HCA",
+        "InfiniBand/RoCE adapters for NCCL: prefixes, like mlx5_0:1,mlx5_1; = before them exact, ^ others.",
+        per_host=True,
+    ),
+    Variable(
+        "NCCL_IB_GID_INDEX",
+        "set",
+        "int",
+        None,
+        "Global identifier that NCCL uses with RoCE; -1 lets NCCL choose.",
+        minimum=-1,
+        maximum=255,
+        per_host=True,
+    ),
+    _set_text(
+        "NCCL_SOCKET_IFNAME",
+        "IP interfaces for NCCL: prefixes like eth,ib0; = before them exact names, ^ all others.",
+        per_host=True,
+    ),
+    _set_text(
+        "NCCL_ALGO",
+        "Algorithms for NCCL, like Ring,Tree; ^ before them: all others. Since 2.24 also by function.",
+    ),
+    _set_text(
+        "NCCL_PROTO",
+        "Protocols for NCCL of LL, LL128 and Simple; ^ before them: all others. Since 2.24 also by function.",
+    ),
+    _set_text(
+        "GLOO_SOCKET_IFNAME",
+        "IP interfaces for gloo, by name, like eth0,eth1; as many on every rank.",
+        per_host=True,
+    ),
     _set("NVSHMEM_IB_SL", "InfiniBand service level of NVSHMEM programs beside us.", maximum=15),
     _set(
         "NVSHMEM_CUMEM_HANDLE_TYPE",

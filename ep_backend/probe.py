@@ -237,7 +237,7 @@ def _hcas(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[s
 
 
 def _choices(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
-    steering = {v.name for v in env.VARIABLES if v.kind == "set"} | {
+    steering = {v.name for v in env.VARIABLES if v.kind == "set" and not v.per_host} | {
         "EP_BACKEND_PROFILE",
         "EP_BACKEND_TRANSPORT",
         "EP_BACKEND_PEER_ACCESS",

@@ -4,6 +4,7 @@ be. Every function raises EpConfigError naming the key.
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 import typing
@@ -93,6 +94,7 @@ def check_meaning(profile: Profile) -> None:
                     raise EpConfigError(
                         f"{key}engine.{name}: {argument!r} is not an argument (like --max-num-seqs)"
                     )
+    _check_blocks(profile)
     for key, text in _prose(profile):
         if not text.strip():
             raise EpConfigError(f"{key}: must not be empty")
@@ -187,12 +189,45 @@ def _check_environment(base: Mapping[str, Setting], environment: Mapping[str, Se
             known.parse(setting.value)
         except EpConfigError as error:
             raise EpConfigError(f"{key}.{name}: {error}") from None
-    together = {**base, **environment}
-    disabled = together.get("NCCL_P2P_DISABLE")
-    if disabled and disabled.value == "1" and "NCCL_P2P_LEVEL" in together:
+    _check_together({**base, **environment}, key)
+
+
+def _check_together(environment: Mapping[str, Setting], key: str) -> None:
+    disabled = environment.get("NCCL_P2P_DISABLE")
+    if disabled and disabled.value == "1" and "NCCL_P2P_LEVEL" in environment:
         raise EpConfigError(
             f"{key}: NCCL_P2P_LEVEL means nothing while NCCL_P2P_DISABLE is 1; keep one of them"
         )
+
+
+def _check_blocks(profile: Profile) -> None:
+    """Every two conditional blocks that can hold together. What three do wrong, two of them do."""
+    for (i, first), (j, second) in itertools.combinations(enumerate(profile.conditional), 2):
+        if _can_hold_together(first.when, second.when):
+            _check_together(
+                {**profile.environment, **first.environment, **second.environment},
+                f"conditional[{i}] and conditional[{j}] can hold together",
+            )
+
+
+def _can_hold_together(first: Condition, second: Condition) -> bool:
+    """Whether some group shows the facts of both."""
+    both: dict[str, Any] = {}
+    for name in Condition.__struct_fields__:
+        facts = [fact for fact in (getattr(first, name), getattr(second, name)) if fact is not None]
+        if name.endswith(("_at_least", "_below")):
+            facts.sort(key=version, reverse=name.endswith("_at_least"))  # the stricter one first
+        elif len(set(facts)) > 1:
+            return False
+        if facts:
+            both[name] = facts[0]
+    if both.get("gpus") == "none":  # there are no pairs, so each share of them is "none"
+        both = {name: fact for name, fact in both.items() if name == "gpus" or fact not in ("none", False)}
+    try:
+        _check_condition(Condition(**both), "")
+    except EpConfigError:
+        return False
+    return True
 
 
 def _prose(profile: Profile) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ __all__ = [
     "Condition",
     "Profile",
     "Setting",
+    "beside_shipped",
     "digest",
     "find",
     "from_dict",
@@ -120,13 +121,16 @@ def is_path(requested: str) -> bool:
     return "/" in requested or requested.endswith(".toml")
 
 
-def find(name: str, among: Iterable[Profile]) -> Profile:
-    """The profile with this name or alias. Raises EpConfigError with the nearest name."""
+def find(name: str, among: Iterable[Profile], also: Iterable[str] = ()) -> Profile:
+    """The profile with this name or alias. Raises EpConfigError with the nearest name.
+
+    ``also``: what else the caller would have understood in its place, for the message.
+    """
     names = {known: profile for profile in among for known in profile.names}
     if name not in names:
-        known = ", ".join(sorted(names))
+        known = [*also, *sorted(names)]
         raise EpConfigError(
-            f"there is no hardware profile {name!r}{env.nearest(name, names)} (known: {known})"
+            f"there is no hardware profile {name!r}{env.nearest(name, known)} (known: {', '.join(known)})"
         )
     return names[name]
 
@@ -143,10 +147,20 @@ def load(requested: str = "auto") -> tuple[tuple[Profile, ...], str, bool]:
     if requested == "auto":
         return known, "auto", False
     if not is_path(requested):
-        return known, find(requested, known).name, True
+        return known, find(requested, known, also=("auto",)).name, True
     own = load_file(requested)
-    known = in_order([own, *(profile for profile in known if profile.name != own.name)])
-    return known, own.name, own.recognition is None
+    return beside_shipped(own, requested), own.name, own.recognition is None
+
+
+def beside_shipped(own: Profile, where: str) -> tuple[Profile, ...]:
+    """A user's own profile and the shipped ones whose place it does not take, in order.
+
+    ``where`` is its file's name for messages. Raises EpConfigError if it claims a name of another.
+    """
+    try:
+        return in_order([own, *(profile for profile in shipped() if profile.name != own.name)])
+    except EpConfigError as error:
+        raise EpConfigError(f"{where}: {error}") from None
 
 
 def digest(requested: str = "auto") -> str:

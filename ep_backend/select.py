@@ -55,7 +55,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Conflict(msgspec.Struct, frozen=True):
-    """A variable that is already set, and not as the decision wants it. The found value stays."""
+    """A variable that is already set, and not as the decision wants it. The found value stays.
+
+    ``wanted``: the value that the decision has for it; or, as NAME=VALUE, that of another variable, which is
+    not set because the two cannot be together.
+    """
 
     name: str
     found: str
@@ -133,23 +137,44 @@ def select(
 def apply_env(decision: Decision, environ: MutableMapping[str, str] = os.environ) -> tuple[Conflict, ...]:
     """Set the decision's variables where nothing is set yet; nothing that is set is changed.
 
+    Nor is anything set that one of the user's values makes meaningless, or that would make it so (`opposed`).
     Must run before NCCL starts. Returns the user's own values that differ, for the caller to report once.
     What was set is noted in the environment (`env.applied`): the processes below inherit it and do not take
     it for the user's.
     """
     conflicts = find_conflicts(decision, environ)
-    env.apply({item.name: item.value for item in decision.env}, environ)
+    env.apply({item.name: item.value for item in missing(decision, environ)}, environ)
     return conflicts
+
+
+def missing(decision: Decision, environ: Mapping[str, str]) -> tuple[EnvValue, ...]:
+    """What `apply_env` would set."""
+    return tuple(item for item in decision.env if item.name not in environ and not opposed(item, environ))
 
 
 def find_conflicts(decision: Decision, environ: Mapping[str, str]) -> tuple[Conflict, ...]:
     """What `apply_env` would return, without setting anything."""
     ours = env.applied(environ)
-    return tuple(
-        Conflict(item.name, environ[item.name], item.value, item.why)
-        for item in decision.env
-        if environ.get(item.name, item.value) != item.value and item.name not in ours
-    )
+    found = []
+    for item in decision.env:
+        if environ.get(item.name, item.value) != item.value and item.name not in ours:
+            found.append(Conflict(item.name, environ[item.name], item.value, item.why))
+        elif other := opposed(item, environ):
+            why = f"NCCL_P2P_LEVEL means nothing while NCCL_P2P_DISABLE is 1. {item.why}"
+            found.append(Conflict(other, environ[other], f"{item.name}={item.value}", why))
+    return tuple(found)
+
+
+def opposed(item: EnvValue, environ: Mapping[str, str]) -> str:
+    """The user's own variable beside which ``item`` makes no sense; empty if there is none.
+
+    NCCL_P2P_DISABLE=1 makes a level meaningless, and only LOC says the same.
+    """
+    other = {"NCCL_P2P_LEVEL": "NCCL_P2P_DISABLE", "NCCL_P2P_DISABLE": "NCCL_P2P_LEVEL"}.get(item.name, "")
+    if not environ.get(other, "").strip() or other in env.applied(environ):
+        return ""
+    both = {item.name: item.value, other: environ[other].strip()}
+    return other if both["NCCL_P2P_DISABLE"] == "1" and both["NCCL_P2P_LEVEL"] != "LOC" else ""
 
 
 def check_agreement(records: Sequence[Record]) -> None:

@@ -122,12 +122,15 @@ def folder(environ: Mapping[str, str]) -> Path | None:
     """The user's cache folder for this library, made if need be; None if there is none to write to.
 
     A container without a home gets one among the temporary files, so that its processes still share.
+    A relative path would be another folder for each process; specifications.freedesktop.org/basedir wants
+    it ignored.
     """
     candidates = []
-    if environ.get("XDG_CACHE_HOME"):
-        candidates.append(Path(environ["XDG_CACHE_HOME"]) / "ep_backend")
-    elif environ.get("HOME"):
-        candidates.append(Path(environ["HOME"]) / ".cache" / "ep_backend")
+    xdg, home = (Path(environ.get(name, "")) for name in ("XDG_CACHE_HOME", "HOME"))
+    if xdg.is_absolute():
+        candidates.append(xdg / "ep_backend")
+    elif home.is_absolute():
+        candidates.append(home / ".cache" / "ep_backend")
     candidates.append(Path(environ.get("TMPDIR") or "/tmp") / f"ep_backend-{os.geteuid()}")
     for path in candidates:
         with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ import msgspec
 
 from ep_backend import env
 from ep_backend.probe import Record
-from ep_backend.select import AVAILABLE, Conflict, Decision
+from ep_backend.select import AVAILABLE, Conflict, Decision, EnvValue, opposed
 from ep_backend.transports import OF_GPUS
 
 
@@ -26,14 +26,14 @@ def available() -> frozenset[str]:
             return AVAILABLE
 
 
-def status(name: str, wanted: str, environ: Mapping[str, str]) -> str:
-    """What setting ``name`` where it is unset would do."""
-    found = environ.get(name)
+def status(item: EnvValue, environ: Mapping[str, str]) -> str:
+    """What setting ``item`` where it is unset would do."""
+    found = environ.get(item.name)
     if found is None:
-        return "will be set"
-    if found == wanted:
+        return "conflict" if opposed(item, environ) else "will be set"
+    if found == item.value:
         return "already so"
-    return "set before by ep_backend" if name in env.applied(environ) else "conflict"
+    return "set before by ep_backend" if item.name in env.applied(environ) else "conflict"
 
 
 def as_json(
@@ -44,8 +44,7 @@ def as_json(
         "transport": decision.transport,
         "reason": decision.reason,
         "environment": [
-            {**msgspec.to_builtins(item), "status": status(item.name, item.value, environ)}
-            for item in decision.env
+            {**msgspec.to_builtins(item), "status": status(item, environ)} for item in decision.env
         ],
         "conflicts": msgspec.to_builtins(conflicts),
         "engine_arguments": msgspec.to_builtins(decision.engine),
@@ -76,7 +75,7 @@ def settings(decision: Decision, conflicts: tuple[Conflict, ...], environ: Mappi
     """Lines about the variables that are set for other libraries and the arguments for engines."""
     lines = ["Set for other libraries (a value of yours always wins):"]
     for item in decision.env:
-        lines += [f"  {item.name}={item.value}  [{status(item.name, item.value, environ)}]"]
+        lines += [f"  {item.name}={item.value}  [{status(item, environ)}]"]
         lines += [f"      {item.why}", f"      source: {item.source}"]
     lines += [] if decision.env else ["  nothing"]
     lines += [f"  conflict: {conflict}" for conflict in conflicts]

@@ -14,7 +14,7 @@ import msgspec
 from ep_backend import env
 from ep_backend.cli import choice
 from ep_backend.probe import Record, probe
-from ep_backend.select import Conflict, Decision, apply_env, decide, find_conflicts
+from ep_backend.select import Conflict, Decision, apply_env, decide, find_conflicts, missing
 
 
 def add_parser(subparsers: Any) -> None:
@@ -57,7 +57,7 @@ def _shell(decision: Decision, conflicts: tuple[Conflict, ...]) -> str:
     lines = [f"# {decision.reason}"]
     environ = dict(os.environ)
     apply_env(decision, environ)
-    changed = [item.name for item in decision.env if item.name not in os.environ]
+    changed = [item.name for item in missing(decision, os.environ)]
     # What ep_backend sets must not look like the user's: on another host it may be something else.
     names = [*changed, env.APPLIED] if changed else []
     lines += [f"export {name}={shlex.quote(environ[name])}" for name in names]

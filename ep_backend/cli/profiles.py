@@ -78,6 +78,8 @@ def run_validate(args: argparse.Namespace) -> int:
     for name, content in files:
         try:
             profile = profiles.load_file(name) if content is None else profiles.loads(content, name)
+            if content is None:
+                profiles.beside_shipped(profile, name)  # as it will be used
             print(f"{name}: valid (profile {profile.name})")
         except EpConfigError as error:
             print(error, file=sys.stderr)

@@ -84,15 +84,15 @@ def apply_profile(device: str, log: logging.Logger) -> None:
     ``device``: "cpu", or anything else for this process' GPUs.
     """
     from ep_backend.probe import probe
-    from ep_backend.select import apply_env, decide
+    from ep_backend.select import apply_env, decide, missing
 
     if not is_first_process() and env.APPLIED in os.environ:
         return
     decision = decide([probe("cpu" if device == "cpu" else None)])
-    missing = [f"{item.name}={item.value}" for item in decision.env if item.name not in os.environ]
+    settings = [f"{item.name}={item.value}" for item in missing(decision, os.environ)]
     conflicts = apply_env(decision)
     if is_first_process():
         for conflict in conflicts:
             log.warning("ep_backend: %s", conflict)
-        if missing:
-            log.info("ep_backend: profile %s sets %s", decision.profile, " ".join(missing))
+        if settings:
+            log.info("ep_backend: profile %s sets %s", decision.profile, " ".join(settings))

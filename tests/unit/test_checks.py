@@ -410,6 +410,17 @@ def test_the_cache_folder_is_found(tmp_path):
     assert cache.folder({"TMPDIR": str(tmp_path)}) == tmp_path / f"ep_backend-{os.geteuid()}"
 
 
+def test_a_relative_cache_folder_is_ignored(tmp_path, monkeypatch):
+    """As specifications.freedesktop.org/basedir asks."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": "cache"}
+    assert cache.folder(home) == tmp_path / ".cache" / "ep_backend"
+    temporary = {"HOME": ".", "XDG_CACHE_HOME": "../cache", "TMPDIR": str(tmp_path)}
+    assert cache.folder(temporary) == tmp_path / f"ep_backend-{os.geteuid()}"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 SLOW = "time.sleep(0.7)\n" + FINE
 
 

@@ -109,6 +109,16 @@ def test_env_reports_conflicts_and_agreement(capsys, monkeypatch):
     assert "NCCL_NVLS_ENABLE=2 is kept as it was found" in out
 
 
+def test_env_reports_a_switch_that_makes_a_level_meaningless(capsys, monkeypatch):
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    _, out, _ = run(capsys, "env", "--profile", "pcie_p2p")
+    assert "NCCL_P2P_LEVEL=PHB  [conflict]" in out
+    assert "conflict: NCCL_P2P_DISABLE=1 is kept as it was found; the profile would set NCCL_P2P_LEVEL" in out
+    _, out, _ = run(capsys, "env", "--shell", "--profile", "pcie_p2p")
+    assert "export NCCL_P2P_LEVEL" not in out
+    assert "# conflict: NCCL_P2P_DISABLE=1 is kept" in out
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -202,6 +212,24 @@ def test_profiles_validate(capsys, tmp_path):
     assert "unknown key 'nam'; did you mean 'name'" in err
     assert "/nonexistent" in err
     assert f"{right}: valid" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "alias", "claimed"),
+    [("dgx", "my_own", "dgx"), ("mine", "hgx", "hgx"), ("nvswitch", "hgx", ""), ("mine", "my_own", "")],
+)
+def test_profiles_validate_accepts_what_can_be_used(capsys, tmp_path, name, alias, claimed):
+    """A file may take the place of a shipped profile, and not a name that another one keeps."""
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.replace('"mine"', f'"{name}"').replace('"my_own"', f'"{alias}"'))
+    status, out, err = run(capsys, "profiles", "validate", str(file))
+    assert run(capsys, "env", "--profile", str(file))[0] == status == (1 if claimed else 0)
+    if claimed:
+        assert out == ""
+        assert err.startswith(f"{file}: profiles ")
+        assert f"both claim the name '{claimed}'" in err
+    else:
+        assert out == f"{file}: valid (profile {name})\n"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_a_bad_choice_names_the_nearest():
         ("NCCL_IB_TC", ["0", "255"], ["256"]),
         ("NCCL_CUMEM_ENABLE", ["0", "1"], ["2", "yes", ""]),
         ("NCCL_P2P_LEVEL", ["PIX", "NVL"], ["pix", "3"]),
+        ("NCCL_SHM_DISABLE", ["0", "1"], ["2"]),
+        ("NCCL_SOCKET_IFNAME", ["eth", "=eth0,eth1", "^=docker0"], ["", " ", "eth0, eth1", " eth0"]),
+        ("NCCL_IB_HCA", ["mlx5_0:1,mlx5_1", "^=mlx5_3"], ["", "mlx5_0 mlx5_1"]),
+        ("NCCL_IB_GID_INDEX", ["-1", "0", "3"], ["-2", "256", "v2", ""]),
+        ("NCCL_PROTO", ["Simple", "^LL128", "^LL128;allreduce:LL128"], ["", "LL, LL128"]),
+        ("NCCL_ALGO", ["Ring,Tree", "allreduce:tree,collnetdirect;broadcast:ring"], ["", "Ring Tree"]),
+        ("GLOO_SOCKET_IFNAME", ["eth0", "eth0,eth1"], ["", "eth0 eth1"]),
     ],
 )
 def test_values_of_set_variables(name, good, bad):
@@ -95,6 +102,14 @@ def test_registry_is_consistent():
         # What is ours is read; what belongs to others is set, and has no default of ours.
         assert variable.kind == "read" or variable.default is None
         assert not (variable.name.startswith(env.PREFIX) and variable.kind == "set")
+
+
+def test_the_documentation_lists_what_a_profile_may_set():
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    table = text.partition("### Variables that a profile may set")[2].partition("\n\n\\*")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    listed = {name: row.rstrip().endswith("*") for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert listed == {v.name: v.per_host for v in env.VARIABLES if v.kind == "set"}
 
 
 def test_every_variable_that_the_code_names_is_registered():

@@ -11,6 +11,7 @@ import pytest
 
 from ep_backend import __version__, checks, nvml, surroundings
 from ep_backend.checks import Direction
+from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record, probe
 from ep_backend.select import decide
 
@@ -313,6 +314,15 @@ def test_cuda_visible_devices(machine, listed, visible):
     assert machine(fake_nvml(), {"CUDA_VISIBLE_DEVICES": listed}).visible == visible
 
 
+@pytest.mark.parametrize(
+    ("listed", "told"),
+    [("-1", False), ("0,-1,1", False), ("", False), ("0,7", True), ("-2", True), ("1-1", True)],
+)
+def test_hiding_gpus_on_purpose_is_no_problem(machine, listed, told):
+    problems = machine(fake_nvml(), {"CUDA_VISIBLE_DEVICES": listed}).problems
+    assert any("CUDA_VISIBLE_DEVICES" in problem for problem in problems) == told
+
+
 def test_device_is_found_by_its_place_among_the_visible(machine):
     environ = {"CUDA_VISIBLE_DEVICES": "1,0"}
     assert machine(fake_nvml(), environ, device="cuda").device == "GPU-1a"
@@ -392,6 +402,18 @@ def test_what_the_user_chose_is_recorded(machine):
     record = machine(environ=environ)
     assert record.environment == {"EP_BACKEND_PROFILE": "hgx", "NCCL_IB_SL": "3"}
     assert record.profiles_digest
+
+
+def test_names_of_interfaces_may_differ_between_hosts(machine):
+    """They are as many as there are hosts, and steer no choice."""
+    here = machine(
+        environ={"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0"}
+    )
+    there = machine(environ={"NCCL_SOCKET_IFNAME": "ens1", "NCCL_IB_GID_INDEX": "3"})
+    assert here.environment == there.environment == {}
+    decide([here, there])
+    with pytest.raises(EpConfigError, match="NCCL_PROTO: Simple on rank 0, nothing on rank 1"):
+        decide([machine(environ={"NCCL_PROTO": "Simple"}), there])
 
 
 def test_what_ep_backend_set_itself_is_kept_apart(machine):

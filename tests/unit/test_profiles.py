@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import cpu_rank
 
-from ep_backend import profiles
+from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
+from ep_backend.select import apply_env, decide
 
 VALID = {
     "name": "box",
@@ -150,6 +152,76 @@ def test_a_block_must_not_contradict_what_it_adds_to(first, second):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NCCL_SOCKET_IFNAME", "=eth0"),
+        ("NCCL_IB_HCA", "=mlx5_0:1,mlx5_1:1"),
+        ("NCCL_IB_GID_INDEX", "3"),
+        ("NCCL_PROTO", "^LL128"),
+        ("NCCL_ALGO", "Ring"),
+        ("NCCL_SHM_DISABLE", "1"),
+        ("GLOO_SOCKET_IFNAME", "eth0"),
+    ],
+)
+def test_what_a_site_sets_is_set_and_known_as_ours(tmp_path, name, value):
+    file = tmp_path / "own.toml"
+    setting = f'[environment.{name}]\nvalue = "{value}"\nwhy = "w"\nsource = "s"\n'
+    file.write_text(OWN.format(name="mine", aliases="") + setting)
+    environ = {}
+    assert apply_env(decide([cpu_rank()], requested_profile=str(file)), environ) == ()
+    assert environ[name] == value
+    assert env.applied(environ) == {name: value}
+
+
+def two_blocks(first, second, disable="1"):
+    """VALID with a level under one condition, and the switch that makes it meaningless under another."""
+    level = {"when": first, "environment": {"NCCL_P2P_LEVEL": {**SETTING, "value": "PIX"}}}
+    switch = {"when": second, "environment": {"NCCL_P2P_DISABLE": {**SETTING, "value": disable}}}
+    return changed(["conditional"], [level, VALID["conditional"][0], switch])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"hca": True}, {"peer_access": "none"}),
+        ({"peer_access": "none"}, {"peer_access": "none"}),
+        ({"peer_access": "some"}, {"peer_level": "PIX"}),
+        ({"several_gpus": False}, {"nvlink": "none"}),
+        ({"gpus": "none"}, {"peer_access": "none", "several_gpus": False}),
+        ({"cuda_driver_below": "13.0"}, {"cuda_driver_at_least": "12.8"}),
+        ({"nccl_at_least": "2.9"}, {"nccl_at_least": "2.28", "nccl_below": "3"}),
+    ],
+)
+def test_two_blocks_that_can_hold_together_must_not_contradict_each_other(first, second):
+    words = (
+        r"box.toml: conditional\[0\] and conditional\[2\] can hold together: NCCL_P2P_LEVEL means nothing "
+        "while NCCL_P2P_DISABLE is 1; keep one of them"
+    )
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(EpConfigError, match=words):
+            profiles.from_dict(two_blocks(one, other), "box.toml")
+        assert profiles.from_dict(two_blocks(one, other, disable="0"), "box.toml")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"hca": True}, {"hca": False}),
+        ({"peer_access": "all"}, {"peer_access": "some", "hca": True}),
+        ({"peer_access": "none"}, {"peer_level": "PXB"}),
+        ({"several_gpus": False}, {"peer_access": "all"}),
+        ({"gpus": "none"}, {"peer_access": "some"}),
+        ({"gpus": "none"}, {"several_gpus": True}),
+        ({"cuda_driver_below": "13.0"}, {"cuda_driver_at_least": "13"}),
+        ({"nccl_below": "2.9"}, {"nccl_at_least": "2.10", "nccl_below": "3"}),
+    ],
+)
+def test_blocks_that_never_hold_together_may_differ(first, second):
+    for one, other in ((first, second), (second, first)):
+        assert profiles.from_dict(two_blocks(one, other), "box.toml")
+
+
+@pytest.mark.parametrize(
     "condition",
     [
         {"several_gpus": False, "peer_access": "none", "nvlink": "none"},
@@ -231,6 +303,12 @@ def test_aliases(name, found):
 def test_unknown_name():
     with pytest.raises(EpConfigError, match="no hardware profile 'nvswich'; did you mean 'nvswitch'"):
         profiles.load("nvswich")
+    with pytest.raises(EpConfigError, match=r"'bogus' \(known: auto, cpu, dgx, "):
+        profiles.load("bogus")
+    with pytest.raises(EpConfigError, match="'atuo'; did you mean 'auto'"):
+        profiles.load("atuo")
+    with pytest.raises(EpConfigError, match=r"'bogus' \(known: cpu, "):
+        profiles.find("bogus", profiles.shipped())
 
 
 def test_load_auto():

@@ -181,6 +181,46 @@ def test_what_a_process_above_set_stays_and_is_no_conflict():
     assert (conflict.name, conflict.found) == ("NCCL_P2P_LEVEL", "SYS")
 
 
+KEPT = (
+    "NCCL_P2P_DISABLE=1 is kept as it was found; the profile would set NCCL_P2P_LEVEL=PHB. "
+    "NCCL_P2P_LEVEL means nothing while NCCL_P2P_DISABLE is 1. Peer access was seen to work"
+)
+
+
+def test_the_users_switch_beside_a_level_of_the_profile_is_a_conflict():
+    decision, environ = decide(pcie_machine(4)), {"NCCL_P2P_DISABLE": "1"}
+    (conflict,) = apply_env(decision, environ)
+    assert str(conflict).startswith(KEPT)
+    assert environ["NCCL_P2P_DISABLE"] == "1"
+    assert "NCCL_P2P_LEVEL" not in environ
+    assert apply_env(decision, environ) == (conflict,), "a second time changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("works", "environ"),
+    [
+        (False, {"NCCL_P2P_DISABLE": "1"}),  # the profile's LOC says the same
+        (True, {"NCCL_P2P_DISABLE": "0"}),
+        (True, {"NCCL_P2P_DISABLE": ""}),
+        (True, {"NCCL_P2P_DISABLE": "1", "EP_BACKEND_APPLIED": "NCCL_P2P_DISABLE=1"}),
+    ],
+)
+def test_a_switch_that_changes_nothing_is_no_conflict(works, environ):
+    assert apply_env(decide(pcie_machine(4, works=works)), environ) == ()
+    assert environ["NCCL_P2P_LEVEL"] == ("PHB" if works else "LOC")
+
+
+def test_a_profiles_switch_does_not_take_the_users_level_away(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(
+        OWN.format(name="mine") + '[environment.NCCL_P2P_DISABLE]\nvalue = "1"\nwhy = "w"\nsource = "s"\n'
+    )
+    decision, environ = decide(pcie_machine(2), requested_profile=str(file)), {"NCCL_P2P_LEVEL": "PIX"}
+    (conflict,) = apply_env(decision, environ)
+    assert "NCCL_P2P_LEVEL=PIX is kept as it was found; the profile would set NCCL_P2P_DIS" in str(conflict)
+    assert "NCCL_P2P_DISABLE" not in environ
+
+
 def test_apply_env_to_this_process(monkeypatch):
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     monkeypatch.setenv("EP_BACKEND_APPLIED", "")
