@@ -23,6 +23,8 @@ from ep_backend.select import Decision
 # vLLM has one for small messages over NVLink.
 CAVEAT = "with the all-reduce of NCCL; an engine's own may be faster"
 OVER_NCCL = "EP over NCCL"
+# Before sentences about EP over transport host, where nothing like the machine was measured.
+IF_HOST = "If the model of host memory, which is from a server with H200, holds here"
 SAME = 0.1  # a difference below this share is none: the times of EP are a model
 
 
@@ -98,6 +100,14 @@ def sentences(comparisons: Sequence[Comparison], impossible: Collection[str] = (
         for rival, pairs in rivals.items()
         if rival not in impossible
         for words in _against(rival, pairs)
+    ]
+
+
+def if_host(words: Sequence[str], ep: str) -> list[str]:
+    """``words``, those about ``ep`` with IF_HOST before them."""
+    return [
+        f"{IF_HOST}: {one[0].lower() if one[1].islower() else one[0]}{one[1:]}" if ep in one else one
+        for one in words
     ]
 
 

@@ -33,6 +33,8 @@ def lines(plan: Plan) -> list[str]:
     found += [f"GPUs         {plan.gpus}, profile {plan.profile}"]
     for link in plan.links:
         found += _wrap(f"link         {link.name}: {_link(link)}", 13)
+    for link in plan.links:
+        found += _wrap(f"note         {link.name}: {link.unsure}", 13) if link.unsure else []
     for note in plan.notes:
         found += _wrap(f"note         {note}", 13)
     found += ["", *_weights(plan), "", *_volumes(plan)]

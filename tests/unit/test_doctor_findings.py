@@ -351,6 +351,20 @@ def test_host_is_compared_by_its_own_time():
     assert {one.way for one in report.expected} == {"host", "nccl"}
 
 
+def test_sentences_about_host_say_that_its_time_is_of_another_machine_unless_it_is_such_a_machine():
+    elsewhere = examined(PROFILES["pcie_blackwell"][0], warmed(2), shapes=(LARGE,)).advice
+    about = [one for one in elsewhere if "TP 2" in one]
+    assert about
+    assert all(one.startswith(f"{advice.IF_HOST}: EP ") for one in about)
+    doubt = [one for one in elsewhere if "EP over host was measured on a server only" in one]
+    assert len(doubt) == 1
+    assert elsewhere.index(doubt[0]) < elsewhere.index(about[0])
+    there = examined(gpus(2, nvlink=none, access=none, gpu={"nvlinks": 18}), shapes=(LARGE,))
+    assert there.decision.transport == "host"
+    assert any(one.startswith("EP is") for one in there.advice)
+    assert not any(advice.IF_HOST in one or "measured on a server only" in one for one in there.advice)
+
+
 def test_host_memory_is_that_of_the_slowest_pcie_link():
     record, _ = PROFILES["pcie_blackwell"]
 

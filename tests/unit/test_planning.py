@@ -8,7 +8,7 @@ from measurements import RESULTS, WITHIN, documents, host_cases, peer_cases, ran
 
 from ep_backend import cli, profiles
 from ep_backend.bench.engines import models
-from ep_backend.doctor import plan
+from ep_backend.doctor import advice, plan
 from ep_backend.doctor.plan import Shape
 from ep_backend.errors import EpConfigError
 from ep_backend.planning import hardware, memory, model, predict, words
@@ -68,6 +68,12 @@ def test_the_seed_facts():
     assert LINKS["nvlink4"].one_way.value * 2 == 900e9
     assert LINKS["pcie5"].one_way.value == LINKS["pcie5-host"].one_way.value == 64e9
     assert LINKS["pcie4"].one_way.value == LINKS["pcie4-host"].one_way.value == 32e9
+    for name in ("consumer", "consumer-memcpy"):  # two RTX 5070 Ti on PCIe 4.0 x16
+        assert LINKS[name].one_way.value == 32e9
+        assert [one.value for one in LINKS[name].staging] == [
+            one.value for one in LINKS["pcie4-host"].staging
+        ]
+        assert "sglang/pull/39605" in LINKS[name].all_reduces_source
     assert LINKS["nvlink4"].stores.value == 370e9
     assert (LINKS["nvlink4"].flag.value, LINKS["pcie5-host"].flag.value) == (0.73e-6, 2.23e-6)
     assert [number.value for number in LINKS["pcie5-host"].staging] == [33e9, pytest.approx(33e9 * 39 / 52.6)]
@@ -329,6 +335,21 @@ def test_without_peer_access_ep_over_nccl_loses_to_tp_and_pp_in_decode_and_ep_ov
     assert {one.ep for one in found.comparisons} == {
         f"EP over host ({link.name}, bf16)" for link in found.links
     }
+
+
+def test_what_is_in_doubt_of_consumer_boards_is_said_first_and_in_every_sentence(run):
+    for name, link in LINKS.items():
+        assert bool(link.unsure) == name.startswith("consumer")
+    found = planned("qwen3-30b-a3b", "pcie_blackwell", 4, [1, 64], links=["consumer"])
+    first, *others = found.advice
+    assert first == f"consumer: {predict.UNSURE}"
+    assert len(others) == 3
+    assert all(line.startswith(advice.IF_HOST) for line in others)
+    assert ": choose EP over host at 1, 64 tokens" in others[0]
+    _, out, _ = run(*H200[:4], "--profile", "pcie_blackwell", "--link", "consumer")
+    assert "note         consumer: EP over host was measured on a server only." in out
+    server = planned("qwen3-30b-a3b", "pcie_blackwell", 4, [1, 64], links=["pcie5-host"])
+    assert not [line for line in server.advice if advice.IF_HOST in line or predict.UNSURE in line]
 
 
 def test_without_peer_access_tp_and_pp_win_with_many_tokens_on_a_server():
