@@ -118,8 +118,15 @@ def apart(*ways: str) -> str:
     return f"less than {SAME:.0%} apart{more}"
 
 
-def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
-    """How to start an engine here."""
+# This library's own arguments, where no profile fits to name them: the transport works without one.
+OWN_ARGUMENTS = {
+    "vllm": ("--all2all-backend ep_backend", "--enable-expert-parallel"),
+    "sglang": ("--moe-a2a-backend ep_backend", "--moe-runner-backend triton"),
+}
+
+
+def of_engines(record: Record, decision: Decision, ranks: int, starts: bool = True) -> list[str]:
+    """How to start an engine here, unless NCCL failed, as it would in an engine (``starts`` False)."""
     found = []
     on_the_cpu = decision.transport == "collective" and bool(record.used_gpus())
     for engine, title, command, no_graphs in (
@@ -133,7 +140,9 @@ def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
         ),
     ):
         arguments = [f"{a.name} {a.value}".strip() for a in decision.engine if a.engine == engine]
-        if arguments and ranks > 1:
+        if decision.profile is None and record.used_gpus():
+            arguments = list(OWN_ARGUMENTS[engine])
+        if arguments and ranks > 1 and starts:
             line = " ".join([f"To serve with {title}: {command}", *arguments])
             found.append(f"{line} {no_graphs}" if on_the_cpu else line)
     if found and on_the_cpu:

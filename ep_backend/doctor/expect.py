@@ -127,7 +127,7 @@ def _slowest_link(record: Record) -> tuple[float | None, float | None]:
 def _slowest_slot(record: Record, ranks: int) -> tuple[Number, Number] | None:
     """Rate of host memory and latency of a flag through it, of the GPU with the slowest PCIe link; None if
     one is not known."""
-    found = [hardware.host_of(gpu.pcie_generation, gpu.pcie_width, ranks) for gpu in _used(record)]
+    found = [hardware.host_of(gpu.pcie_generation, gpu.lanes, ranks) for gpu in _used(record)]
     known = [one for one in found if one is not None]
     if not known or len(known) < len(record.used_gpus()):
         return None

@@ -117,7 +117,9 @@ def examine(
     """The report about a machine of which everything is known. Pure."""
     times: list[Expected] = []
     comparisons: list[advice.Comparison] = []
-    words = advice.of_engines(record, decision, ranks) if decision else []
+    words = (
+        advice.of_engines(record, decision, ranks, warm_up.outcome in ("ok", "skipped")) if decision else []
+    )
     foreign = decision is not None and decision.transport == "host" and not on_h200(record)
     all_reduces = warm_up.times(ranks)
     for shape in shapes:

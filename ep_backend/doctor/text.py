@@ -83,8 +83,9 @@ def _properties(gpu: Gpu) -> Iterable[str]:
         yield f"{_bytes(gpu.memory_bytes)} of memory"
     if gpu.bar1_bytes:
         yield f"BAR1 {_bytes(gpu.bar1_bytes)}"
-    if gpu.pcie_generation and gpu.pcie_width:
-        yield f"PCIe {gpu.pcie_generation}.0 x{gpu.pcie_width}"
+    if gpu.pcie_generation and gpu.lanes:
+        of = f" of x{gpu.pcie_width}" if gpu.pcie_width and gpu.lanes < gpu.pcie_width else ""
+        yield f"PCIe {gpu.pcie_generation}.0 x{gpu.lanes}{of}"
     if gpu.numa_node is not None:
         yield f"NUMA node {gpu.numa_node}"
     if gpu.nvlinks:

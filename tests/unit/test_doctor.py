@@ -96,6 +96,11 @@ def test_text_of_an_nvswitch_machine():
     assert said.endswith("\n\nNothing is wrong.")
 
 
+def test_text_of_a_gpu_with_fewer_lanes_than_it_could_have():
+    assert "PCIe 5.0 x8 of x16," in shown(gpus(2, gpu={"pcie_width_now": 8}))
+    assert "PCIe 5.0 x16," in shown(gpus(2, gpu={"pcie_width_now": 16}))
+
+
 def test_text_of_failed_and_missing_checks():
     record = gpus(3, nvlink=none, works=lambda a, b: (a, b) != (0, 1), ancestor="PHB", rate=50e9)
     lines = shown(record).splitlines()
