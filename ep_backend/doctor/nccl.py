@@ -19,8 +19,8 @@ CUMEM_HOST = "https://github.com/NVIDIA/nccl/issues/1838"
 SLOW = 8  # times less than PCIe carries; a server without peer access reaches half of it
 MEMCPY = (
     "without peer access its kernels read host memory, which is slow on some boards. "
-    "NCCL_SHM_USE_CUDA_MEMCPY=1 took two RTX 5070 Ti from 1.9 to 12.5 GB/s in all-reduces of 20 MB (prefill), "
-    f"and from 39 to 81 us in those of 10 KB (decode): {CONSUMER}"
+    "NCCL_SHM_USE_CUDA_MEMCPY=1 took two RTX 5070 Ti from 1.9 to 12.5 GB/s in all-reduces of 20 MB "
+    f"(prefill), and from 39 to 81 us in those of 10 KB (decode): {CONSUMER}"
 )
 
 
@@ -60,7 +60,8 @@ def slow(record: Record, warm_up: WarmUp, directions: Sequence[Direction], envir
     rate = largest.bytes * 2 * (warm_up.ranks - 1) / warm_up.ranks / largest.seconds
     if rate > min(known) / SLOW:
         return ""
-    return f"NCCL moves {rate / 1e9:.1f} GB/s in large all-reduces, where PCIe carries {min(known) / 1e9:.0f} GB/s"
+    carries = f"{min(known) / 1e9:.0f} GB/s"
+    return f"NCCL moves {rate / 1e9:.1f} GB/s in large all-reduces, where PCIe carries {carries}"
 
 
 def _level(decision: Decision | None, environ: Mapping[str, str]) -> str:

@@ -85,7 +85,7 @@ def make(
         weights=tuple(held),
         rows=tuple(rows),
         comparisons=tuple(comparisons),
-        advice=tuple(words),
+        advice=tuple(dict.fromkeys(words)),  # what does not fit does not fit on any link
     )
 
 

@@ -123,6 +123,16 @@ def test_text_of_a_failed_warm_up():
     assert "WRONG: NCCL hangs in its warm-up" in said
 
 
+def test_gpus_are_called_by_their_names_in_the_reason_and_in_findings():
+    report = examined(PROFILES["pcie_blackwell"][0])
+    assert "between GPU-0000 and GPU-0001" in report.decision.reason
+    said = " ".join("\n".join(text.lines(report)).split())
+    assert "offers no peer access between GPU 0 and GPU 1." in said
+    assert said.count("GPU-0001") == 1  # where it is listed
+    slow = " ".join(shown(gpus(2, nvlink=none, ancestor="PHB", rate=3.5e9)).split())
+    assert "stores of GPU 0 into GPU 1 arrive at" in slow
+
+
 def test_conflicts_are_shown_as_env_shows_them():
     said = shown(gpus(4), environ={"NCCL_NVLS_ENABLE": "1", "NCCL_CUMEM_ENABLE": "1"})
     assert "NCCL_NVLS_ENABLE=0  [conflict]" in said
@@ -218,7 +228,8 @@ def test_no_sentence_ends_twice():
         (("--hidden", "8"), "--experts and --topk, too"),
         (("--hidden", "8", "--experts", "4", "--topk", "5"), "more than --experts 4"),
         (("--shape", "qwen3-30b-a3b", "--hidden", "8"), "either --shape or"),
-        (("--shape", "gpt"), "no shape 'gpt'"),
+        (("--shape", "gpt"), "--shape gpt: no shape 'gpt'"),
+        (("--shape", "deepseek-v3,fp8"), "--shape deepseek-v3,fp8: here fp8 is a dtype: leave it out"),
         (("--layers", "3"), "--layers goes with"),
         (("--experts", "70000", "--topk", "1", "--hidden", "8"), "at most 65536"),
         (("--plot", "x.pdf"), "does not end in"),
@@ -228,6 +239,8 @@ def test_wrong_usage_is_status_2(doctor, arguments, words):
     status, out, err, warmed_up = doctor(gpus(4), *arguments)
     assert (status, out, warmed_up) == (2, "", [])
     assert words in err
+    assert "--model" not in err
+    assert "--dtype" not in err
 
 
 def test_shapes_are_those_of_bench_engine(doctor):

@@ -381,6 +381,9 @@ def test_what_does_not_fit_is_not_chosen():
     assert found.advice[0].startswith("Choose TP")
     assert not [line for line in found.advice if "EP over" in line]
     assert "do not fit in any way" in planned(**deepseek, memory_bytes=1e9).advice[0]
+    nothing = planned("deepseek-v3", "pcie_blackwell", 4, [8], memory_bytes=1e9)
+    assert len(nothing.links) == 3
+    assert [one.split(":")[0] for one in nothing.advice] == ["No choice"]
 
 
 def test_between_machines_there_are_bytes_and_no_times():
@@ -462,6 +465,21 @@ def test_the_command_as_json(run):
     peer = next(row for row in document["rows"] if row["way"] == "EP over peer")
     assert peer["step_seconds"] == pytest.approx(48 * peer["seconds"])
     assert document["weights"][0]["total"] > 14e9
+
+
+def test_a_person_reads_about_one_link_and_how_to_tell_which(run):
+    given = ("--model", "qwen3-30b-a3b", "--gpus", "4", "--profile", "pcie_blackwell", "--batch", "8")
+    _, out, _ = run(*given)
+    which = "2.3, consumer 35.4, consumer-memcpy 5.4, pcie4-host 4.7 (--link NAME)"
+    assert f"64 MiB in ep-backend doctor, ms: pcie5-host {which}" in " ".join(out.split())
+    assert re.findall(r"^link  +([^:]+)", out, flags=re.MULTILINE) == ["pcie5-host"]
+    assert out.index("which link") < out.index("link         pcie5-host")
+    assert out.count("Communication of one layer") == 1
+    _, out, _ = run(*given, "--link", "consumer,pcie4-host")
+    assert re.findall(r"^link  +([^:]+)", out, flags=re.MULTILINE) == ["consumer", "pcie4-host"]
+    _, out, _ = run(*given, "--json")
+    assert [one["name"] for one in json.loads(out)["links"]] == ["pcie5-host", "consumer", "consumer-memcpy"]
+    assert "which link" not in run(*H200)[1]
 
 
 @pytest.mark.parametrize("profile", sorted(PROFILES))
