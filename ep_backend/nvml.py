@@ -27,7 +27,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
     bar1_bytes: int | None = None  # of the window through which PCIe devices reach the memory
     pcie_generation: int | None = None  # the most that GPU and slot can do; a sleeping link does less
-    pcie_width: int | None = None
+    pcie_width: int | None = None  # the most lanes that GPU and slot can do
+    pcie_width_now: int | None = None  # fewer where, say, a riser or another slot takes some
     numa_node: int | None = None
     virtualization: str = ""  # none, passthrough, vgpu, host vgpu, host vsga
     fabric_cluster: str = (
@@ -35,6 +36,13 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     )
     fabric_clique: int | None = None
     fabric_state: str = ""  # not supported, not started, in progress, completed, or failed
+
+    @property
+    def lanes(self) -> int | None:
+        """PCIe lanes to reckon with. Of generations the greatest counts: a sleeping link takes a lower one
+        and keeps its lanes."""
+        known = [width for width in (self.pcie_width, self.pcie_width_now) if width]
+        return min(known, default=None)
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +144,7 @@ def _gpu(pynvml: Any, ask: Ask, handle: Any, name: str) -> Gpu:
         bar1_bytes=getattr(ask(None, "nvmlDeviceGetBAR1MemoryInfo", handle), "bar1Total", None),
         pcie_generation=ask(None, "nvmlDeviceGetMaxPcieLinkGeneration", handle) or None,
         pcie_width=ask(None, "nvmlDeviceGetMaxPcieLinkWidth", handle) or None,
+        pcie_width_now=ask(None, "nvmlDeviceGetCurrPcieLinkWidth", handle) or None,
         virtualization=_VIRTUALIZATION.get(ask(None, "nvmlDeviceGetVirtualizationMode", handle), ""),
         **_fabric(pynvml, ask, handle),
     )

@@ -44,7 +44,8 @@ class Argument(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit."""
+    """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit.
+    ``misfit``: why a profile that was asked for would not have been chosen."""
 
     profile: str | None
     transport: str
@@ -52,6 +53,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     engine: tuple[Argument, ...] = ()
     sms: int | None = None
+    misfit: tuple[str, ...] = ()
 
 
 class Conflict(msgspec.Struct, frozen=True):
@@ -131,6 +133,7 @@ def select(
             for n, s in sorted(engine[e].items())
         ),
         sms=chosen.sm_budget.sms if chosen and chosen.sm_budget else None,
+        misfit=tuple(unmet(chosen.recognition.require, facts)) if chosen and chosen.recognition else (),
     )
 
 

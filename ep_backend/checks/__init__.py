@@ -73,16 +73,19 @@ def has_fabric(gpu: Gpu) -> bool:
     return gpu.fabric_state == "completed" and bool(gpu.fabric_cluster)
 
 
+def pcie_rate(gpu: Gpu) -> float | None:
+    """Bytes per second that the GPU's PCIe link carries, one way; None if the link is not known."""
+    if gpu.pcie_generation not in _LANE or not gpu.lanes:
+        return None
+    return _LANE[gpu.pcie_generation] * gpu.lanes
+
+
 def staged(direction: Direction, source: Gpu, target: Gpu) -> str:
     """A sentence if stores reach ``target`` far slower than PCIe could carry them; else an empty text.
 
     Some boards stage peer access through host memory without saying so, at a fifteenth of the speed.
     """
-    rates = [
-        _LANE[gpu.pcie_generation] * gpu.pcie_width
-        for gpu in (source, target)
-        if gpu.pcie_generation in _LANE and gpu.pcie_width
-    ]
+    rates = [rate for gpu in (source, target) if (rate := pcie_rate(gpu)) is not None]
     speed = direction.store_bytes_per_s
     if len(rates) < 2 or speed is None or speed > min(rates) / 8:
         return ""

@@ -23,6 +23,8 @@ from ep_backend.select import Decision
 # vLLM has one for small messages over NVLink.
 CAVEAT = "with the all-reduce of NCCL; an engine's own may be faster"
 OVER_NCCL = "EP over NCCL"
+# Before sentences about EP over transport host, where nothing like the machine was measured.
+IF_HOST = "If the model of host memory, which is from a server with H200, holds here"
 SAME = 0.1  # a difference below this share is none: the times of EP are a model
 
 
@@ -101,6 +103,14 @@ def sentences(comparisons: Sequence[Comparison], impossible: Collection[str] = (
     ]
 
 
+def if_host(words: Sequence[str], ep: str) -> list[str]:
+    """``words``, those about ``ep`` with IF_HOST before them."""
+    return [
+        f"{IF_HOST}: {one[0].lower() if one[1].islower() else one[0]}{one[1:]}" if ep in one else one
+        for one in words
+    ]
+
+
 def apart(*ways: str) -> str:
     """What is called about equal."""
     known = any(way.startswith(OVER_NCCL) for way in ways)
@@ -108,8 +118,15 @@ def apart(*ways: str) -> str:
     return f"less than {SAME:.0%} apart{more}"
 
 
-def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
-    """How to start an engine here."""
+# This library's own arguments, where no profile fits to name them: the transport works without one.
+OWN_ARGUMENTS = {
+    "vllm": ("--all2all-backend ep_backend", "--enable-expert-parallel"),
+    "sglang": ("--moe-a2a-backend ep_backend", "--moe-runner-backend triton"),
+}
+
+
+def of_engines(record: Record, decision: Decision, ranks: int, starts: bool = True) -> list[str]:
+    """How to start an engine here, unless NCCL failed, as it would in an engine (``starts`` False)."""
     found = []
     on_the_cpu = decision.transport == "collective" and bool(record.used_gpus())
     for engine, title, command, no_graphs in (
@@ -123,7 +140,9 @@ def of_engines(record: Record, decision: Decision, ranks: int) -> list[str]:
         ),
     ):
         arguments = [f"{a.name} {a.value}".strip() for a in decision.engine if a.engine == engine]
-        if arguments and ranks > 1:
+        if decision.profile is None and record.used_gpus():
+            arguments = list(OWN_ARGUMENTS[engine])
+        if arguments and ranks > 1 and starts:
             line = " ".join([f"To serve with {title}: {command}", *arguments])
             found.append(f"{line} {no_graphs}" if on_the_cpu else line)
     if found and on_the_cpu:

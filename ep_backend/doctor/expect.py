@@ -86,7 +86,7 @@ def _peer(record: Record, decision: Decision) -> _Way:
         "peer",
         partial(plan.peer_s, bytes_per_s=rate, latency_s=latency, sms=decision.sms),
         MODEL,
-        _on_h200(record),
+        on_h200(record),
     )
 
 
@@ -101,7 +101,7 @@ def _host(record: Record, ranks: int) -> _Way:
         partial(plan.host_s, bytes_per_s=rate.value, latency_s=flag.value),
         f"{MODEL}; host memory is taken to move {rate.value / 1e9:.1f} GB/s each way at once, which doctor "
         f"does not measure ({rate.kind}: {rate.source})",
-        _on_h200(record) and rate.kind == "measured",
+        on_h200(record) and rate.kind == "measured",
     )
 
 
@@ -127,14 +127,14 @@ def _slowest_link(record: Record) -> tuple[float | None, float | None]:
 def _slowest_slot(record: Record, ranks: int) -> tuple[Number, Number] | None:
     """Rate of host memory and latency of a flag through it, of the GPU with the slowest PCIe link; None if
     one is not known."""
-    found = [hardware.host_of(gpu.pcie_generation, gpu.pcie_width, ranks) for gpu in _used(record)]
+    found = [hardware.host_of(gpu.pcie_generation, gpu.lanes, ranks) for gpu in _used(record)]
     known = [one for one in found if one is not None]
     if not known or len(known) < len(record.used_gpus()):
         return None
     return min(known, key=lambda one: one[0].value)
 
 
-def _on_h200(record: Record) -> bool:
+def on_h200(record: Record) -> bool:
     """Whether this is the kind of machine that the constants were measured on; nothing is decided by it."""
     return all("H200" in gpu.name and gpu.nvlinks for gpu in _used(record))
 

@@ -8,6 +8,8 @@ import msgspec
 
 from ep_backend import checks, env
 from ep_backend.checks import Direction
+from ep_backend.doctor import nccl
+from ep_backend.doctor.nccl import P2P_CURE
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
 from ep_backend.facts import LEAST_SHARED_MEMORY, gather, reaches, short_of_shared_memory
@@ -15,11 +17,6 @@ from ep_backend.probe import Record
 from ep_backend.profiles import version
 from ep_backend.select import Decision
 from ep_backend.transports import OLDEST_CUDA
-
-P2P_CURE = (
-    "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or if that fails too, export "
-    "NCCL_P2P_DISABLE=1 (never direct access); then ep-backend doctor again"
-)
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +45,8 @@ def find(
         *_peer_access(record, decision),
         *_nccl_over_broken_links(record, decision, environ),
         *_memory(record, decision),
-        *_warm_up(warm_up),
+        *_forced(decision),
+        *_nccl(record, decision, warm_up, environ),
         *_boards(record),
     ]
     return tuple(sorted(found, key=lambda finding: not finding.wrong))
@@ -226,20 +224,44 @@ def _memory(record: Record, decision: Decision | None) -> Iterable[Finding]:
         )
 
 
-def _warm_up(warm_up: WarmUp) -> Iterable[Finding]:
+def _forced(decision: Decision | None) -> Iterable[Finding]:
+    """A profile that was asked for and is not this machine's."""
+    # Doctor looks at one machine, so that a profile for several is no misfit.
+    misfit = [one for one in decision.misfit if not one.startswith("several_hosts")] if decision else []
+    if decision is not None and misfit:
+        yield Finding(
+            what=f"EP_BACKEND_PROFILE asks for profile {decision.profile}, which would not have been chosen "
+            f"here: {'; '.join(misfit)}",
+            why="its settings are for other hardware, with which NCCL may hang, fail or be slow here",
+            next="unset EP_BACKEND_PROFILE, then ep-backend doctor again",
+        )
+
+
+def _nccl(
+    record: Record, decision: Decision | None, warm_up: WarmUp, environ: Mapping[str, str]
+) -> Iterable[Finding]:
+    directions = used_directions(record)
     words = {
         "hang": "NCCL hangs in its warm-up",
         "wrong": "NCCL sums wrong data",
         "crash": "NCCL does not start",
     }
     if warm_up.outcome in words:
+        cure = nccl.cure(record, decision, directions, environ)
         yield Finding(
             what=f"{words[warm_up.outcome]}: {warm_up.why}",
             why="an engine does the same all-reduce while it starts"
             + (", and waits for ever without a word" if warm_up.outcome == "hang" else ""),
-            next=P2P_CURE
-            if warm_up.outcome != "crash"
-            else f"read the lines of the log; where they speak of peer access: {P2P_CURE}",
+            next=cure
+            if warm_up.outcome != "crash" or cure.startswith("peer access is not")
+            else f"read the lines of the log; where they speak of peer access: {cure}",
+        )
+    if slow := nccl.slow(record, warm_up, directions, environ):
+        yield Finding(
+            what=slow,
+            why=nccl.MEMCPY,
+            next="compare: NCCL_SHM_USE_CUDA_MEMCPY=1 ep-backend doctor; export it if prefill matters more",
+            wrong=False,
         )
 
 

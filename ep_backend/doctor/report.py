@@ -10,11 +10,12 @@ import msgspec
 
 from ep_backend.cli import choice
 from ep_backend.doctor import advice, copying, plan, software, warmup
-from ep_backend.doctor.expect import expect
+from ep_backend.doctor.expect import expect, on_h200
 from ep_backend.doctor.findings import Finding, find
 from ep_backend.doctor.plan import Expected, Shape
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
+from ep_backend.planning import hardware
 from ep_backend.probe import Record, probe
 from ep_backend.select import AVAILABLE, Conflict, Decision, decide, find_conflicts
 from ep_backend.transports import OF_GPUS
@@ -116,7 +117,10 @@ def examine(
     """The report about a machine of which everything is known. Pure."""
     times: list[Expected] = []
     comparisons: list[advice.Comparison] = []
-    words = advice.of_engines(record, decision, ranks) if decision else []
+    words = (
+        advice.of_engines(record, decision, ranks, warm_up.outcome in ("ok", "skipped")) if decision else []
+    )
+    foreign = decision is not None and decision.transport == "host" and not on_h200(record)
     all_reduces = warm_up.times(ranks)
     for shape in shapes:
         if decision is None or ranks < 2:
@@ -128,8 +132,11 @@ def examine(
             ours = [one for one in times if (one.shape, one.dtype, one.way) == (shape.name, "bf16", way)]
             name = advice.OVER_NCCL if way == "nccl" else "EP"
             found = advice.compare(shape, ranks, ours, all_reduces, warm_up.times(ranks // 2), name)
+            if foreign and found and not comparisons:
+                words.append(f"{hardware.UNSURE}. Measure before you choose: ep-backend bench.")
             comparisons += found
-            words += advice.sentences(found)
+            said = advice.sentences(found)
+            words += advice.if_host(said, name) if foreign else said
     if ranks > 1 and not comparisons:
         what = "no all-reduce was measured here" if all_reduces is None else "EP has no expected time here"
         words.append(f"EP was not compared with TP: {what}.")

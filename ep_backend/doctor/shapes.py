@@ -12,6 +12,7 @@ from ep_backend.errors import EpConfigError
 from ep_backend.planning.model import MOST_EXPERTS, of_registry
 
 DEFAULT = ("qwen3-30b-a3b", "deepseek-v3")
+BOTH = "leave it out, times of bf16 and of fp8 are always shown"
 TOKENS = (1, 8, 32, 128, 512, 4096)
 
 
@@ -43,7 +44,7 @@ def chosen(args: argparse.Namespace) -> tuple[Shape, ...]:
     if all(size is None for size in sizes.values()):
         if args.layers is not None:
             raise EpConfigError("--layers goes with --hidden, --experts and --topk; or --shape NAME,layers=N")
-        return tuple(of_registry(text).shape for text in args.shape or DEFAULT)
+        return tuple(of_registry(text, "--shape", BOTH).shape for text in args.shape or DEFAULT)
     if args.shape:
         raise EpConfigError("give either --shape or --hidden, --experts and --topk")
     missing = [f"--{name}" for name, size in sizes.items() if size is None]

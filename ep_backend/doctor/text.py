@@ -24,7 +24,8 @@ def lines(report: Report) -> list[str]:
     if report.decision is None:
         found += ["profile      none: nothing can be chosen, see below"]
     else:
-        found += [wrapped for line in choice.chosen(report.decision) for wrapped in _wrap(line, 13)]
+        chosen = [_named(line, record) for line in choice.chosen(report.decision)]
+        found += [wrapped for line in chosen for wrapped in _wrap(line, 13)]
         settings = "\n".join(choice.settings(report.decision, report.conflicts, report.environ)).splitlines()
         found += [""]
         for line in settings:
@@ -49,7 +50,9 @@ def _machine(report: Report) -> list[str]:
     if report.copy_bytes_per_s is not None:
         found += [f"memory       all cores together copy {report.copy_bytes_per_s / 1e9:.1f} GB/s"]
     return found + [
-        wrapped for problem in record.problems for wrapped in _wrap(f"note         {problem}", 13)
+        wrapped
+        for problem in record.problems
+        for wrapped in _wrap(f"note         {_named(problem, record)}", 13)
     ]
 
 
@@ -83,8 +86,9 @@ def _properties(gpu: Gpu) -> Iterable[str]:
         yield f"{_bytes(gpu.memory_bytes)} of memory"
     if gpu.bar1_bytes:
         yield f"BAR1 {_bytes(gpu.bar1_bytes)}"
-    if gpu.pcie_generation and gpu.pcie_width:
-        yield f"PCIe {gpu.pcie_generation}.0 x{gpu.pcie_width}"
+    if gpu.pcie_generation and gpu.lanes:
+        of = f" of x{gpu.pcie_width}" if gpu.pcie_width and gpu.lanes < gpu.pcie_width else ""
+        yield f"PCIe {gpu.pcie_generation}.0 x{gpu.lanes}{of}"
     if gpu.numa_node is not None:
         yield f"NUMA node {gpu.numa_node}"
     if gpu.nvlinks:
@@ -209,18 +213,25 @@ def _findings(report: Report) -> list[str]:
     worth = len(report.findings) - wrong
     found = ["", "Findings:"] if report.findings else [""]
     for finding in report.findings:
-        found += _finding(finding)
+        found += _finding(finding, report.record)
     verdict = "Nothing is wrong." if not wrong else f"{wrong} thing{'s are' if wrong > 1 else ' is'} wrong."
     return [*found, verdict + (f" {worth} more worth knowing." if worth else "")]
 
 
-def _finding(finding: Finding) -> list[str]:
+def _finding(finding: Finding, record: Record) -> list[str]:
     mark = "WRONG" if finding.wrong else "note"
     return [
-        *_wrap(f"  {mark}: {_ended(finding.what)}", 4),
+        *_wrap(f"  {mark}: {_ended(_named(finding.what, record))}", 4),
         *_wrap(f"    why: {_ended(finding.why)}", 6),
         *_wrap(f"    next: {finding.next}", 6),
     ]
+
+
+def _named(words: str, record: Record) -> str:
+    """``words`` with the names of the tables in place of the UUIDs of GPUs."""
+    for uuid, name in gpu_names(record).items():
+        words = words.replace(uuid, name)
+    return words
 
 
 def _ended(words: str) -> str:

@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
         "--link",
         type=list_of(one_of(list(LINKS))),
         metavar="NAME[,NAME...]",
-        help=f"in place of the profile's usual ones: {', '.join(LINKS)}",
+        help=f"in place of the profile's usual one (--json: ones): {', '.join(LINKS)}",
     )
     parser.add_argument(
         "--batch",
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
             )
         profile = profiles.find(args.profile, profiles.shipped())
         links = chosen(profile, args.gpus, args.link)
+        if args.link is None and not args.json:
+            links = links[:1]  # a person reads about one, and is told of the others
         size = None if args.memory is None else args.memory * 1e9
         found = predict.make(model.read(args.model), profile, links, args.gpus, args.batch, args.dtype, size)
     except EpConfigError as error:

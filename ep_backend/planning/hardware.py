@@ -19,7 +19,12 @@ H200 = "H200, docs/doctor.md (On two H200)"
 HOST_MEMORY = "pinned memory of the host of two H200, PCIe Gen5, benchmarks/results/host-memory-2h200.json"
 HOST_FLAG = "through pinned memory of the host, H200, PCIe Gen5"
 NO_P2P = "two H200, PCIe Gen5, no peer access, benchmarks/results/doctor-2h200-no-peer-access.json"
-SGLANG = "https://github.com/sgl-project/sglang/issues/39605: NCCL over shared memory, a machine without P2P"
+CONSUMER = "https://github.com/sgl-project/sglang/pull/39605"
+SGLANG = f"{CONSUMER}: NCCL over shared memory, two RTX 5070 Ti, PCIe Gen4 x16 (26 GB/s each way there)"
+UNSURE = (
+    "EP over host was measured on a server only. SMs load from host memory there, too, and on a consumer "
+    f"board such loads may be much slower: {CONSUMER} blames NCCL's 1.9 GB/s on them"
+)
 
 
 class Number(msgspec.Struct, frozen=True):
@@ -37,7 +42,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     not reach each other. ``staging``: without peer access, what SMs write into the host's memory and read
     from it at the same time, each way, when up to two GPUs do so and when more do (`host_rate`).
     ``all_reduces``: bytes per rank and seconds on two GPUs (`all_reduces_of`); ``all_reduces_shared``: the
-    share of that rate which is left to each of more than two.
+    share of that rate which is left to each of more than two. ``unsure``: why
+    ``staging`` may be far from true.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     all_reduces_kind: Kind
     all_reduces_source: str
     all_reduces_shared: float = 1.0
+    unsure: str = ""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,13 +189,14 @@ _LINKS = (
     *(
         Link(
             name=name,
-            title=f"PCIe Gen5 x16 without peer access, a consumer machine on which NCCL moves {words}",
-            one_way=Number(PCIE5_ONE_WAY, "specification", _PCIE),
-            staging=_staging(1.0, "model", f"as a server: {HOST_MEMORY}"),
+            title=f"PCIe Gen4 x16 without peer access, a consumer machine on which NCCL moves {words}",
+            one_way=Number(PCIE4_ONE_WAY, "specification", _PCIE),
+            staging=_staging(0.5, "model", f"as a server, half of PCIe Gen5: {HOST_MEMORY}"),
             flag=Number(FLAG_HOST_S, "model", f"as measured {HOST_FLAG}"),
             all_reduces=_published(small_s, rate),
             all_reduces_kind="published",
             all_reduces_source=SGLANG,
+            unsure=UNSURE,
         )
         for name, words, small_s, rate in (
             ("consumer", "1.9 GB/s (its default)", 39e-6, 1.9e9),

@@ -84,11 +84,12 @@ def read(text: str) -> Model:
     return of_config(name or str(path), content, str(path))
 
 
-def of_registry(text: str) -> Model:
-    """Of `NAME[,layers=N]`. Raises EpConfigError."""
-    shape = models.parse(text, "--model", "layers=N")
+def of_registry(text: str, option: str = "--model", fp8: str = "--dtype fp8") -> Model:
+    """Of `NAME[,layers=N]`, given with ``option``; ``fp8``: what to do in place of `,fp8`. Raises
+    EpConfigError."""
+    shape = models.parse(text, option, "layers=N")
     if shape.fp8:
-        raise EpConfigError(f"--model {text}: here fp8 is a dtype: --dtype fp8")
+        raise EpConfigError(f"{option} {text}: here fp8 is a dtype: {fp8}")
     model = of_config(text.partition(",")[0], models.config_of(shape), text)
     return msgspec.structs.replace(model, note=shape.architecture.note or model.note)
 

@@ -24,6 +24,7 @@ from ep_backend.transports import OF_GPUS
 MODEL = "model, not measured on such hardware with this shape"
 NO_NCCL = "EP over NCCL and TP left out: NCCL needs GPUs"
 SHARED = f"each of more than two GPUs gets {hardware.HOST_SHARED:.2f} of the rate of host memory"
+UNSURE = "measure EP over host before you choose it; it may be much slower than planned, see the link."
 NO_COLLECTIVE = f"no formula: rows are packed on the CPU; {plan.COLLECTIVE}"
 
 
@@ -65,12 +66,15 @@ def make(
         for link in each:
             found = of_link(model, profile, link, gpus, tokens, dtype)
             rows += found
-            words += words_of.best(model, found, too_large)
+            said = words_of.best(model, found, too_large)
             if link is not None:
                 compared = compare(model, link, gpus, found)
                 comparisons += compared
                 if words_of.EP_WEIGHTS not in too_large:
-                    words += advice.sentences(compared, impossible)
+                    said += advice.sentences(compared, impossible)
+                    if link.unsure:
+                        said = [f"{link.name}: {UNSURE}", *advice.if_host(said, "EP over host")]
+            words += said
     return Plan(
         model=model,
         profile=profile.name,
@@ -81,7 +85,7 @@ def make(
         weights=tuple(held),
         rows=tuple(rows),
         comparisons=tuple(comparisons),
-        advice=tuple(words),
+        advice=tuple(dict.fromkeys(words)),  # what does not fit does not fit on any link
     )
 
 

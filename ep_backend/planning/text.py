@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from ep_backend.doctor import advice
-from ep_backend.planning.hardware import Link, Number
+from ep_backend.planning import hardware
+from ep_backend.planning.hardware import LINKS, PLACES, Link, Number
 from ep_backend.planning.memory import Weights
 from ep_backend.planning.predict import Plan
 from ep_backend.planning.words import Row
@@ -31,8 +32,11 @@ def lines(plan: Plan) -> list[str]:
     )
     found += _wrap(f"note         {model.note}", 13) if model.note else []
     found += [f"GPUs         {plan.gpus}, profile {plan.profile}"]
+    found += _wrap(f"which link   {_which(plan)}", 13) if any(one.staging for one in plan.links) else []
     for link in plan.links:
         found += _wrap(f"link         {link.name}: {_link(link)}", 13)
+    for link in plan.links:
+        found += _wrap(f"note         {link.name}: {link.unsure}", 13) if link.unsure else []
     for note in plan.notes:
         found += _wrap(f"note         {note}", 13)
     found += ["", *_weights(plan), "", *_volumes(plan)]
@@ -56,6 +60,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         of_layer = row["seconds"]
         row["step_seconds"] = None if of_layer is None else of_layer * plan.model.moe_layers
     return found
+
+
+def _which(plan: Plan) -> str:
+    """How the owner of a machine without peer access tells which link it has."""
+    size = 64 << 20
+    times = {name: hardware.all_reduces_of(LINKS[name], 2)(size) for name in PLACES[plan.profile].links}
+    known = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
+    return f"yours is told by 2 GPUs' all-reduce of 64 MiB in ep-backend doctor, ms: {known} (--link NAME)"
 
 
 def _link(link: Link) -> str:

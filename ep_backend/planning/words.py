@@ -32,7 +32,8 @@ def best(model: Model, rows: Sequence[Row], too_large: Collection[str]) -> list[
         return ["No choice: fewer than two ways have a time here; what each row rests on says why."]
     fit = [row for row in timed if _split(row.way) not in too_large]
     if not fit:
-        return ["No choice: the weights do not fit in any way. More GPUs, a smaller dtype, or more memory."]
+        cure = "More GPUs, a smaller dtype, or more memory."
+        return [f"No choice: the weights in {rows[0].dtype} do not fit in any way. {cure}"]
     winners: dict[tuple[str, ...], list[list[Row]]] = {}
     for tokens in dict.fromkeys(row.tokens for row in fit):
         ranking = sorted((row for row in fit if row.tokens == tokens), key=_seconds)

@@ -96,6 +96,11 @@ def test_text_of_an_nvswitch_machine():
     assert said.endswith("\n\nNothing is wrong.")
 
 
+def test_text_of_a_gpu_with_fewer_lanes_than_it_could_have():
+    assert "PCIe 5.0 x8 of x16," in shown(gpus(2, gpu={"pcie_width_now": 8}))
+    assert "PCIe 5.0 x16," in shown(gpus(2, gpu={"pcie_width_now": 16}))
+
+
 def test_text_of_failed_and_missing_checks():
     record = gpus(3, nvlink=none, works=lambda a, b: (a, b) != (0, 1), ancestor="PHB", rate=50e9)
     lines = shown(record).splitlines()
@@ -116,6 +121,16 @@ def test_text_of_a_failed_warm_up():
     said = shown(gpus(4), failed)
     assert "NCCL warm-up over 4 GPUs: FAILED. no end after 60 s.\n  | NCCL WARN" in said
     assert "WRONG: NCCL hangs in its warm-up" in said
+
+
+def test_gpus_are_called_by_their_names_in_the_reason_and_in_findings():
+    report = examined(PROFILES["pcie_blackwell"][0])
+    assert "between GPU-0000 and GPU-0001" in report.decision.reason
+    said = " ".join("\n".join(text.lines(report)).split())
+    assert "offers no peer access between GPU 0 and GPU 1." in said
+    assert said.count("GPU-0001") == 1  # where it is listed
+    slow = " ".join(shown(gpus(2, nvlink=none, ancestor="PHB", rate=3.5e9)).split())
+    assert "stores of GPU 0 into GPU 1 arrive at" in slow
 
 
 def test_conflicts_are_shown_as_env_shows_them():
@@ -213,7 +228,8 @@ def test_no_sentence_ends_twice():
         (("--hidden", "8"), "--experts and --topk, too"),
         (("--hidden", "8", "--experts", "4", "--topk", "5"), "more than --experts 4"),
         (("--shape", "qwen3-30b-a3b", "--hidden", "8"), "either --shape or"),
-        (("--shape", "gpt"), "no shape 'gpt'"),
+        (("--shape", "gpt"), "--shape gpt: no shape 'gpt'"),
+        (("--shape", "deepseek-v3,fp8"), "--shape deepseek-v3,fp8: here fp8 is a dtype: leave it out"),
         (("--layers", "3"), "--layers goes with"),
         (("--experts", "70000", "--topk", "1", "--hidden", "8"), "at most 65536"),
         (("--plot", "x.pdf"), "does not end in"),
@@ -223,6 +239,8 @@ def test_wrong_usage_is_status_2(doctor, arguments, words):
     status, out, err, warmed_up = doctor(gpus(4), *arguments)
     assert (status, out, warmed_up) == (2, "", [])
     assert words in err
+    assert "--model" not in err
+    assert "--dtype" not in err
 
 
 def test_shapes_are_those_of_bench_engine(doctor):

@@ -19,6 +19,7 @@ from doctor_machines import (
 from ep_backend import env, facts, nvml
 from ep_backend.doctor import advice, expect, plan
 from ep_backend.doctor.plan import AllReduces, Expected
+from ep_backend.doctor.warmup import WarmUp
 
 
 def wrong(report):
@@ -259,6 +260,77 @@ def test_every_ancestor_has_a_distance():
     assert set(nvml._ANCESTORS.values()) == set(facts.DISTANCE)
 
 
+@pytest.mark.parametrize("outcome", ["hang", "wrong", "crash"])
+def test_a_failed_warm_up_without_peer_access_has_another_cause(outcome):
+    failed = WarmUp(outcome=outcome, why="no end.", ranks=2)
+    report = examined(PROFILES["pcie_blackwell"][0], failed)
+    cure = only(report, "no end.").next
+    assert "NCCL_P2P" not in cure
+    for words in ("peer access is not the cause", "/dev/shm (65536 MiB", "NCCL_CUMEM_HOST_ENABLE=0 (https:"):
+        assert words in cure
+    assert "nccl/issues/1838" in cure
+    assert "NCCL_DEBUG=INFO" in cure
+    assert "newer driver" in cure
+    assert not any("To serve" in one for one in report.advice)
+    tried = examined(PROFILES["pcie_blackwell"][0], failed, environ={"NCCL_CUMEM_HOST_ENABLE": "0"})
+    assert "NCCL_CUMEM" not in only(tried, "no end.").next
+
+
+@pytest.mark.parametrize(
+    ("name", "environ", "said"),
+    [
+        ("pcie_p2p", {}, "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or"),
+        ("nvswitch", {}, "export NCCL_P2P_LEVEL=PIX"),
+        ("pcie_p2p", {"NCCL_P2P_LEVEL": "PIX"}, "export NCCL_P2P_DISABLE=1"),
+        ("nvlink_pairs", {}, "export NCCL_P2P_DISABLE=1"),  # at level NVL, which PIX would loosen
+        ("pcie_p2p", {"NCCL_P2P_DISABLE": "1"}, "peer access is not the cause"),
+        ("pcie_blackwell", {"NCCL_P2P_LEVEL": "SYS"}, "peer access is not the cause"),  # none is offered
+    ],
+)
+def test_the_cure_of_a_hang_never_loosens_what_hung(name, environ, said):
+    record, _ = PROFILES[name]
+    hang = WarmUp(outcome="hang", why="no end.", ranks=len(record.gpus))
+    report = examined(record, hang, environ=environ)
+    [finding] = [one for one in report.findings if "hangs" in one.what]
+    assert finding.next.startswith(said)
+    assert not any("To serve" in one for one in report.advice)
+
+
+def test_a_profile_that_is_forced_on_another_machine_is_wrong():
+    for record in (cpus(), PROFILES["pcie_blackwell"][0]):
+        forced = msgspec.structs.replace(record, environment={"EP_BACKEND_PROFILE": "pcie_p2p"})
+        finding = only(examined(forced), "asks for profile pcie_p2p, which would not have been chosen here: ")
+        assert "unset EP_BACKEND_PROFILE" in finding.next
+    fits = msgspec.structs.replace(gpus(8), environment={"EP_BACKEND_PROFILE": "dgx"})
+    assert not examined(fits).findings
+
+
+def test_nccl_far_below_what_pcie_carries_without_peer_access():
+    record, _ = PROFILES["pcie_blackwell"]
+
+    def told(rate, machine=record, **environ):
+        slow = warmed(2, lambda ranks, size: 39e-6 + size / rate)
+        return [one for one in examined(machine, slow, environ=environ).findings if "NCCL moves" in one.what]
+
+    [finding] = told(1.9e9)
+    assert not finding.wrong
+    assert finding.what == "NCCL moves 1.9 GB/s in large all-reduces, where PCIe carries 63 GB/s"
+    assert "sglang/pull/39605" in finding.why
+    assert "NCCL_SHM_USE_CUDA_MEMCPY=1 ep-backend doctor" in finding.next
+    assert not told(28e9)
+    assert not told(1.9e9, NCCL_SHM_USE_CUDA_MEMCPY="1")
+    assert not told(1.9e9, PROFILES["pcie_p2p"][0])
+
+
+def test_where_no_profile_fits_engines_are_started_with_this_librarys_own_arguments():
+    report = examined(gpus(2, nvlink=none, works=lambda a, b: None))
+    assert (report.decision.profile, report.decision.transport) == (None, "host")
+    named = examined(PROFILES["pcie_blackwell"][0])
+    serve = [one for one in report.advice if one.startswith("To serve")]
+    assert serve == [one for one in named.advice if one.startswith("To serve")]
+    assert len(serve) == 2
+
+
 # --- advice ---
 
 
@@ -351,6 +423,20 @@ def test_host_is_compared_by_its_own_time():
     assert {one.way for one in report.expected} == {"host", "nccl"}
 
 
+def test_sentences_about_host_say_that_its_time_is_of_another_machine_unless_it_is_such_a_machine():
+    elsewhere = examined(PROFILES["pcie_blackwell"][0], warmed(2), shapes=(LARGE,)).advice
+    about = [one for one in elsewhere if "TP 2" in one]
+    assert about
+    assert all(one.startswith(f"{advice.IF_HOST}: EP ") for one in about)
+    doubt = [one for one in elsewhere if "EP over host was measured on a server only" in one]
+    assert len(doubt) == 1
+    assert elsewhere.index(doubt[0]) < elsewhere.index(about[0])
+    there = examined(gpus(2, nvlink=none, access=none, gpu={"nvlinks": 18}), shapes=(LARGE,))
+    assert there.decision.transport == "host"
+    assert any(one.startswith("EP is") for one in there.advice)
+    assert not any(advice.IF_HOST in one or "measured on a server only" in one for one in there.advice)
+
+
 def test_host_memory_is_that_of_the_slowest_pcie_link():
     record, _ = PROFILES["pcie_blackwell"]
 
@@ -365,6 +451,8 @@ def test_host_memory_is_that_of_the_slowest_pcie_link():
     half, _ = told(pcie_generation=4)
     assert "16.5 GB/s" in half.basis
     assert half.seconds == pytest.approx(2 * full.seconds, rel=0.05)
+    half, _ = told(pcie_width_now=8)
+    assert "16.5 GB/s" in half.basis
     unknown, report = told(pcie_width=None)
     assert unknown.seconds is None
     assert unknown.basis.startswith("no expectation")

@@ -8,7 +8,7 @@ from measurements import RESULTS, WITHIN, documents, host_cases, peer_cases, ran
 
 from ep_backend import cli, profiles
 from ep_backend.bench.engines import models
-from ep_backend.doctor import plan
+from ep_backend.doctor import advice, plan
 from ep_backend.doctor.plan import Shape
 from ep_backend.errors import EpConfigError
 from ep_backend.planning import hardware, memory, model, predict, words
@@ -68,6 +68,12 @@ def test_the_seed_facts():
     assert LINKS["nvlink4"].one_way.value * 2 == 900e9
     assert LINKS["pcie5"].one_way.value == LINKS["pcie5-host"].one_way.value == 64e9
     assert LINKS["pcie4"].one_way.value == LINKS["pcie4-host"].one_way.value == 32e9
+    for name in ("consumer", "consumer-memcpy"):  # two RTX 5070 Ti on PCIe 4.0 x16
+        assert LINKS[name].one_way.value == 32e9
+        assert [one.value for one in LINKS[name].staging] == [
+            one.value for one in LINKS["pcie4-host"].staging
+        ]
+        assert "sglang/pull/39605" in LINKS[name].all_reduces_source
     assert LINKS["nvlink4"].stores.value == 370e9
     assert (LINKS["nvlink4"].flag.value, LINKS["pcie5-host"].flag.value) == (0.73e-6, 2.23e-6)
     assert [number.value for number in LINKS["pcie5-host"].staging] == [33e9, pytest.approx(33e9 * 39 / 52.6)]
@@ -331,6 +337,21 @@ def test_without_peer_access_ep_over_nccl_loses_to_tp_and_pp_in_decode_and_ep_ov
     }
 
 
+def test_what_is_in_doubt_of_consumer_boards_is_said_first_and_in_every_sentence(run):
+    for name, link in LINKS.items():
+        assert bool(link.unsure) == name.startswith("consumer")
+    found = planned("qwen3-30b-a3b", "pcie_blackwell", 4, [1, 64], links=["consumer"])
+    first, *others = found.advice
+    assert first == f"consumer: {predict.UNSURE}"
+    assert len(others) == 3
+    assert all(line.startswith(advice.IF_HOST) for line in others)
+    assert ": choose EP over host at 1, 64 tokens" in others[0]
+    _, out, _ = run(*H200[:4], "--profile", "pcie_blackwell", "--link", "consumer")
+    assert "note         consumer: EP over host was measured on a server only." in out
+    server = planned("qwen3-30b-a3b", "pcie_blackwell", 4, [1, 64], links=["pcie5-host"])
+    assert not [line for line in server.advice if advice.IF_HOST in line or predict.UNSURE in line]
+
+
 def test_without_peer_access_tp_and_pp_win_with_many_tokens_on_a_server():
     found = planned("deepseek-v3", "pcie_blackwell", 4, [4096], links=["pcie5-host"])
     assert found.advice[0].startswith("Choose TP 2 x PP 2 at 4096 tokens")
@@ -360,6 +381,9 @@ def test_what_does_not_fit_is_not_chosen():
     assert found.advice[0].startswith("Choose TP")
     assert not [line for line in found.advice if "EP over" in line]
     assert "do not fit in any way" in planned(**deepseek, memory_bytes=1e9).advice[0]
+    nothing = planned("deepseek-v3", "pcie_blackwell", 4, [8], memory_bytes=1e9)
+    assert len(nothing.links) == 3
+    assert [one.split(":")[0] for one in nothing.advice] == ["No choice"]
 
 
 def test_between_machines_there_are_bytes_and_no_times():
@@ -441,6 +465,21 @@ def test_the_command_as_json(run):
     peer = next(row for row in document["rows"] if row["way"] == "EP over peer")
     assert peer["step_seconds"] == pytest.approx(48 * peer["seconds"])
     assert document["weights"][0]["total"] > 14e9
+
+
+def test_a_person_reads_about_one_link_and_how_to_tell_which(run):
+    given = ("--model", "qwen3-30b-a3b", "--gpus", "4", "--profile", "pcie_blackwell", "--batch", "8")
+    _, out, _ = run(*given)
+    which = "2.3, consumer 35.4, consumer-memcpy 5.4, pcie4-host 4.7 (--link NAME)"
+    assert f"64 MiB in ep-backend doctor, ms: pcie5-host {which}" in " ".join(out.split())
+    assert re.findall(r"^link  +([^:]+)", out, flags=re.MULTILINE) == ["pcie5-host"]
+    assert out.index("which link") < out.index("link         pcie5-host")
+    assert out.count("Communication of one layer") == 1
+    _, out, _ = run(*given, "--link", "consumer,pcie4-host")
+    assert re.findall(r"^link  +([^:]+)", out, flags=re.MULTILINE) == ["consumer", "pcie4-host"]
+    _, out, _ = run(*given, "--json")
+    assert [one["name"] for one in json.loads(out)["links"]] == ["pcie5-host", "consumer", "consumer-memcpy"]
+    assert "which link" not in run(*H200)[1]
 
 
 @pytest.mark.parametrize("profile", sorted(PROFILES))

@@ -8,6 +8,7 @@ import pytest
 from measurements import RESULTS, host_cases, peer_cases
 
 from ep_backend import cli, profiles
+from ep_backend.doctor import plan
 from ep_backend.planning import model, predict
 from ep_backend.planning.hardware import LINKS
 
@@ -126,9 +127,20 @@ def test_the_table_of_tp_against_ep_without_peer_access(name, link):
                 assert all(times["EP over NCCL", tokens] > times[way, tokens] for tokens in BATCHES)
             else:
                 assert all(times["EP over host", tokens] < times[way, tokens] for tokens in BATCHES)
-            if link != "pcie5-host":
-                assert min(ratios) > 1.1
     assert f"| {name}, `{link}` | {' | '.join(cells)} |" in PAGE
+
+
+@pytest.mark.parametrize(("name", "loses"), [(MODELS[0], 32), (MODELS[1], 8)])
+def test_what_host_takes_if_its_loads_are_no_faster_than_those_of_nccl_on_consumer_boards(name, loses):
+    def ratios(gpus, way):
+        times, size = seconds(name, gpus, BATCHES, "consumer"), model.read(name).shape
+        rate = {"bytes_per_s": 1.9e9, "latency_s": LINKS["consumer"].flag.value}
+        return {t: times[way, t] / plan.host_s(size, gpus, t, "bf16", **rate) for t in BATCHES}
+
+    assert min(ratios(2, "TP 2").values()) > 1.8
+    assert [t for t, ratio in ratios(4, "TP 2 x PP 2").items() if ratio < 0.9] == [
+        t for t in BATCHES if t >= loses
+    ]
 
 
 @pytest.mark.parametrize(("name", "wins", "loses"), [(MODELS[0], (2, 64), 256), (MODELS[1], (1, 16), 128)])

@@ -88,6 +88,7 @@ def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, bro
         "nvmlDeviceGetBAR1MemoryInfo": lambda handle: types.SimpleNamespace(bar1Total=256 << 20),
         "nvmlDeviceGetMaxPcieLinkGeneration": lambda handle: 5,
         "nvmlDeviceGetMaxPcieLinkWidth": lambda handle: 16,
+        "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 8,
         "nvmlDeviceGetVirtualizationMode": lambda handle: 1,
         "nvmlDeviceGetGpuFabricInfoV": fabric_info,
         "nvmlDeviceGetTopologyCommonAncestor": lambda a, b: 40,
@@ -149,6 +150,7 @@ def test_gpus_and_links(machine):
         bar1_bytes=256 << 20,
         pcie_generation=5,
         pcie_width=16,
+        pcie_width_now=8,
         virtualization="passthrough",
     )
     link = nvml.Link(
@@ -192,6 +194,12 @@ def test_an_older_module_knows_fewer_questions(machine):
     gpu = machine(module).gpus[0]
     assert (gpu.memory_bytes, gpu.virtualization, gpu.fabric_state) == (None, "", "")
     assert gpu.pcie_generation == 5
+
+
+def test_the_lanes_that_count(machine):
+    assert machine(fake_nvml()).gpus[0].lanes == 8
+    assert machine(fake_nvml(broken=("nvmlDeviceGetCurrPcieLinkWidth",))).gpus[0].lanes == 16
+    assert nvml.Gpu(uuid="GPU-a").lanes is None
 
 
 def test_nvlink_that_does_not_work(machine):
