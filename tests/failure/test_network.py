@@ -27,7 +27,8 @@ def nodes():
 
 def start(nodes, job, folder):
     world = len(RANK_NODES)
-    path = os.pathsep.join([str(RANK_FILE.parent), os.environ.get("PYTHONPATH", "")])
+    # No empty part: that would be the working folder, and the checkout has no library.
+    path = os.pathsep.join(filter(None, [str(RANK_FILE.parent), os.environ.get("PYTHONPATH")]))
     arguments = [(job, str(rank), str(world), str(folder)) for rank in range(world)]
     return [
         subprocess.Popen(
