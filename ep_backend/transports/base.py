@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -91,6 +92,17 @@ class Transport(ABC):
     def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
         self.combine_send(channel, y)
         self.combine_recv(channel, out)
+
+
+Exchange = TypeVar("Exchange")
+
+
+def opened(exchanges: Sequence[Exchange | None], channel: int) -> Exchange:
+    """The exchange that a channel has open. Raises EpError if it has none."""
+    exchange = exchanges[channel]
+    if exchange is None:
+        raise EpError("the channel has no open exchange: dispatch and combine alternate")
+    return exchange
 
 
 class WindowViews:

@@ -20,7 +20,7 @@ from ep_backend import rendezvous
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpError, EpTimeoutError
-from ep_backend.transports.base import DispatchCall, NativeExchange, Received, Transport
+from ep_backend.transports.base import DispatchCall, NativeExchange, Received, Transport, opened
 from ep_backend.transports.shm import anonymous
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ class CollectiveTransport(Transport):
 
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
         self.check()
-        exchange = self._at(channel)
+        exchange = opened(self._open, channel)
         self._wait(exchange.work, "combine", channel)
         self._open[channel] = None
         result = out if self._device == CPU else torch.empty_like(out, device=CPU)
@@ -200,14 +200,8 @@ class CollectiveTransport(Transport):
         self._exchange.destroy()
         self._part = None
 
-    def _at(self, channel: int) -> _Open:
-        exchange = self._open[channel]
-        if exchange is None:
-            raise EpError("the channel has no open exchange: dispatch and combine alternate")
-        return exchange
-
     def _receive(self, channel: int) -> None:
-        exchange = self._at(channel)
+        exchange = opened(self._open, channel)
         self._wait(exchange.work, "dispatch", channel)
         status = ops.unpack_dispatch(self._exchange.handle, channel, exchange.records.cpu(), exchange.counts)
         self._exchange.raise_for(status)
@@ -220,10 +214,12 @@ class CollectiveTransport(Transport):
         return [PACKED_FLAG_BYTES + n * self._config.wire_row_bytes for n in rows]
 
     def _combine_buffer(self, channel: int) -> torch.Tensor:
-        return torch.empty(sum(self._combine_sizes(self._at(channel).received_rows)), dtype=torch.uint8)
+        return torch.empty(
+            sum(self._combine_sizes(opened(self._open, channel).received_rows)), dtype=torch.uint8
+        )
 
     def _start_combine(self, channel: int, sent: torch.Tensor) -> None:
-        exchange = self._at(channel)
+        exchange = opened(self._open, channel)
         into, out_of = self._combine_sizes(exchange.sent_rows), self._combine_sizes(exchange.received_rows)
         sent = sent.to(self._carrier)
         exchange.records, exchange.sent = sent.new_empty(sum(into)), sent

@@ -44,7 +44,7 @@ class Windows:
     own: torch.Tensor
     copies: bool = False
     keep: Any = None
-    release: Callable[[], None] = lambda: None
+    release: Callable[[], Any] = lambda: None
 
 
 class GpuTransport(Transport):
@@ -72,7 +72,7 @@ class GpuTransport(Transport):
         self._windows = windows
         self._views = WindowViews(config, self._world, windows.own, shape, copies=windows.copies)
         self._exchange = self._create(shape, blocks, windows)
-        self._free = weakref.finalize(self, _free, self._exchange, windows.release)
+        self._free = weakref.finalize(self, _free, self._exchange, windows)
         self._placed: _PlacedRows | None = None
         if config.layout != "rank_major":
             copying = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
@@ -311,9 +311,9 @@ class _PlacedRows:
         return sums
 
 
-def _free(exchange: int, release: Callable[[], None]) -> None:
+def _free(exchange: int, windows: Windows) -> None:
     ops.cuda_exchange_destroy(exchange)
-    release()
+    windows.release()
 
 
 def window_bytes(config: EpConfig, world: int) -> int:

@@ -20,7 +20,7 @@ from ep_backend.config import MAX_TOKENS, EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError, EpTimeoutError
 from ep_backend.facts import uneven
 from ep_backend.host_sum import HostSum
-from ep_backend.transports.base import DispatchCall, Received, Transport
+from ep_backend.transports.base import DispatchCall, Received, Transport, opened
 from ep_backend.transports.collective import CollectiveTransport, Traffic
 from ep_backend.transports.cpu import CpuTransport
 
@@ -133,7 +133,7 @@ class HierTransport(Transport):
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         """Sends inside the node."""
         self.check()
-        exchange = self._at(channel)
+        exchange = opened(self._open, channel)
         y = self._as_received(y, exchange)
         with self._watched(channel):
             self._node.combine_send(channel, y)
@@ -188,15 +188,9 @@ class HierTransport(Transport):
         self._node.destroy()
         self._tokens.destroy()
 
-    def _at(self, channel: int) -> _Open:
-        exchange = self._open[channel]
-        if exchange is None:
-            raise EpError("the channel has no open exchange: dispatch and combine alternate")
-        return exchange
-
     def _receive(self, channel: int) -> Received:
         """Take what came from the partners in other nodes, and give it to the ranks of this node."""
-        exchange = self._at(channel)
+        exchange = opened(self._open, channel)
         with self._watched(channel, between_nodes=True):
             arrived = self._network.dispatch_recv(channel, exchange.slots)
         assert arrived.topk_ids is not None
@@ -216,7 +210,7 @@ class HierTransport(Transport):
 
     def _return_sums(self, channel: int) -> None:
         """Add up what the ranks of this node give for each token, and send it to the token's node."""
-        shape = (len(self._nodes) * self._at(channel).slots, self._config.hidden_size)
+        shape = (len(self._nodes) * opened(self._open, channel).slots, self._config.hidden_size)
         sums = torch.empty(shape, dtype=torch.float32)
         try:
             with self._watched(channel):

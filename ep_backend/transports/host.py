@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ class HostTransport(GpuTransport):
             return _Pinned(windows, self._device), copies
 
         (pinned, copies), _ = rendezvous.together(group, pin)
-        return Windows(pinned.addresses, copies, copies=True, release=pinned.release)
+        return Windows(pinned.addresses, copies, copies=True, keep=pinned, release=pinned.release)
 
 
 @contextmanager
@@ -70,17 +71,19 @@ def near(device: torch.device) -> Iterator[None]:
 
 
 class _Pinned:
-    """Windows pinned for the GPUs of this process. Raises EpConfigError if CUDA refuses."""
+    """Windows pinned for the GPUs of this process, until ``release`` is called or nobody has them any more.
+    Raises EpConfigError if CUDA refuses."""
 
     def __init__(self, windows: Sequence[mmap.mmap], device: torch.device) -> None:
-        self._windows = [torch.frombuffer(window, dtype=torch.uint8) for window in windows]
-        self._pinned: list[int] = []
+        pinned: list[torch.Tensor] = []
         self.addresses: list[int] = []
+        self.release = weakref.finalize(self, _unpin, pinned)
         try:
             with torch.cuda.device(device):
-                for window in self._windows:
-                    self.addresses.append(ops.cuda_host_register(window.data_ptr(), window.numel()))
-                    self._pinned.append(window.data_ptr())
+                for window in windows:
+                    memory = torch.frombuffer(window, dtype=torch.uint8)
+                    self.addresses.append(ops.cuda_host_register(memory.data_ptr(), memory.numel()))
+                    pinned.append(memory)
         except RuntimeError as error:
             self.release()
             size = sum(map(len, windows)) / 2**20
@@ -89,7 +92,8 @@ class _Pinned:
                 "rank need less, and EP_BACKEND_TRANSPORT=collective none"
             ) from error
 
-    def release(self) -> None:
-        while self._pinned:
-            ops.cuda_host_unregister(self._pinned.pop())
-        self._windows = []
+
+def _unpin(pinned: list[torch.Tensor]) -> None:
+    for memory in pinned:
+        ops.cuda_host_unregister(memory.data_ptr())
+    pinned.clear()
