@@ -144,5 +144,5 @@ def veto_job(rank, group):
 def test_the_users_veto():
     needs(2)
     for transport, reason in ranks(2).run(veto_job):
-        assert transport == "collective"
+        assert transport == "host"
         assert "EP_BACKEND_PEER_ACCESS=0" in reason

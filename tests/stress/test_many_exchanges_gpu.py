@@ -210,6 +210,18 @@ def eager(players, turn):
         running = still
 
 
+def look(players, seed, begun, compared):
+    """Raise AssertionError if a GPU has found something wrong, or has not done all there was to do."""
+    for player in players:
+        found = player.found()
+        if found[:3] != [begun, compared, 0]:
+            raise AssertionError(
+                f"rank {player.comm.rank}, {player.layout}, seed {seed}: {begun} exchanges, {compared} "
+                f"compared; the GPU says {found[0]:#x} and {found[1]:#x}, {found[2]} of them wrong, the first "
+                f"in exchange {found[3]} or just before"
+            )
+
+
 def play(players, seed, exchanges):
     """At least ``exchanges`` exchanges: how many were begun, how many compared, and how many replayed."""
     plan = random.Random(seed)  # equal on all ranks
@@ -223,8 +235,7 @@ def play(players, seed, exchanges):
         eager(players, turn)
         done = sizes([turn])
         begun, compared = begun + done[0], compared + done[1]
-        for player in players:
-            player.found()
+        look(players, seed, begun, compared)
     graphs = []
     if players[0].layout != "compact":
         graphs = [draw(plan, TURNS) for _ in range(GRAPHS)]
@@ -248,14 +259,7 @@ def play(players, seed, exchanges):
             done = sizes(turns)
         begun, compared = begun + done[0], compared + done[1]
         if step % CHECK_EVERY == 0 or begun >= exchanges:
-            for player in players:
-                found = player.found()
-                if found[:3] != [begun, compared, 0]:
-                    raise AssertionError(
-                        f"rank {player.comm.rank}, {player.layout}, seed {seed}: {begun} exchanges, "
-                        f"{compared} compared; the GPU says {found[0]} and {found[1]}, {found[2]} of them "
-                        f"wrong, the first in exchange {found[3]} or just before"
-                    )
+            look(players, seed, begun, compared)
     return begun, compared, replayed
 
 
@@ -278,7 +282,9 @@ def a_gpu_each(rank, group, seed, part, transport):
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
     with ep.Communicator(group, config_of(world, part, transport), device=f"cuda:{rank}") as comm:
-        return play([Player(comm, torch.cuda.Stream(), seed)], seed, part[-1])
+        player = Player(comm, torch.cuda.Stream(), seed)
+        torch.cuda.synchronize()
+        return play([player], seed, part[-1])
 
 
 def all_on_one_gpu(rank, group, seed, part, world):

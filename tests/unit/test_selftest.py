@@ -83,8 +83,10 @@ def test_bulk_exchanges_are_above_the_switch():
             step.slots >= plan.BULK_TOKENS for step in case.steps
         )
 
-    bulk = [case for case in plan.local_cases("cuda") if has_bulk(case)]
-    assert len(bulk) == len(plan.PAYLOADS) * len(plan.LAYOUTS)
+    bulk = {(case.payload, case.layout) for case in plan.local_cases("cuda") if has_bulk(case)}
+    assert bulk == {(payload, "rank_major") for payload in plan.PAYLOADS} | {
+        ("bf16", layout) for layout in plan.LAYOUTS
+    }
     for with_bulk in (False, True):
         cases = plan.group_cases(4, bulk=with_bulk)
         together = {case.payload for case in cases if has_bulk(case)}

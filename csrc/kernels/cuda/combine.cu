@@ -11,8 +11,9 @@ struct Piece {
     int begin, end;
 };
 // The part of a row that a segment covers, in units of eight elements.
-__device__ Piece piece_of(int eighths, int segment, int segments) {
-    return {eighths * segment / segments, eighths * (segment + 1) / segments};
+__device__ Piece piece_of(int hidden, int segment, int segments) {
+    const int units = units_of(hidden);
+    return {units * segment / segments, units * (segment + 1) / segments};
 }
 
 constexpr int kLoads = 4;       // 16-byte loads that a thread issues before it stores
@@ -24,14 +25,15 @@ template <class Y>
 constexpr int kUnits = kLoads / Y::kWords;  // of eight elements
 
 template <class Y>
-__device__ void load_units(const char* y, int first, int step, int end, uint4* words) {
+__device__ void load_units(const char* y, int hidden, int first, int step, int end, uint4* words) {
 #pragma unroll
     for (int i = 0; i < kUnits<Y>; ++i)
         if (first + i * step < end)
 #pragma unroll
             for (int j = 0; j < Y::kWords; ++j)
-                words[i * Y::kWords + j] =
-                    ptx::load_row(y + (static_cast<int64_t>(first + i * step) * Y::kWords + j) * 16);
+                if (has_word<Y>(hidden, first + i * step, j))
+                    words[i * Y::kWords + j] =
+                        ptx::load_row(y + (static_cast<int64_t>(first + i * step) * Y::kWords + j) * 16);
 }
 
 // One row of the sending half: a token of a source, and what is loaded before it is known to be live.
@@ -61,11 +63,11 @@ __device__ inline void find_ahead(const View& v, const CombineArgs& a, int y_byt
 }
 
 template <class Y>
-__device__ void load_ahead(const View& v, int place, int step, Piece piece, Ahead& h) {
+__device__ void load_ahead(const View& v, const CombineArgs& a, int place, int step, Piece piece, Ahead& h) {
     if (!h.inside) return;
     h.flag = ptx::load_relaxed(h.flag_at);
     h.id = static_cast<int>(threadIdx.x) % 32 < v.top_k ? *reinterpret_cast<const int*>(h.id_at) : -1;
-    if (v.world <= kEarlyWorld) load_units<Y>(h.y, piece.begin + place, step, piece.end, h.words);
+    if (v.world <= kEarlyWorld) load_units<Y>(h.y, a.hidden, piece.begin + place, step, piece.end, h.words);
 }
 
 template <class Y, class Wire>
@@ -78,11 +80,11 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
     const int place = warp % a.warps_per_row * 32 + lane, step = a.warps_per_row * 32;
-    const Piece piece = piece_of(a.hidden / 8, segment, plan.segments);
+    const Piece piece = piece_of(a.hidden, segment, plan.segments);
     for (int unit = group; unit < v.world * plan.tokens_per_chunk; unit += groups) {
         if (!loaded || unit != group) {
             find_ahead(v, a, Y::kWords * 2, chunk, first, width, unit, h);
-            load_ahead<Y>(v, place, step, piece, h);
+            load_ahead<Y>(v, a, place, step, piece, h);
         }
         if (!h.inside) continue;
         if (keeps_own<Y, Wire>(a) && h.source == v.rank) continue;
@@ -91,19 +93,20 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
         char* const to = const_cast<char*>(h.to);
         for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
             if (v.world > kEarlyWorld || e != piece.begin + place)
-                load_units<Y>(h.y, e, step, piece.end, h.words);
+                load_units<Y>(h.y, a.hidden, e, step, piece.end, h.words);
 #pragma unroll
             for (int i = 0; i < kUnits<Y>; ++i) {
                 if (e + i * step >= piece.end) continue;
                 if constexpr (std::is_same_v<Y, Wire>) {
 #pragma unroll
                     for (int j = 0; j < Y::kWords; ++j)
-                        ptx::store_row(to + (static_cast<int64_t>(e + i * step) * Y::kWords + j) * 16,
-                                       h.words[i * Y::kWords + j]);
+                        if (has_word<Y>(a.hidden, e + i * step, j))
+                            ptx::store_row(to + (static_cast<int64_t>(e + i * step) * Y::kWords + j) * 16,
+                                           h.words[i * Y::kWords + j]);
                 } else {
                     Eight part;
                     Y::unpack(h.words + i * Y::kWords, part);
-                    store_eight<Wire>(to, e + i * step, part);
+                    store_eight<Wire>(to, a.hidden, e + i * step, part);
                 }
             }
         }
@@ -120,7 +123,7 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / plan.warps_per_token, groups = kWarps / plan.warps_per_token;
     const int place = warp % plan.warps_per_token * 32 + lane, step = plan.warps_per_token * 32;
-    const Piece piece = piece_of(a.hidden / 8, segment, plan.segments);
+    const Piece piece = piece_of(a.hidden, segment, plan.segments);
     for (int t = group; t < count; t += groups) {
         const int64_t token = first + t;
         if (t != group) route = load_route(v, token);
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int unit = warp / a.warps_per_row;
     const int first = role.first / plan.segments * plan.tokens_per_chunk;
     const int width = min(plan.tokens_per_chunk, plan.slots - first);
-    const Piece piece = piece_of(a.hidden / 8, role.first % plan.segments, plan.segments);
+    const Piece piece = piece_of(a.hidden, role.first % plan.segments, plan.segments);
     Ahead ahead;
     ahead.inside = false;
     if (role.sends && unit < v.world * plan.tokens_per_chunk)
@@ -153,7 +156,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     ptx::wait_for_previous_kernel();
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
-    if (role.sends) load_ahead<Y>(v, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
+    if (role.sends)
+        load_ahead<Y>(v, a, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
     bool alive =
         __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
     bool left = false;

@@ -41,9 +41,10 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
                         if (e + k * step < end)
 #pragma unroll
                             for (int j = 0; j < Wire::kWords; ++j)
-                                part[i][k * Wire::kWords + j] = ptx::load_row(
-                                    (mine && r + i == v.rank ? mine : rows + (r + i) * rank_stride) +
-                                    static_cast<int64_t>(e + k * step) * kBytes + j * 16);
+                                if (has_word<Wire>(a.hidden, e + k * step, j))
+                                    part[i][k * Wire::kWords + j] = ptx::load_row(
+                                        (mine && r + i == v.rank ? mine : rows + (r + i) * rank_stride) +
+                                        static_cast<int64_t>(e + k * step) * kBytes + j * 16);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
                 if (has >> i & 1)
@@ -57,7 +58,7 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
         }
 #pragma unroll
         for (int k = 0; k < kWide; ++k)
-            if (e + k * step < end) store_eight<Out>(out, e + k * step, sum[k]);
+            if (e + k * step < end) store_eight<Out>(out, a.hidden, e + k * step, sum[k]);
     }
 }
 

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     } else if (a.receive) {
         // A piece of a token at a time, in the order in which chunks are sent.
         int* const count = counts[warp - kCopyWarps];
-        const int eighths = a.hidden / 8, units = plan.tokens_per_chunk * kParts;
+        const int eighths = units_of(a.hidden), units = plan.tokens_per_chunk * kParts;
         auto take = [&] { return lane == 0 ? static_cast<int>(atomicAdd(&v.word->sums, 1u)) : 0; };
         int seen = -1, next = take();
         bool lost = false;

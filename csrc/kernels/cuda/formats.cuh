@@ -62,24 +62,23 @@ struct F16 {
     }
 };
 
+// A row of `hidden` elements in units of eight. One of fp32 may end in half a unit, which has one word.
+__device__ __forceinline__ int units_of(int hidden) {
+    return (hidden + 7) / 8;
+}
 template <class F>
-__device__ __forceinline__ Eight load_eight(const void* row, int64_t eighth) {
-    uint4 w[F::kWords];
-#pragma unroll
-    for (int i = 0; i < F::kWords; ++i)
-        w[i] = ptx::load_row(static_cast<const char*>(row) + (eighth * F::kWords + i) * 16);
-    Eight e;
-    F::unpack(w, e);
-    return e;
+__device__ __forceinline__ bool has_word(int hidden, int unit, int word) {
+    return F::kWords == 1 || word == 0 || unit * 8 + 4 < hidden;
 }
 
 template <class F>
-__device__ __forceinline__ void store_eight(void* row, int64_t eighth, const Eight& e) {
+__device__ __forceinline__ void store_eight(void* row, int hidden, int unit, const Eight& e) {
     uint4 w[F::kWords];
     F::pack(w, e);
 #pragma unroll
     for (int i = 0; i < F::kWords; ++i)
-        ptx::store_row(static_cast<char*>(row) + (eighth * F::kWords + i) * 16, w[i]);
+        if (has_word<F>(hidden, unit, i))
+            ptx::store_row(static_cast<char*>(row) + (static_cast<int64_t>(unit) * F::kWords + i) * 16, w[i]);
 }
 
 // x / scale as IEEE division rounds it, for many x: with r = 1 / scale rounded correctly, q = x * r and the

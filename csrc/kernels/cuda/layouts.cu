@@ -181,36 +181,38 @@ template <class F>
 constexpr int kUnits = kInFlight / F::kWords;  // of eight elements
 
 template <class F>
-__device__ void load_units(const char* row, int first, int step, int end, uint4* words) {
+__device__ void load_units(const char* row, int hidden, int first, int step, uint4* words) {
 #pragma unroll
     for (int i = 0; i < kUnits<F>; ++i)
-        if (const int at = first + i * step; at < end)
+        if (const int at = first + i * step; at < units_of(hidden))
 #pragma unroll
             for (int j = 0; j < F::kWords; ++j)
-                words[i * F::kWords + j] =
-                    ptx::load_row(row + (static_cast<int64_t>(at) * F::kWords + j) * 16);
+                if (has_word<F>(hidden, at, j))
+                    words[i * F::kWords + j] =
+                        ptx::load_row(row + (static_cast<int64_t>(at) * F::kWords + j) * 16);
 }
 
 // Rows that are sums already.
 template <class Y, class Wire>
 __device__ void return_row(const ReturnArgs& a, const char* y, char* row, const Share& share) {
-    const int eighths = a.hidden / 8;
-    for (int first = share.place; first < eighths; first += share.step * kUnits<Y>) {
+    const int units = units_of(a.hidden);
+    for (int first = share.place; first < units; first += share.step * kUnits<Y>) {
         uint4 words[kInFlight];
-        load_units<Y>(y, first, share.step, eighths, words);
+        load_units<Y>(y, a.hidden, first, share.step, words);
 #pragma unroll
         for (int i = 0; i < kUnits<Y>; ++i) {
             const int at = first + i * share.step;
-            if (at >= eighths) continue;
+            if (at >= units) continue;
             if constexpr (std::is_same_v<Y, Wire>) {
 #pragma unroll
                 for (int j = 0; j < Y::kWords; ++j)
-                    ptx::store_row(row + (static_cast<int64_t>(at) * Y::kWords + j) * 16,
-                                   words[i * Y::kWords + j]);
+                    if (has_word<Y>(a.hidden, at, j))
+                        ptx::store_row(row + (static_cast<int64_t>(at) * Y::kWords + j) * 16,
+                                       words[i * Y::kWords + j]);
             } else {
                 Eight part;
                 Y::unpack(words + i * Y::kWords, part);
-                store_eight<Wire>(row, at, part);
+                store_eight<Wire>(row, a.hidden, at, part);
             }
         }
     }
@@ -220,18 +222,18 @@ __device__ void return_row(const ReturnArgs& a, const char* y, char* row, const 
 template <class Y, class Wire>
 __device__ void return_sum(const ReturnArgs& a, const int32_t* places, const float* weights, char* row,
                            const Share& share) {
-    const int eighths = a.hidden / 8;
-    const int64_t y_bytes = static_cast<int64_t>(eighths) * Y::kWords * 16;
-    for (int first = share.place; first < eighths; first += share.step * kUnits<Y>) {
+    const int units = units_of(a.hidden);
+    const int64_t y_bytes = static_cast<int64_t>(a.hidden) * Y::kWords * 2;
+    for (int first = share.place; first < units; first += share.step * kUnits<Y>) {
         Eight sum[kUnits<Y>]{};
         for (int p = 0; p < a.places_per_slot; ++p) {
             if (places[p] < 0) continue;
             const float weight = weights[p];
             uint4 words[kInFlight];
-            load_units<Y>(a.y + places[p] * y_bytes, first, share.step, eighths, words);
+            load_units<Y>(a.y + places[p] * y_bytes, a.hidden, first, share.step, words);
 #pragma unroll
             for (int i = 0; i < kUnits<Y>; ++i) {
-                if (first + i * share.step >= eighths) continue;
+                if (first + i * share.step >= units) continue;
                 Eight part;
                 Y::unpack(words + i * Y::kWords, part);
 #pragma unroll
@@ -240,7 +242,8 @@ __device__ void return_sum(const ReturnArgs& a, const int32_t* places, const flo
         }
 #pragma unroll
         for (int i = 0; i < kUnits<Y>; ++i)
-            if (const int at = first + i * share.step; at < eighths) store_eight<Wire>(row, at, sum[i]);
+            if (const int at = first + i * share.step; at < units)
+                store_eight<Wire>(row, a.hidden, at, sum[i]);
     }
 }
 
