@@ -19,9 +19,15 @@ class PeerLostError(EpConfigError):
 
 
 def gather(group: dist.ProcessGroup | None, value: T) -> list[T]:
-    """What every rank gives, in order of rank. Collective."""
+    """What every rank gives, in order of rank. Collective. Raises PeerLostError if a rank is lost."""
     values: list[T] = [value] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    try:
+        dist.all_gather_object(values, value, group=group)
+    except RuntimeError as error:
+        raise PeerLostError(
+            f"rank {dist.get_rank(group)} lost a rank while all of them met on the host: it has ended, or "
+            f"cannot be reached ({error})"
+        ) from error
     return values
 
 
@@ -50,7 +56,10 @@ def together(
         _, rank, text = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         here = f"; on this rank: {said[2]}" if failure is not None and said[2] != text else ""
-        raise EpConfigError(f"rank {rank} cannot start{more}: {text}{here}") from failure
+        try:
+            raise EpConfigError(f"rank {rank} cannot start{more}: {text}{here}") from failure
+        finally:
+            failure = None  # else its traceback keeps itself, and what was made, until the next collection
     return result, [told for told, _, _ in answers]
 
 

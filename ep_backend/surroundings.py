@@ -1,10 +1,21 @@
-"""What files say about a machine: its container, its IOMMU, the place of its GPUs. Nothing raises."""
+"""What files say about a machine: container, memory, IOMMU, place of its GPUs. Nothing raises."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Room(NamedTuple):
+    """Bytes of memory that may still be taken, and the name of what limits them: equal for two processes if
+    it is the same thing."""
+
+    free: float
+    limit: str
 
 
 def container(root: Path, environ: Mapping[str, str]) -> str:
@@ -20,6 +31,42 @@ def container(root: Path, environ: Mapping[str, str]) -> str:
         if word in groups:
             return kind
     return "other" if any(word in groups for word in ("containerd", "lxc", "machine.slice")) else ""
+
+
+def memory_room(root: Path) -> Room:
+    """By the tightest limit on this process's memory: the machine's, or that of a control group such as a
+    container's. Caches of files count as free. Infinite if nothing is told."""
+    machine = _numbers(root / "proc/meminfo").get("MemAvailable:", math.inf) * 1024
+    return min([Room(machine, "this machine"), *_group_rooms(root)])
+
+
+def _group_rooms(root: Path) -> Iterator[Room]:
+    """Of the control groups that this process is in, inner and outer.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html: the names of the files.
+    """
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if number == "0":
+            base, names = root / "sys/fs/cgroup", ("max", "current", "")
+        elif "memory" in kinds.split(","):
+            base, names = root / "sys/fs/cgroup/memory", ("limit_in_bytes", "usage_in_bytes", "total_")
+        else:
+            continue
+        limit, used, prefix = names
+        inner = base / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            # In a container the path may be the host's, of which only the top is seen here.
+            with contextlib.suppress(ValueError, OSError):
+                most = int(_text(folder / f"memory.{limit}"))
+                taken = int(_text(folder / f"memory.{used}"))
+                kept = _numbers(folder / "memory.stat")
+                files = sum(kept.get(f"{prefix}{state}_file", 0) for state in ("active", "inactive"))
+                name = f"control group {folder.name} (inode {os.stat(folder).st_ino})"
+                yield Room(most - taken + files, name)
+            if folder == base:
+                break
 
 
 def iommu(root: Path, bus_ids: Iterable[str]) -> str:
@@ -62,6 +109,12 @@ def device(root: Path, bus_id: str) -> Path:
     """The folder of a PCIe device. NVML writes eight digits of the domain, the kernel four."""
     domain, _, rest = bus_id.lower().partition(":")
     return root / "sys/bus/pci/devices" / f"{domain[-4:]}:{rest}"
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Of lines that are a name, a number and perhaps a unit."""
+    lines = (line.split() for line in _text(path).splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def _text(path: Path) -> str:

@@ -1,8 +1,10 @@
 """Ranks that stop or die on purpose, for tests/failure: a checked exchange, and what a rank found out."""
 
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ POINTS = ("before dispatch", "before combine", "between the halves of combine")
 MARGIN_S = 15.0  # on top of a deadline, for a machine that is busy with other work
 
 
-def make(group, *, transport="cpu", layout="rank_major", channels=1, **more):
+def make(group, *, transport="cpu", layout="rank_major", channels=1, device=None, **more):
     shape = {"num_experts": 6, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8, **more}
     config = ep.EpConfig(
         payload=torch.float32,
@@ -23,7 +25,7 @@ def make(group, *, transport="cpu", layout="rank_major", channels=1, **more):
         timeout_s=30,
         **shape,
     )
-    return ep.Communicator(group, config)
+    return ep.Communicator(group, config, device=device)
 
 
 def exchange(comm, number, *, channel=0, tokens=None, at=lambda point: None):
@@ -35,11 +37,12 @@ def exchange(comm, number, *, channel=0, tokens=None, at=lambda point: None):
     config = comm.config
     if tokens is None:
         tokens = (number + comm.rank) % (config.max_tokens_per_rank + 1)
-    x = torch.full((tokens, config.hidden_size), float(number * 16 + comm.rank + 1))
-    first = torch.arange(tokens) + number
+    x = torch.full((tokens, config.hidden_size), float(number * 16 + comm.rank + 1), device=comm.device)
+    first = torch.arange(tokens, device=comm.device) + number
     ids = torch.stack([(first + j) % config.num_experts for j in range(config.top_k)], dim=1)
     at("before dispatch")
-    received, handle = comm.dispatch(x, ids, torch.ones(ids.shape), channel=channel)
+    weights = torch.ones(ids.shape, device=comm.device)
+    received, handle = comm.dispatch(x, ids, weights, channel=channel)
     if config.layout == "expert_major":
         y = received.rows
     else:
@@ -49,6 +52,9 @@ def exchange(comm, number, *, channel=0, tokens=None, at=lambda point: None):
     comm.combine_send(y, handle)
     at("between the halves of combine")
     out = comm.combine_recv(handle)
+    if comm.device.type == "cuda":
+        torch.cuda.synchronize(comm.device)
+        comm.check()  # else the next call would raise what went wrong in this one
     torch.testing.assert_close(out, x * config.top_k, rtol=0, atol=0)
 
 
@@ -90,3 +96,44 @@ def refused(act):
         act()
     assert not isinstance(refusal.value, ep.EpTimeoutError)
     return time.monotonic() - start, str(refusal.value)
+
+
+def windows_of(pids):
+    """Anonymous files of ours that these processes have mapped or open, by inode."""
+    inodes = set()
+    for pid in pids:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            inodes |= set(re.findall(r" (\d+) +/memfd:ep_backend-window", maps))
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                if "/memfd:ep_backend-window" in os.readlink(fd):
+                    inodes.add(str(os.stat(fd).st_ino))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return inodes
+
+
+def all_pids():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def refused_start(act):
+    """What ``act`` said when it raised EpConfigError, how long it took, and what it left: windows, files."""
+    files, start = len(os.listdir("/proc/self/fd")), time.monotonic()
+    try:
+        act()
+    except ep.EpConfigError as error:
+        text = str(error)
+    else:
+        raise AssertionError("it started, and should not have")
+    seconds, more_files = time.monotonic() - start, len(os.listdir("/proc/self/fd")) - files
+    return text, seconds, (len(windows_of([os.getpid()])), more_files)
+
+
+def check_refusals(found, *words):
+    """``found``: of each rank, from `refused_start`."""
+    for text, seconds, left in found:
+        for word in words:
+            assert word in text, text
+        assert seconds < MARGIN_S
+        assert left == (0, 0)

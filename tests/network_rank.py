@@ -1,4 +1,4 @@
-"""One rank of tests/failure/test_network.py: ``network_rank.py JOB RANK WORLD FOLDER``; answers in FOLDER."""
+"""One rank of tests/failure/test_network.py: ``network_rank.py JOB RANK WORLD FOLDER TRANSPORT...``."""
 
 import os
 import sys
@@ -57,7 +57,7 @@ def cut(comm):
 
 
 if __name__ == "__main__":
-    JOB, RANK, WORLD, FOLDER = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    JOB, RANK, WORLD, FOLDER, *TRANSPORTS = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
     os.environ["GLOO_SOCKET_IFNAME"] = LINK
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -68,11 +68,9 @@ if __name__ == "__main__":
         timeout=timedelta(seconds=30),
     )
     answers = {}
-    transports = ("hier", "collective") if JOB == "count" else ("hier",)
-    for transport in transports:
+    for transport in TRANSPORTS:
         comm = ep.Communicator(None, replace(CONFIG, transport=transport))
         answers[transport] = {"count": count, "cut": cut}[JOB](comm)
         answers[transport]["reason"] = comm.decision.reason
         comm.destroy()
     torch.save(answers, f"{FOLDER}/answer-{RANK}")
-    os._exit(0)  # a group whose network is gone does not end by itself

@@ -8,7 +8,6 @@ not leave its GPU.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import weakref
@@ -40,13 +39,10 @@ class HostTransport(GpuTransport):
         )
 
         def map_all() -> list[mmap.mmap]:
-            windows = share.map_peers(addresses)
-            own = torch.frombuffer(windows[self._rank], dtype=torch.uint8)
             with near(self._device):
-                ctypes.memset(own.data_ptr(), 0, own.numel())
-            return windows
+                return share.map_peers(addresses)
 
-        # Pages are where they are touched first: by their owner, before others pin them.
+        # The owner takes the pages, near its GPU, before others pin them.
         windows, _ = rendezvous.together(group, map_all)
         copy_bytes = self._config.num_channels * ops.window_layout(shape)[-1]
 

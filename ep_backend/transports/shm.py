@@ -12,28 +12,35 @@ import secrets
 import socket
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 from ep_backend.errors import EpConfigError
 from ep_backend.rendezvous import PeerLostError
+from ep_backend.surroundings import memory_room
 
 TOKEN_BYTES = 16
+Address = tuple[str, bytes, str]
+"""What a rank tells its peers: the name of its socket, its token, what limits its memory."""
 
 
 def anonymous(size: int) -> mmap.mmap:
-    """Zeroed memory of this process alone; pages exist once they are touched."""
-    return mmap.mmap(-1, size)
+    """Zeroed memory of this process alone; pages exist once they are touched. Raises EpConfigError."""
+    try:
+        return mmap.mmap(-1, size)
+    except OSError as error:
+        raise EpConfigError(f"no memory of {size} bytes: {error}") from error
 
 
 class WindowShare:
     """This rank's window and the socket where peers fetch it. ``address`` goes to the peers, then
-    ``map_peers`` maps theirs."""
+    ``map_peers`` takes the memory and maps theirs."""
 
     def __init__(self, size: int, rank: int, world: int, timeout_s: float) -> None:
         self.size, self.rank, self.world, self.timeout_s = size, rank, world, timeout_s
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._fd = os.memfd_create(f"ep_backend-window-{rank}", os.MFD_CLOEXEC)
+        self._room = memory_room(Path("/"))
         try:
-            os.ftruncate(self._fd, size)
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._listener.settimeout(timeout_s)
             name = f"\0ep_backend-{os.getpid()}-{secrets.token_hex(8)}"
@@ -41,17 +48,18 @@ class WindowShare:
             self._listener.listen(world)
         except OSError as error:
             self.close()
-            raise EpConfigError(f"no shared memory of {size} bytes: {error}") from error
-        self.address = (name, self._token)
+            raise EpConfigError(f"no socket to hand out shared memory: {error}") from error
+        self.address: Address = (name, self._token, self._room.limit)
 
-    def map_peers(self, addresses: Sequence[tuple[str, bytes]]) -> list[mmap.mmap]:
-        """Every rank's window, mapped, in order of rank. ``addresses``: of all ranks. Call it on all ranks at
-        once."""
+    def map_peers(self, addresses: Sequence[Address]) -> list[mmap.mmap]:
+        """Every rank's window, mapped, in order of rank; this rank's has all its pages, on the NUMA node of
+        the calling thread. ``addresses``: of all ranks. Call it on all ranks at once."""
         wanted: dict[int, socket.socket] = {}
         try:
+            self._take_memory([limit for _, _, limit in addresses])
             # The kernel completes a connection before anybody accepts it, so all may first connect and then
             # serve.
-            for peer, (name, token) in enumerate(addresses):
+            for peer, (name, token, _) in enumerate(addresses):
                 if peer != self.rank:
                     wanted[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     wanted[peer].settimeout(self.timeout_s)
@@ -71,6 +79,22 @@ class WindowShare:
             for connection in wanted.values():
                 connection.close()
             self.close()
+
+    def _take_memory(self, limits: Sequence[str]) -> None:
+        """All of this window's, now: the kernel ends a process that touches a page for which there is no
+        room, and so it does where a control group has too little, hence the look before. ``limits``: what
+        limits the memory of each rank."""
+        sharing = limits.count(self._room.limit)
+        if sharing * self.size > self._room.free:
+            raise EpConfigError(
+                f"windows of {sharing} ranks, {self.size / 2**20:.0f} MiB each, do not fit into the "
+                f"{self._room.free / 2**20:.0f} MiB of memory that are left in {self._room.limit}; fewer "
+                "tokens per rank (max_tokens_per_rank) need less"
+            )
+        try:
+            os.posix_fallocate(self._fd, 0, self.size)
+        except OSError as error:
+            raise EpConfigError(f"no shared memory of {self.size} bytes: {error}") from error
 
     def _serve_one(self) -> None:
         while True:

@@ -1,0 +1,235 @@
+"""Ranks with GPUs that are killed, and memory that cannot be pinned: who says what, and what is left."""
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from faults import (
+    MARGIN_S,
+    POINTS,
+    all_pids,
+    caught,
+    check_refusals,
+    exchange,
+    make,
+    refused,
+    refused_start,
+    windows_of,
+)
+from harness import fresh_ranks, ranks
+
+import ep_backend as ep
+from ep_backend.surroundings import memory_room
+from ep_backend.transports import host
+
+pytestmark = pytest.mark.gpu
+GPUS = torch.cuda.device_count()
+TRANSPORTS = ("peer", "host")
+DEADLINE_S = 2.5
+VICTIM = 1
+
+
+def needs(world):
+    if world > GPUS:
+        pytest.skip(f"needs {world} GPUs, {GPUS} found")
+
+
+def start(rank, group, transport, **more):
+    torch.cuda.set_device(rank)
+    return make(group, transport=transport, device=f"cuda:{rank}", **more)
+
+
+def end(comm):
+    """Destroy; the windows that this process still has."""
+    comm.destroy()
+    return len(windows_of([os.getpid()]))
+
+
+def die_at(rank, group, transport, layout, point):
+    comm = start(rank, group, transport, layout=layout)
+    for n in range(4):
+        exchange(comm, n)
+    comm.set_timeout(DEADLINE_S)
+    dist.barrier(group)
+
+    def at(where):
+        if (rank, where) == (VICTIM, point):
+            torch.cuda.synchronize()  # all that it has sent by now is sent
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    found = caught(comm, lambda: exchange(comm, 4, at=at))
+    return found, refused(comm.recover), end(comm)
+
+
+def nothing_is_left(group, windows):
+    """End the group's processes; then nobody has its windows."""
+    pids = group.pids
+    group.kill()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not windows_of(all_pids()) & windows
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("layout", "point"), [("rank_major", POINTS[0]), ("expert_major", POINTS[1])])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_is_killed_in_an_exchange(world, layout, point, transport):
+    needs(world)
+    with fresh_ranks(world) as group:
+        group.start(die_at, transport, layout, point)
+        outcomes = group.outcomes(90)
+    assert outcomes[VICTIM].exitcode == -signal.SIGKILL
+    for rank in set(range(world)) - {VICTIM}:
+        assert outcomes[rank].ok, outcomes[rank]
+        found, (seconds, text), left = outcomes[rank].value
+        assert (found["rank"], found["peer"]) == (rank, VICTIM), found["text"]
+        assert found["phase"] == ("dispatch" if point == POINTS[0] else "combine")
+        assert found["elapsed"] < DEADLINE_S + MARGIN_S
+        assert found["sticky_s"] < DEADLINE_S
+        assert f"rank {VICTIM} did not come to recover()" in text
+        assert seconds < DEADLINE_S + MARGIN_S
+        assert left == 0
+
+
+def replay(rank, group, transport, folder):
+    """Replays of many exchanges, one behind the other, until a peer is missing."""
+    comm = start(rank, group, transport)
+    x = torch.ones(8, 64, device=comm.device)
+    ids = torch.tensor([[0, 5]] * 8, device=comm.device)
+    weights = torch.ones(8, 2, device=comm.device)
+    out = torch.empty_like(x)
+
+    def one():
+        received, handle = comm.dispatch(x, ids, weights)
+        comm.combine(torch.zeros_like(received.rows), handle, out=out)
+
+    one()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(50):
+            one()
+    comm.set_timeout(DEADLINE_S)
+    dist.barrier(group)
+    Path(folder, str(rank)).touch()
+    begun = time.monotonic()
+    try:
+        while time.monotonic() - begun < 60:
+            last = time.monotonic()
+            for _ in range(4):
+                graph.replay()
+            torch.cuda.synchronize()
+            comm.check()
+    except ep.EpTimeoutError as error:
+        return str(error), error.peer, time.monotonic() - last, end(comm)
+    raise AssertionError("a rank was killed and nobody noticed")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_is_killed_while_a_graph_is_replayed(world, transport, tmp_path):
+    """From outside, at any moment: a kernel of its may be at work in its peers' windows."""
+    needs(world)
+    with fresh_ranks(world) as group:
+        group.start(replay, transport, str(tmp_path))
+        deadline = time.monotonic() + 60
+        while len(os.listdir(tmp_path)) < world and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        windows = windows_of(group.pids)
+        assert len(windows) >= world, "the meeting's, and those of transport host"
+        os.kill(group.pids[VICTIM], signal.SIGKILL)
+        outcomes = group.outcomes(DEADLINE_S + 30)
+        for rank in set(range(world)) - {VICTIM}:
+            assert outcomes[rank].ok, outcomes[rank]
+            text, peer, waited, left = outcomes[rank].value
+            assert peer == VICTIM, text
+            assert waited < DEADLINE_S + MARGIN_S
+            assert left == 0
+        nothing_is_left(group, windows)
+
+
+class Refusing:
+    """The library's operators, but the second window is pinned already, so that CUDA refuses it."""
+
+    def __init__(self):
+        self.pinned = []
+
+    def __getattr__(self, name):
+        return getattr(ep._native.ops, name)
+
+    def cuda_host_register(self, address, size):
+        if self.pinned:
+            ep._native.ops.cuda_host_register(address, size)
+            try:
+                return ep._native.ops.cuda_host_register(address, size)
+            finally:
+                ep._native.ops.cuda_host_unregister(address)
+        self.pinned.append(address)
+        return ep._native.ops.cuda_host_register(address, size)
+
+    def cuda_host_unregister(self, address):
+        ep._native.ops.cuda_host_unregister(address)
+        self.pinned.remove(address)
+
+
+def refused_by_cuda(rank, group):
+    """One rank's CUDA refuses; then, with nothing in the way, all can start."""
+    start(rank, group, "host").destroy()
+    ops = Refusing() if rank == VICTIM else host.ops
+    with mock.patch.object(host, "ops", ops):
+        found = refused_start(lambda: start(rank, group, "host"))
+    left = ops.pinned if rank == VICTIM else []
+    with start(rank, group, "host") as comm:
+        for n in range(5):
+            exchange(comm, n)
+    return found, left
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_memory_that_cuda_does_not_pin(world):
+    needs(world)
+    found, left = zip(*ranks(world).run(refused_by_cuda, timeout=90), strict=True)
+    check_refusals(found, f"rank {VICTIM} cannot start", "cannot be pinned for a GPU")
+    assert left == ([],) * world
+
+
+def with_little_memlock(rank, group):
+    """Root may lock what it likes, and CUDA may not ask: then this limit must not matter."""
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, before[1]))
+    try:
+        with start(rank, group, "host", hidden_size=4096, max_tokens_per_rank=256) as comm:
+            for n in range(5):
+                exchange(comm, n)
+            return ""
+    except ep.EpConfigError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+
+
+def test_a_small_memlock_limit():
+    needs(2)
+    said = ranks(2).run(with_little_memlock, timeout=60)
+    print(f"with a memlock limit of 64 KiB: {said}")
+    assert said == ["", ""] or all("cannot be pinned for a GPU" in text for text in said)
+
+
+def too_much(rank, group):
+    dist.barrier(group)
+    more = {"channels": 16, "hidden_size": 16384, "max_tokens_per_rank": 16384}
+    return refused_start(lambda: start(rank, group, "host", **more))
+
+
+def test_windows_larger_than_the_memory():
+    """Here the kernel would end a rank: the host's memory does not hold two windows of 64 GiB."""
+    needs(2)
+    if memory_room(Path("/")).free > 128 << 30:
+        pytest.skip("the windows would fit")
+    found = ranks(2).run(too_much, timeout=60)
+    check_refusals(found, "rank 0 cannot start (and 1 more)", "windows of 2 ranks", "are left")
