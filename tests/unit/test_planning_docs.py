@@ -4,19 +4,19 @@ import json
 import re
 from pathlib import Path
 
+import plans
 import pytest
 from measurements import RESULTS, host_cases, peer_cases
+from plans import BATCHES
 
-from ep_backend import cli, profiles
+from ep_backend import cli
 from ep_backend.doctor import plan
-from ep_backend.planning import model, predict
+from ep_backend.planning import model
 from ep_backend.planning.hardware import LINKS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 SAMPLES = re.findall(r"`ep-backend (plan [^`]+)`:\n\n```\n(.*?)```", PAGE, flags=re.DOTALL)
 USAGE = [line for line in PAGE.split("```")[1].splitlines() if line.startswith("ep-backend")]
-BATCHES = [1 << power for power in range(13)]
-PROFILES = {profile.name: profile for profile in profiles.shipped()}
 
 
 @pytest.mark.parametrize(("command", "shown"), SAMPLES, ids=[command for command, _ in SAMPLES])
@@ -34,10 +34,8 @@ def test_there_are_samples_and_the_commands_on_top_run(capsys):
     assert capsys.readouterr().out
 
 
-def seconds(name, gpus, tokens, link="pcie5-host", profile="pcie_blackwell", dtype="bf16"):
-    """By way and number of tokens."""
-    rows = predict.of_link(model.read(name), PROFILES[profile], LINKS[link], gpus, tokens, dtype)
-    return {(row.way, row.tokens): row.seconds for row in rows}
+def seconds(name, *more, **options):
+    return plans.seconds(model.read(name), *more, **options)
 
 
 def shown(microseconds):
