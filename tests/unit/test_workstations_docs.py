@@ -1,4 +1,4 @@
-"""docs/workstations.md: its sample is what the command prints, its tables are the profile's and the planner's."""
+"""docs/workstations.md: the sample is what the command prints, tables are the profile's and the planner's."""
 
 import json
 import re
