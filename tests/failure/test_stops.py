@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def test_collective(how):
         assert "cannot recover" in text
 
 
-def wait_for_nobody(rank, group):
+def wait_for_nobody(rank, group, ready):
     comm = make(group)
     comm.set_timeout(4)
     dist.barrier(group)
@@ -216,17 +217,22 @@ def wait_for_nobody(rank, group):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may have it ignored
     start = time.monotonic()
     try:
+        Path(ready).touch()
         exchange(comm, 0)
     except (KeyboardInterrupt, ep.EpTimeoutError) as error:
         return type(error).__name__, time.monotonic() - start
     raise AssertionError("nobody came, and yet")
 
 
-def test_interrupt():
+def test_interrupt(tmp_path):
     """Ctrl-C in a wait takes effect at the deadline at the latest."""
     with fresh_ranks(2) as group:
-        group.start(wait_for_nobody)
-        time.sleep(2)
+        ready = tmp_path / "ready"
+        group.start(wait_for_nobody, str(ready))
+        deadline = time.monotonic() + 40
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
         os.kill(group.pids[0], signal.SIGINT)
         outcomes = group.outcomes(40)
     assert outcomes[0].ok, outcomes[0]
