@@ -22,7 +22,7 @@ from ep_backend.surroundings import memory_room
 from ep_backend.transports import host
 
 MIB = 1 << 20
-LARGE = {"hidden_size": 4096, "max_tokens_per_rank": 256}  # windows of 28 MiB with three ranks
+LARGE = {"hidden_size": 4096, "max_tokens_per_rank": 256}
 HUGE = {"hidden_size": 4096, "max_tokens_per_rank": 2048}  # of 200 MiB
 LARGEST = {"hidden_size": 16384, "max_tokens_per_rank": 16384}  # with 16 channels of 96 GiB
 SMALL = {"hidden_size": 64, "max_tokens_per_rank": 8}
@@ -33,12 +33,12 @@ def without_room(rank, group, transport, kind, victim):
     before = resource.getrlimit(kind)
     if rank == victim:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(kind, (MIB + used * (kind == resource.RLIMIT_AS), before[1]))
+        resource.setrlimit(kind, (128 * MIB + used * (kind == resource.RLIMIT_AS), before[1]))
     try:
-        found = refused_start(lambda: make(group, transport=transport, **LARGE))
+        found = refused_start(lambda: make(group, transport=transport, **HUGE))
     finally:
         resource.setrlimit(kind, before)
-    with make(group, transport=transport, **LARGE) as comm:
+    with make(group, transport=transport, **SMALL) as comm:
         exchange(comm, 1)
     return found
 
