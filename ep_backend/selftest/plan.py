@@ -22,8 +22,8 @@ PAYLOADS: dict[str, dict[str, Any]] = {
 HIDDEN = 256
 TOP_K = 3
 EXPERTS_PER_RANK = 4  # and one more in all: ranks with different numbers of them
-# csrc/kernels/cuda/exchange.cu: other kernels are used from 20 MB of results on; odd: the last chunk is short.
-# Few such exchanges: the reference takes a second for each.
+# csrc/kernels/cuda/exchange.cu: other kernels are used from 20 MB of results on; odd: the last chunk is
+# short. Few such exchanges: the reference takes a second for each.
 BULK_TOKENS, BULK_HIDDEN = 2451, 4096
 MANY_TOKENS = 301  # of CPUs, which have one kind of kernels
 BULK_TWICE = ("bf16", "fp8 made by dispatch")  # the others once, by one rank alone

@@ -217,8 +217,8 @@ def look(players, seed, begun, compared):
         if found[:3] != [begun, compared, 0]:
             raise AssertionError(
                 f"rank {player.comm.rank}, {player.layout}, seed {seed}: {begun} exchanges, {compared} "
-                f"compared; the GPU says {found[0]:#x} and {found[1]:#x}, {found[2]} of them wrong, the first "
-                f"in exchange {found[3]} or just before"
+                f"compared; the GPU says {found[0]:#x} and {found[1]:#x}, {found[2]} of them wrong, the "
+                f"first in exchange {found[3]} or just before"
             )
 
 
