@@ -8,7 +8,7 @@ import logging
 import sys
 
 from ep_backend import env
-from ep_backend.errors import EpConfigError
+from ep_backend.errors import EpConfigError, EpError
 
 NAME = "deep_ep"
 _PACKAGE = f"{__name__}.{NAME}"
@@ -43,5 +43,5 @@ def provide_if_asked(log: logging.Logger) -> None:
     try:
         if env.get("EP_BACKEND_PROVIDE_DEEP_EP") == "1":
             provide_deep_ep()
-    except EpConfigError as error:
+    except (EpError, ImportError) as error:
         log.error("ep_backend: %s", error)

@@ -42,7 +42,7 @@ class Buffer:
     collective and takes longer, and must not be inside a CUDA graph. ``num_nvl_bytes``, ``num_rdma_bytes``:
     the size of what `get_local_buffer_tensor` gives, nothing else. ``low_latency_mode``: both modes work
     either way. ``num_qps_per_rank``, ``allow_nvlink_for_low_latency_mode``, ``allow_mnnvl``, ``use_fabric``:
-    no meaning. ``explicitly_destroy``: as in DeepEP. ``enable_shrink``: refused, see
+    no meaning. ``explicitly_destroy``: as in DeepEP. ``enable_shrink``: no meaning; masking is refused, see
     `low_latency_update_mask_buffer`. ``comm``: refused, MPI is not used.
     """
 
@@ -75,8 +75,6 @@ class Buffer:
             explicitly_destroy=explicitly_destroy,
             enable_shrink=enable_shrink,
         )
-        if enable_shrink:
-            no_masks()
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode

@@ -17,7 +17,8 @@ def check_whole(name: str, value: object, least: int = 0) -> None:
 
 def check(name: str, t: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     """``shape``: None for any size."""
-    wanted = f"{['*' if size is None else size for size in shape]} {' or '.join(map(str, dtypes))}"
+    sizes = ", ".join("*" if size is None else str(size) for size in shape)
+    wanted = f"[{sizes}] {' or '.join(map(str, dtypes))}"
     if not isinstance(t, torch.Tensor):
         raise EpArgumentError(f"{name} is a {type(t).__name__}; a tensor {wanted} was wanted")
     fits = len(shape) == t.dim() and all(

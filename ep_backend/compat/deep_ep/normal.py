@@ -200,11 +200,13 @@ class Normal:
             num_sms=blocks_for(num_sms, x.device),
         )
         communicator = member.communicator
+        if scales is not None:
+            scales = scales.reshape(len(x), _columns(scales)).contiguous().view(torch.uint8)
         received, handle = communicator.dispatch(
             x.contiguous().view(torch.uint8),
             routing.ids,
             member.no_weights(len(x)) if weights is None else weights,
-            scales=None if scales is None else scales.reshape(len(x), -1).contiguous().view(torch.uint8),
+            scales=scales,
             tokens_per_rank=routing.slots,
             channel=member.next_channel(),
         )
