@@ -450,3 +450,52 @@ def refusals(rank, group, device):
     assert status.tolist() == [0] * world
     buffer.destroy()
     return sorted(calls), said
+
+
+def captured(rank, group, device):
+    """Low-latency calls and dispatch with num_worst_tokens in CUDA graphs, replayed with other inputs."""
+    buffer, world, device = ready(rank, group, device, low_latency_mode=True)
+    tokens, experts = 16, EXPERTS_PER_RANK * world
+
+    def inputs_of(seed):
+        return make_inputs(rank, world, tokens, "holes", seed, device)
+
+    now = inputs_of(0)
+
+    def low_latency():
+        (rows, scales), counts, handle, _, hook = buffer.low_latency_dispatch(
+            now.x, now.ids, tokens, experts, return_recv_hook=True
+        )
+        hook()
+        results = dequantized(rows, scales)
+        out, _, hook = buffer.low_latency_combine(
+            results, now.ids, now.weights, handle, return_recv_hook=True
+        )
+        hook()
+        return out, counts
+
+    def normal():
+        layout = layout_of(buffer, now, world)
+        rows, ids, weights, _, handle, _ = buffer.dispatch(
+            now.x, **layout, topk_idx=now.ids, topk_weights=now.weights, num_worst_tokens=tokens * world
+        )
+        total, total_weights, _ = buffer.combine(rows, handle, topk_weights=weights)
+        return total, total_weights, ids
+
+    for act in (low_latency, normal):
+        for _ in range(2):  # communicators are made, and every channel has been used
+            act()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = act()
+        for seed in range(1, 5):
+            other = inputs_of(seed)
+            for name in ("x", "ids", "weights"):
+                getattr(now, name).copy_(getattr(other, name))
+            graph.replay()
+            replayed = [t.clone() for t in held]
+            eager = act()
+            assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
+    torch.cuda.synchronize()
+    buffer.destroy()

@@ -18,8 +18,8 @@ from ep_backend.config import SCALE_BLOCK
 
 CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
-SHARE = 1 / 6
-"""Of the SMs of a GPU, for one channel of dispatch or combine."""
+SHARE = 1 / 4
+"""Blocks of one channel of dispatch or combine for each SM of the GPU."""
 MIN_AMAX = 1e-4  # of a block that is quantised with a rounded scale; DeepEP's
 E4M3_MAX = 448.0
 
@@ -93,7 +93,7 @@ class LowLatencyHandle(Sequence[Any]):
         tokens, local = self.shape.tokens, self.shape.num_experts // self._world
         experts = torch.arange(local, device=self.ids.device) + self._rank * local
         rows = (self.ids == experts[:, None, None]).any(-1)
-        src_info = (rows.logical_not().argsort(dim=1, stable=True) % tokens).int()
+        src_info = (rows.logical_not().byte().argsort(dim=1, stable=True) % tokens).int()
         counts = rows.view(local, self._world, tokens).sum(-1)
         return src_info, (counts.cumsum(1) - counts) << 32 | counts
 

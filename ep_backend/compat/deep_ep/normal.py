@@ -17,10 +17,8 @@ from ep_backend.compat.deep_ep.pool import BLOCKS_PER_SM, MARKER_BYTES, Agreemen
 from ep_backend.config import MAX_TOP_K
 from ep_backend.errors import EpArgumentError
 
-CHANNELS = 2
-"""Dispatches that may be open at once before a combine needs marker rows."""
-LARGEST_SHARE = 3 / 8
-"""Of the SMs of a GPU, for one channel: dispatch, a combine with marker rows and weights need room."""
+LARGEST_SHARE = 0.45
+"""Blocks of a communicator for each SM of the GPU, at most: those of low-latency mode need room, too."""
 WEIGHT_BLOCKS = 8
 
 
@@ -118,7 +116,7 @@ class Normal:
         came = (received.topk_ids >= 0).any(1)
         if worst:
             # Rows that came first, in order; no wait for the GPU. The rest has no expert here.
-            routing.places = came.logical_not().argsort(stable=True)[:worst]
+            routing.places = came.logical_not().byte().argsort(stable=True)[:worst]
         else:
             routing.places = came.nonzero().flatten()  # waits until it is known how many
         from_rank = came.view(self._world, slots).sum(1)
@@ -196,7 +194,6 @@ class Normal:
             payload=torch.uint8,
             payload_bytes=x.shape[1] * x.element_size(),
             scale_bytes=0 if scales is None else 4 * _columns(scales),
-            num_channels=CHANNELS,
             num_sms=blocks_for(num_sms, x.device),
         )
         communicator = member.communicator
@@ -208,7 +205,6 @@ class Normal:
             member.no_weights(len(x)) if weights is None else weights,
             scales=scales,
             tokens_per_rank=routing.slots,
-            channel=member.next_channel(),
         )
         routing.opened = (member, handle)
         return received
@@ -235,7 +231,8 @@ class Normal:
         """[M, width]: for each token the sum of what the ranks have for it. ``rows``: [R, width]."""
         communicator, handle = opened or self._ask_again(rows, routing, blocks)
         results = rows.new_empty(self._world * routing.slots, rows.shape[1])
-        results.index_copy_(0, routing.places, rows)
+        words = rows.contiguous().view(torch.int64)
+        results.view(torch.int64).index_copy_(0, routing.places, words)
         return communicator.combine(results, handle)
 
     def _ask_again(

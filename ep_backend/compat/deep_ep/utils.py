@@ -59,7 +59,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._comm: torch.cuda.Stream | None = None
-        self._last: tuple[torch.cuda.Event, torch.cuda.Stream, bool] | None = None
+        self._last: tuple[torch.cuda.Event, torch.cuda.Stream] | None = None
 
     @property
     def comm(self) -> torch.cuda.Stream:
@@ -83,8 +83,9 @@ class Streams:
 
         On a GPU it runs on the current stream or, with ``previous_event`` or ``async_finish``, on the
         communication stream, which then waits for that event or for the current stream. It never overtakes an
-        earlier call. ``given``: what it uses and the caller may free; only tensors count. What it returns
-        belongs to the stream that it ran on, whatever ``allocate_on_comm_stream`` says.
+        earlier call; calls that a CUDA graph captures know none. ``given``: what it uses and the caller may
+        free; only tensors count. What it returns belongs to the stream that it ran on, whatever
+        ``allocate_on_comm_stream`` says.
         """
         if previous_event is not None and not isinstance(previous_event, EventOverlap):
             raise EpArgumentError(f"previous_event is {previous_event!r}; an EventOverlap was wanted")
@@ -100,17 +101,18 @@ class Streams:
             before = None if previous_event is None else previous_event.event
             with torch.cuda.stream(stream):
                 stream.wait_stream(current) if before is None else before.current_stream_wait()
-        if self._last is not None and self._last[1] != stream and self._last[2] == capturing:
+        if self._last is not None and self._last[1] != stream and not capturing:
             stream.wait_event(self._last[0])
         with torch.cuda.stream(stream):
             result = act()
             done = EventHandle(stream)
         assert done.event is not None
-        self._last = done.event, stream, capturing
-        if not aside:
-            return result, EventOverlap()
+        if not capturing:
+            self._last = done.event, stream
         for t in used:
             t.record_stream(stream)
+        if not aside:
+            return result, EventOverlap()
         made = _tensors([result])
         for t in made:
             t.record_stream(current)
