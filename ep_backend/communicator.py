@@ -259,12 +259,12 @@ class Communicator:
         return received
 
     @_not_traced
-    def received_ids(self, handle: Handle) -> torch.Tensor:
+    def received_ids(self, handle: Handle) -> torch.Tensor | None:
         """Whose rows came, in the expert-major layout: [world * T, top_k] int32, a copy of the ids that were
         dispatched, token t of source s in row s * T + t; -1 in slots without an expert of this rank.
 
-        ``EpConfig.expert_ids`` must be "global". Raises EpArgumentError in another layout; EpError where the
-        transport does not keep them (hier).
+        None where the transport does not keep them (hier). ``EpConfig.expert_ids`` must be "global". Raises
+        EpArgumentError otherwise, and in another layout.
         """
         self._expect(handle, "received")
         if self.config.layout != "expert_major" or self.config.expert_ids != "global":

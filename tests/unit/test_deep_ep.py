@@ -5,13 +5,36 @@ import subprocess
 import sys
 
 import deep_ep_cases as cases
+import nodes
 import pytest
 import torch
-from harness import ranks
+from harness import fresh_ranks, ranks
 
+import ep_backend as ep
 from ep_backend.compat import deep_ep
 
 WORLDS = (2, 4)
+
+
+def on_two_machines(rank, group):
+    """Both modes through transport hier, which keeps no src_info."""
+    with nodes.pretend(rank, [[0, 1], [2, 3]]):
+        _on_two_machines(rank, group)
+
+
+def _on_two_machines(rank, group):
+    cases.normal_mode(rank, group, "cpu", [4, 9, 0, 7], "holes", 1, None)
+    buffer, world, device = cases.ready(rank, group, "cpu")
+    inputs = cases.all_inputs(world, [6] * world, "uniform", 1, device)
+    mine = inputs[rank]
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(
+        mine.x, mine.ids, 8, cases.EXPERTS_PER_RANK * world, use_fp8=False
+    )
+    out, _, _ = buffer.low_latency_combine(rows, mine.ids, mine.weights, handle)
+    assert cases.diff(mine.x.float() * mine.weights.sum(1, keepdim=True), out) < cases.BF16_DIFF
+    with pytest.raises(ep.EpArgumentError, match="hier has none"):
+        handle[0]
+    buffer.destroy()
 
 
 def spread(world, *tokens):
@@ -55,6 +78,17 @@ def test_uneven_low_latency(routing):
 @pytest.mark.parametrize("world", WORLDS)
 def test_two_micro_batches(world):
     ranks(world).run(cases.two_micro_batches, "cpu")
+
+
+def test_over_torch_distributed():
+    with fresh_ranks(2, {"EP_BACKEND_TRANSPORT": "collective"}) as group:
+        group.run(cases.normal_mode, "cpu", [7, 12], "holes", 1, None)
+        group.run(cases.low_latency_mode, "cpu", [7, 12], "holes", 1, "fp8", True)
+
+
+def test_between_machines():
+    with fresh_ranks(4, {"EP_BACKEND_TRANSPORT": "hier"}) as group:
+        group.run(on_two_machines)
 
 
 def test_the_same_bits_every_time():

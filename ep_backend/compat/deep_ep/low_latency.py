@@ -15,6 +15,7 @@ import torch
 
 from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Member, Pool, sms
 from ep_backend.config import SCALE_BLOCK
+from ep_backend.errors import EpArgumentError
 
 CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
@@ -77,7 +78,7 @@ class LowLatencyHandle(Sequence[Any]):
     def __init__(self, shape: Shape, rank: int, world: int) -> None:
         self.shape, self._rank, self._world = shape, rank, world
         self.ids: torch.Tensor | None = None
-        """[ranks * T, top_k]; None until the rows have come."""
+        """[ranks * T, top_k]; None until the rows have come, and with transport hier."""
 
     def __len__(self) -> int:
         return 5
@@ -89,7 +90,10 @@ class LowLatencyHandle(Sequence[Any]):
         return (None, None, shape.tokens, shape.hidden, shape.num_experts)[index]
 
     def _sources(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.ids is not None, "the rows have not been received: call the hook first"
+        if self.ids is None:
+            raise EpArgumentError(
+                "src_info and layout_range are not known: call the hook first; transport hier has none"
+            )
         tokens, local = self.shape.tokens, self.shape.num_experts // self._world
         experts = torch.arange(local, device=self.ids.device) + self._rank * local
         rows = (self.ids == experts[:, None, None]).any(-1)
