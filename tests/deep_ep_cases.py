@@ -448,7 +448,17 @@ def refusals(rank, group, device):
     buffer.low_latency_clean_mask_buffer()
     buffer.low_latency_query_mask_buffer(status)
     assert status.tolist() == [0] * world
+    *_, hook = buffer.low_latency_dispatch(mine.x, mine.ids, 16, experts, return_recv_hook=True)
+    try:
+        buffer.low_latency_dispatch(mine.x, mine.ids, 64, experts, return_recv_hook=True)
+    except ValueError as error:
+        calls["larger before a hook"], said["larger before a hook"] = None, str(error)
+    hook()
     buffer.destroy()
+    try:
+        buffer.dispatch(mine.x, handle=handle)
+    except RuntimeError as error:
+        calls["destroyed"], said["destroyed"] = None, str(error)
     return sorted(calls), said
 
 

@@ -100,6 +100,8 @@ def test_what_is_refused_says_what_was_wanted():
         assert sorted(said) == names
         assert "EpTimeoutError" in said["mask"]
         assert "call dispatch" in said["internode"]
+        assert "before the hook" in said["larger before a hook"]
+        assert "has been destroyed" in said["destroyed"]
         assert "x has 5 tokens" in said["too many"]
         assert "[*, *] torch.bfloat16 was wanted" in said["dtype"]
         assert "2 ranks" in said["uneven experts"]

@@ -86,11 +86,12 @@ class Buffer:
 
     def destroy(self) -> None:
         """Give everything back. Raises EpArgumentError without ``explicitly_destroy``: memory is then freed
-        with the object."""
+        with the object. Later calls raise EpError."""
         if not self.explicitly_destroy:
             raise EpArgumentError("destroy() is for a Buffer that was made with explicitly_destroy=True")
         self._pool.destroy()
         self._agreement.destroy()
+        self._low_latency.destroy()
         self._memory.clear()
 
     @staticmethod

@@ -147,16 +147,18 @@ class LowLatency:
         if in_halves:
             row_type = communicator.config.received_dtype
             rows = torch.empty(experts, capacity, shape.hidden, dtype=row_type, **new)
+            counts = torch.empty(experts, dtype=torch.int32, **new)
             sent = communicator.dispatch_send(x, ids, member.no_weights(len(x)), **call)
         else:
             received, sent = communicator.dispatch(x, ids, member.no_weights(len(x)), **call)
-            rows = received.rows
-        counts = torch.empty(experts, dtype=torch.int32, **new)
+            assert received.rows_per_expert is not None
+            rows, counts = received.rows, received.rows_per_expert
 
         def finish() -> None:
             got = communicator.dispatch_recv(sent, rows=rows) if in_halves else received
-            assert got.rows_per_expert is not None
-            counts.copy_(got.rows_per_expert)
+            if in_halves:
+                assert got.rows_per_expert is not None
+                counts.copy_(got.rows_per_expert)
             if out_scales is not None:
                 assert got.scales is not None
                 out_scales.copy_(pack_ue8m0(got.scales) if use_ue8m0 else got.scales)
@@ -189,6 +191,9 @@ class LowLatency:
             return None
         communicator.combine_send(x, handle)
         return _second_half(member, lambda: communicator.combine_recv(handle, out=out), True)
+
+    def destroy(self) -> None:
+        self._combine_buffers.clear()
 
     def combine_buffer(self, shape: Shape) -> torch.Tensor:
         """What the next combine with ``zero_copy`` sends: [local experts, ranks * T, hidden] bfloat16."""

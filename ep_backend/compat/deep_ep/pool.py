@@ -13,7 +13,7 @@ from ep_backend import Communicator, EpConfig, env, rendezvous
 from ep_backend._native import MAX_WORLD
 from ep_backend.config import MAX_EXPERTS, MAX_TOKENS
 from ep_backend.engines.pool import no_defaults_of_a_model
-from ep_backend.errors import EpArgumentError, EpConfigError
+from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.host_sum import HostSum
 
 BLOCKS_PER_SM = 2
@@ -63,16 +63,20 @@ class Pool:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._members: dict[Any, Member] = {}
+        self._alive = True
 
     def get(self, device: torch.device, tokens: int, **fields: Any) -> Member:
         """A communicator for ``tokens`` per rank at least, equal on all ranks. ``fields``: of EpConfig.
 
-        Collective when new or too small. Raises EpConfigError, EpArgumentError for too many tokens.
+        Collective when new or too small. Raises EpConfigError, EpArgumentError for too many tokens, EpError
+        after ``destroy``.
         """
+        if not self._alive:
+            raise EpError("the Buffer has been destroyed")
         key = (device, tuple(sorted(fields.items(), key=lambda item: item[0])))
-        member = self._members.pop(key, None)
+        member = self._members.get(key)
         if member is not None and member.communicator.config.max_tokens_per_rank < tokens:
-            self._give_up(member)
+            self._give_up(key)
             member = None
         if member is None:
             if tokens > MAX_TOKENS:
@@ -85,13 +89,16 @@ class Pool:
                 self._make_room(device, config)
             with no_defaults_of_a_model():
                 member = Member(Communicator(self.group, config, device=device))
-        self._members[key] = member  # the last one is the one that was used last
+        self._members.pop(key, None)  # the last one is the one that was used last
+        self._members[key] = member
         return member
 
     def destroy(self) -> None:
         """Give everything back. Not collective."""
+        self._alive = False
         for member in self._members.values():
-            self._give_up(member)
+            member.alive = False
+            member.communicator.destroy()
         self._members.clear()
 
     def _make_room(self, device: torch.device, config: EpConfig) -> None:
@@ -100,13 +107,15 @@ class Pool:
             if sum(_blocks(m.communicator.config) for m in self._members.values()) <= room:
                 return
             if not member.pending:
-                self._give_up(self._members.pop(key))
+                self._give_up(key)
 
-    def _give_up(self, member: Member) -> None:
+    def _give_up(self, key: Any) -> None:
+        member = self._members[key]
         if member.pending:
             raise EpArgumentError(
                 "a call with more tokens per rank came before the hook of an earlier one; call that first"
             )
+        del self._members[key]
         member.alive = False
         member.communicator.destroy()
 
