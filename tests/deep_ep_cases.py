@@ -302,6 +302,9 @@ def low_latency_mode(rank, group, device, tokens, routing, seed, form, hooks):
                 if form == "fp8 rounded":
                     mantissas = scales[e, :count].contiguous().view(torch.int32) & (2**23 - 1)
                     assert (mantissas == 0).all()
+                if count:  # all of the format's range is used: half of it at least with powers of 2
+                    largest = rows[e, :count].float().abs().unflatten(1, (-1, 128)).amax(2)
+                    assert (largest >= (224 if "fp8 " in form else 448)).all()
             kept.append(rows[e, :count].view(torch.uint8).cpu())
         total = mine.x.float() * mine.weights.masked_fill(mine.ids < 0, 0).sum(1, keepdim=True)
         results = values.clone()
