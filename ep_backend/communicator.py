@@ -243,12 +243,33 @@ class Communicator:
         return self._opened(call)
 
     @_not_traced
-    def dispatch_recv(self, handle: Handle) -> Received:
-        """Second half of ``dispatch``: wait for the rows of all ranks."""
+    def dispatch_recv(self, handle: Handle, *, rows: torch.Tensor | None = None) -> Received:
+        """Second half of ``dispatch``: wait for the rows of all ranks.
+
+        ``rows``: in the expert-major layout, where to put them: contiguous, of the shape and dtype that
+        `Received` documents.
+        """
         self._expect(handle, "sent")
-        received = self._transport.dispatch_recv(handle.channel, handle.tokens_per_rank)
+        if rows is not None:
+            self._check_rows(rows, handle)
+        received = self._transport.dispatch_recv(handle.channel, handle.tokens_per_rank, rows)
+        if rows is not None and received.rows is not rows:
+            received = replace(received, rows=rows.copy_(received.rows))
         handle.num_rows, handle.state = received.rows.shape[0], "received"
         return received
+
+    @_not_traced
+    def received_ids(self, handle: Handle) -> torch.Tensor | None:
+        """Whose rows came, in the expert-major layout: [world * T, top_k] int32, a copy of the ids that were
+        dispatched, token t of source s in row s * T + t; -1 in slots without an expert of this rank.
+
+        None where the transport does not keep them (hier). ``EpConfig.expert_ids`` must be "global". Raises
+        EpArgumentError otherwise, and in another layout.
+        """
+        self._expect(handle, "received")
+        if self.config.layout != "expert_major" or self.config.expert_ids != "global":
+            raise EpArgumentError("received_ids is for the layout expert_major with global expert_ids")
+        return self._transport.received_ids(handle.channel, handle.tokens_per_rank)
 
     @_not_traced
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
@@ -405,6 +426,15 @@ class Communicator:
         }[config.layout]
         self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
         return y.contiguous()
+
+    def _check_rows(self, rows: torch.Tensor, handle: Handle) -> None:
+        config = self.config
+        if config.layout != "expert_major":
+            raise EpArgumentError("rows are for the layout expert_major: others decide themselves")
+        shape = (len(self.local_experts), self.world_size * handle.tokens_per_rank, config.row_width)
+        self._check("rows", rows, shape, (config.received_dtype,))
+        if not rows.is_contiguous():
+            raise EpArgumentError(f"rows have strides {tuple(rows.stride())}; a contiguous tensor was wanted")
 
     def _check_out(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
         shape, dtype = (handle.num_tokens, self.config.hidden_size), self.config.result_dtype

@@ -152,6 +152,13 @@ VARIABLES: tuple[Variable, ...] = (
         choices=("auto", "0", "1"),
     ),
     _read(
+        "EP_BACKEND_PROVIDE_DEEP_EP",
+        "str",
+        "0",
+        "1: in vLLM and SGLang, import deep_ep gives ep_backend.compat.deep_ep; not beside DeepEP itself.",
+        choices=_SWITCH,
+    ),
+    _read(
         "EP_BACKEND_TEST_SCALE_COMBINE",
         "float",
         1.0,

@@ -38,7 +38,7 @@ class Communicators:
     def get(self, config: EpConfig) -> Communicator:
         """Collective when new; layers ask in the same order on all ranks. Raises EpConfigError."""
         if config not in self._made:
-            with _no_defaults_of_a_model():
+            with no_defaults_of_a_model():
                 self._made[config] = self._create(replace(config, timeout_s=self._timeout_s))
         return self._made[config]
 
@@ -86,7 +86,7 @@ class Communicators:
 
 
 @contextlib.contextmanager
-def _no_defaults_of_a_model() -> Iterator[None]:
+def no_defaults_of_a_model() -> Iterator[None]:
     """Engines build models under a default device and dtype of the model's, which are not ours."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

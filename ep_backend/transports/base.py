@@ -68,7 +68,9 @@ class Transport(ABC):
     @abstractmethod
     def dispatch_send(self, call: DispatchCall) -> None: ...
     @abstractmethod
-    def dispatch_recv(self, channel: int, slots: int) -> Received: ...
+    def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
+        """``rows``: where expert-major rows may go; a transport that puts them elsewhere ignores it."""
+
     @abstractmethod
     def combine_send(self, channel: int, y: torch.Tensor) -> None: ...
     @abstractmethod
@@ -83,6 +85,10 @@ class Transport(ABC):
     def set_timeout(self, seconds: float) -> None: ...
     @abstractmethod
     def destroy(self) -> None: ...
+
+    def received_ids(self, channel: int, slots: int) -> torch.Tensor | None:
+        """As ``Communicator.received_ids``."""
+        return None
 
     # Both halves at once; a transport that has a better way than one after the other says so.
     def dispatch(self, call: DispatchCall) -> Received:
@@ -176,8 +182,16 @@ class NativeExchange:
         self._free()
         self.__dict__.pop("_views", None)  # tensors that were handed out keep the window, nothing else does
 
-    def received(self, channel: int, slots: int) -> Received:
-        """The received rows in the layout of the configuration, after all of them have come."""
+    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
+        """The ids of all slots, [world * T, top_k], as the configuration wants them."""
+        ids = torch.empty(self.world * slots, self.config.top_k, dtype=torch.int32)
+        weights = torch.empty_like(ids, dtype=torch.float32)
+        ops.dispatch_read(self.handle, channel, LAYOUTS["rank_major"], None, None, ids, weights)
+        return ids
+
+    def received(self, channel: int, slots: int, out: torch.Tensor | None = None) -> Received:
+        """The received rows in the layout of the configuration, after all of them have come. ``out``: where
+        expert-major rows go."""
         config, top_k, capacity = self.config, self.config.top_k, self.world * slots
         tokens = torch.empty(self.world, dtype=torch.int32)
         per_expert = torch.empty(self.num_local, dtype=torch.int32)
@@ -189,7 +203,7 @@ class NativeExchange:
             lead = [capacity]
         else:
             lead = [num_rows] if config.layout == "compact" else [self.num_local, capacity]
-            rows = torch.empty([*lead, config.row_width], dtype=config.received_dtype)
+            rows = torch.empty([*lead, config.row_width], dtype=config.received_dtype) if out is None else out
             if config.row_scale_bytes:
                 scales = torch.empty([*lead, config.scale_width], dtype=config.scale_dtype)
         if config.layout != "expert_major":

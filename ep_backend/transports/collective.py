@@ -130,14 +130,17 @@ class CollectiveTransport(Transport):
         self.traffic.bytes += COUNT_BYTES * (self._world - 1) + self._record_bytes * to_others
         self._open[call.channel] = _Open(sent_rows, received_rows, counts, records, sent, work)
 
-    def dispatch_recv(self, channel: int, slots: int) -> Received:
+    def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
         self.check()
         self._receive(channel)
-        received = self._exchange.received(channel, slots)
+        received = self._exchange.received(channel, slots, rows if self._device == CPU else None)
         if self._device == CPU:
             return received
         fields = {name: t.to(self._device) for name, t in vars(received).items() if t is not None}
         return replace(received, **fields)
+
+    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
+        return self._exchange.received_ids(channel, slots).to(self._device)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         self.check()

@@ -50,9 +50,12 @@ class CpuTransport(Transport):
         arguments = (call.channel, call.x, call.scales, call.ids, call.weights, call.slots)
         self._exchange.until_done(lambda: ops.dispatch_send(self._exchange.handle, *arguments), call.ids)
 
-    def dispatch_recv(self, channel: int, slots: int) -> Received:
+    def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
         self._exchange.until_done(lambda: ops.dispatch_wait(self._exchange.handle, channel))
-        return self._exchange.received(channel, slots)
+        return self._exchange.received(channel, slots, rows)
+
+    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
+        return self._exchange.received_ids(channel, slots)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         layout = LAYOUTS[self._exchange.config.layout]

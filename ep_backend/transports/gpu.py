@@ -124,11 +124,15 @@ class GpuTransport(Transport):
     def dispatch_send(self, call: DispatchCall) -> None:
         self._launch_dispatch(call, None)
 
-    def dispatch_recv(self, channel: int, slots: int) -> Received:
+    def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
         nothing = self._nothing
         empty = nothing.new_empty(0, self._config.top_k, dtype=torch.float32)
         call = DispatchCall(channel, nothing, None, empty.int(), empty, slots)
-        return self._dispatch(call, send=False)
+        return self._dispatch(call, send=False, rows=rows)
+
+    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
+        assert self._placed is not None
+        return self._placed.metadata(channel, self._world * slots)[0].clone()
 
     def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
         self._launch_combine(channel, y, out, send=True, receive=True)
@@ -173,13 +177,13 @@ class GpuTransport(Transport):
         self._placed = None
         self._meeting.destroy()
 
-    def _dispatch(self, call: DispatchCall, send: bool) -> Received:
+    def _dispatch(self, call: DispatchCall, send: bool, rows: torch.Tensor | None = None) -> Received:
         count = self._world * call.slots
         tokens = torch.empty(self._world, dtype=torch.int32, device=self._device)
         if self._placed is not None:
             self._launch_dispatch(call, (*self._placed.metadata(call.channel, count), tokens), send)
             window = self._views.rows_and_scales(call.channel, call.slots)
-            return self._placed.received(call.channel, *window, tokens)
+            return self._placed.received(call.channel, *window, tokens, rows)
         ids = torch.empty(count, self._config.top_k, dtype=torch.int32, device=self._device)
         weights = torch.empty(count, self._config.top_k, dtype=torch.float32, device=self._device)
         self._launch_dispatch(call, (ids, weights, tokens), send)
@@ -262,9 +266,15 @@ class _PlacedRows:
         return self._ids[channel, :count], self._weights[channel, :count]
 
     def received(
-        self, channel: int, rows: torch.Tensor, scales: torch.Tensor | None, tokens: torch.Tensor
+        self,
+        channel: int,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        tokens: torch.Tensor,
+        into: torch.Tensor | None,
     ) -> Received:
-        """Rows and scales of a channel's window, [count, ...], copied to their places; behind a dispatch."""
+        """Rows and scales of a channel's window, [count, ...], copied to their places; behind a dispatch.
+        ``into``: memory for the rows there, None for new memory."""
         config, count = self._config, len(rows)
         metadata, places = self.metadata(channel, count), self._places[channel, :count]
         totals = torch.empty(self._num_local + 1, dtype=torch.int32, device=self._device)
@@ -283,7 +293,7 @@ class _PlacedRows:
         def out(width: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(*lead, width, dtype=dtype, device=self._device)
 
-        out_rows = out(config.row_width, config.received_dtype)
+        out_rows = out(config.row_width, config.received_dtype) if into is None else into
         out_scales = None if scales is None else out(config.scale_width, config.scale_dtype)
         ids = None if self._by_expert else out(config.top_k, torch.int32)
         weights = None if self._by_expert else out(config.top_k, torch.float32)

@@ -126,7 +126,7 @@ class HierTransport(Transport):
             self._network.dispatch_send(call)
         self._open[call.channel] = _Open(call.slots)
 
-    def dispatch_recv(self, channel: int, slots: int) -> Received:
+    def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
         self.check()
         return self._receive(channel)
 

@@ -10,6 +10,7 @@ from exchange import check_steps, make_call, make_result, own, run_steps, step
 from harness import ranks
 
 import ep_backend as ep
+from ep_backend.reference import same_bits
 
 CONFIG = ep.EpConfig(
     num_experts=5,
@@ -360,3 +361,37 @@ def grad_job(rank, group, transport):
 @BOTH
 def test_tensors_with_gradients(transport):
     assert all(ranks(2).run(grad_job, transport))
+
+
+def rows_and_ids_job(rank, group, transport):
+    """Expert-major rows in memory of the caller's, and whose they are."""
+    config = replace(CONFIG, transport=transport, layout="expert_major", expert_ids="global")
+    with ep.Communicator(group, config) as c:
+        received, handle = dispatch(c)
+        want, counts = received.rows.clone(), received.rows_per_expert
+        ids = c.received_ids(handle)
+        assert (ids.shape, ids.dtype) == ((c.world_size * 6, 2), torch.int32)
+        for number, expert in enumerate(c.local_experts):
+            slots = (ids == expert).any(1).nonzero().flatten()
+            assert len(slots) == counts[number]
+            for row, slot in enumerate(slots.tolist()):
+                source, token = divmod(slot, 6)
+                x = make_call(config, c.world_size, source, step([3] * c.world_size)).x
+                assert same_bits(received.rows[number, row], x[token])
+        handle = dispatch(c, half=True, channel=1)
+        assert "was wanted" in refused(c.dispatch_recv, handle, rows=want[:, 1:])
+        assert "contiguous" in refused(c.dispatch_recv, handle, rows=want.mT.contiguous().mT)
+        rows = torch.full_like(want, torch.nan)
+        again = c.dispatch_recv(handle, rows=rows)
+        assert again.rows is rows
+        assert all(same_bits(rows[e, :n], want[e, :n]) for e, n in enumerate(counts.tolist()))
+    with ep.Communicator(group, replace(config, layout="compact")) as c:
+        handle = dispatch(c, half=True)
+        assert "expert_major" in refused(c.dispatch_recv, handle, rows=rows)
+        c.dispatch_recv(handle)
+        assert "expert_major" in refused(c.received_ids, handle)
+
+
+@BOTH
+def test_rows_where_they_are_wanted(transport):
+    ranks(2).run(rows_and_ids_job, transport)

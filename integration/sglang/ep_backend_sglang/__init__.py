@@ -7,6 +7,7 @@ dispatcher under our name (`install`).
 """
 
 import logging
+import os
 
 NAME = "ep_backend"
 TESTED_VERSIONS = ("0.5.17", "0.5.23")
@@ -18,6 +19,10 @@ logger = logging.getLogger("sglang.ep_backend")
 def register() -> None:
     """Make the name selectable. Idempotent; never raises, because SGLang would swallow it: one line says why
     the name is missing."""
+    if "EP_BACKEND_PROVIDE_DEEP_EP" in os.environ:  # only then is the library loaded here
+        from ep_backend.compat import provide_if_asked
+
+        provide_if_asked(logger)
     try:
         from . import seam
 

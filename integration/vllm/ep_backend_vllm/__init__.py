@@ -7,6 +7,7 @@ in the worker, from the communicator that vLLM then builds for the expert-parall
 """
 
 import logging
+import os
 
 NAME = "ep_backend"
 TESTED_VERSIONS = ("0.26", "0.33")
@@ -15,12 +16,17 @@ TESTED_VERSIONS = ("0.26", "0.33")
 
 def register() -> None:
     """Make the name selectable. Idempotent; never raises, because an exception here would end the process."""
+    log = logging.getLogger("vllm.ep_backend")
+    if "EP_BACKEND_PROVIDE_DEEP_EP" in os.environ:  # only then is the library loaded here
+        from ep_backend.compat import provide_if_asked
+
+        provide_if_asked(log)
     try:
         from . import seam
 
         seam.open_seam()
     except Exception:
-        logging.getLogger("vllm.ep_backend").exception(
+        log.exception(
             "ep_backend could not register itself with this vLLM (tested with %s to %s); "
             "--all2all-backend ep_backend is not available.",
             *TESTED_VERSIONS,

@@ -1,0 +1,233 @@
+"""Low-latency mode: rows by expert, weighted sums.
+
+The top-k weights come only with the combine, but the ranks that hold the experts apply them before rows
+travel back. So a combine is an exchange of its own, whose dispatch brings ids and weights with marker rows.
+The exchange of the dispatch is never combined: the next one on its channel ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Member, Pool, sms
+from ep_backend.config import SCALE_BLOCK
+from ep_backend.errors import EpArgumentError
+
+CHANNELS = 2
+"""Calls whose hooks may be open at once, as in DeepEP."""
+SHARE = 1 / 4
+"""Blocks of one channel of dispatch or combine for each SM of the GPU."""
+MIN_AMAX = 1e-4  # of a block that is quantised with a rounded scale; DeepEP's
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What dispatch and combine of an exchange have in common."""
+
+    tokens: int
+    """T: most tokens that a rank dispatches."""
+    hidden: int
+    num_experts: int
+    top_k: int
+    device: torch.device
+
+    def fields(self) -> dict[str, Any]:
+        """Those of EpConfig. Ids stay global, for `LowLatencyHandle`."""
+        blocks = None if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
+        return {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "hidden_size": self.hidden,
+            "out_dtype": torch.bfloat16,
+            "layout": "expert_major",
+            "expert_ids": "global",
+            "num_channels": CHANNELS,
+            "num_sms": blocks,
+        }
+
+
+def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, Any]:
+    """EpConfig of a dispatch: bf16, fp8 by the kernel, or fp8 that is quantised before."""
+    if rounded:
+        return {**shape.fields(), "payload": torch.float8_e4m3fn}
+    return {
+        **shape.fields(),
+        "payload": torch.bfloat16,
+        "quantization": "fp8_block128" if quantized else None,
+    }
+
+
+def combine_fields(shape: Shape) -> dict[str, Any]:
+    """EpConfig of a combine, whose dispatch has marker rows."""
+    return {**shape.fields(), "payload": torch.uint8, "payload_bytes": MARKER_BYTES}
+
+
+class LowLatencyHandle(Sequence[Any]):
+    """As DeepEP's: (src_info, layout_range, T, hidden, num_experts). The first two are computed when they are
+    asked for; combine does not need them.
+
+    ``src_info``: [local experts, ranks * T] int32, the token of its source that a row is; beyond the count,
+    anything. ``layout_range``: [local experts, ranks] int64, ``first << 32 | count`` of each source's rows.
+    """
+
+    def __init__(self, shape: Shape, rank: int, world: int) -> None:
+        self.shape, self._rank, self._world = shape, rank, world
+        self.ids: torch.Tensor | None = None
+        """[ranks * T, top_k]; None until the rows have come, and with transport hier."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: Any) -> Any:
+        shape = self.shape
+        if index in (0, 1):
+            return self._sources()[index]
+        return (None, None, shape.tokens, shape.hidden, shape.num_experts)[index]
+
+    def _sources(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.ids is None:
+            raise EpArgumentError(
+                "src_info and layout_range are not known: call the hook first; transport hier has none"
+            )
+        tokens, local = self.shape.tokens, self.shape.num_experts // self._world
+        experts = torch.arange(local, device=self.ids.device) + self._rank * local
+        rows = (self.ids == experts[:, None, None]).any(-1)
+        src_info = (rows.logical_not().byte().argsort(dim=1, stable=True) % tokens).int()
+        counts = rows.view(local, self._world, tokens).sum(-1)
+        return src_info, (counts.cumsum(1) - counts) << 32 | counts
+
+
+class LowLatency:
+    """Dispatch and combine of low-latency mode; arguments are checked by ``Buffer``."""
+
+    def __init__(self, pool: Pool, rank: int, world: int) -> None:
+        self._pool, self._rank, self._world = pool, rank, world
+        self._combine_buffers: dict[Shape, torch.Tensor] = {}
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        shape: Shape,
+        *,
+        use_fp8: bool,
+        round_scale: bool,
+        use_ue8m0: bool,
+        stats: torch.Tensor | None,
+        in_halves: bool,
+    ) -> tuple[tuple[Any, torch.Tensor, LowLatencyHandle], Callable[[], None] | None]:
+        """As ``Buffer.low_latency_dispatch``: rows, counts and handle; the second half if ``in_halves``."""
+        fields = dispatch_fields(shape, use_fp8, round_scale)
+        member = self._pool.get(shape.device, shape.tokens, **fields)
+        communicator = member.communicator
+        scales = None
+        if round_scale:
+            x, scales = quantize_rounded(x)
+        experts, capacity = shape.num_experts // self._world, self._world * shape.tokens
+        call: dict[str, Any] = {
+            "scales": scales,
+            "tokens_per_rank": shape.tokens,
+            "channel": member.next_channel(),
+        }
+        handle = LowLatencyHandle(shape, self._rank, self._world)
+        # Columns first, as GEMMs with scales of blocks read them.
+        columns, dtype = shape.hidden // SCALE_BLOCK, torch.float32
+        if use_ue8m0:
+            columns, dtype = columns // 4, torch.int32
+        new: dict[str, Any] = {"device": shape.device}
+        out_scales = None
+        if use_fp8:
+            out_scales = torch.empty(experts, columns, capacity, dtype=dtype, **new).transpose(1, 2)
+
+        if in_halves:
+            row_type = communicator.config.received_dtype
+            rows = torch.empty(experts, capacity, shape.hidden, dtype=row_type, **new)
+            counts = torch.empty(experts, dtype=torch.int32, **new)
+            sent = communicator.dispatch_send(x, ids, member.no_weights(len(x)), **call)
+        else:
+            received, sent = communicator.dispatch(x, ids, member.no_weights(len(x)), **call)
+            assert received.rows_per_expert is not None
+            rows, counts = received.rows, received.rows_per_expert
+
+        def finish() -> None:
+            got = communicator.dispatch_recv(sent, rows=rows) if in_halves else received
+            if in_halves:
+                assert got.rows_per_expert is not None
+                counts.copy_(got.rows_per_expert)
+            if out_scales is not None:
+                assert got.scales is not None
+                out_scales.copy_(pack_ue8m0(got.scales) if use_ue8m0 else got.scales)
+            if stats is not None:
+                stats.add_(counts)
+            handle.ids = communicator.received_ids(sent)
+
+        result = ((rows, out_scales) if use_fp8 else rows, counts, handle)
+        return result, _second_half(member, finish, in_halves)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        shape: Shape,
+        out: torch.Tensor,
+        *,
+        in_halves: bool,
+    ) -> Callable[[], None] | None:
+        """As ``Buffer.low_latency_combine``, into ``out``; the second half if ``in_halves``."""
+        member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
+        communicator, channel = member.communicator, member.next_channel()
+        markers = member.markers(len(ids))
+        _, handle = communicator.dispatch(
+            markers, ids, weights, tokens_per_rank=shape.tokens, channel=channel
+        )
+        if not in_halves:
+            communicator.combine(x, handle, out=out)
+            return None
+        communicator.combine_send(x, handle)
+        return _second_half(member, lambda: communicator.combine_recv(handle, out=out), True)
+
+    def destroy(self) -> None:
+        self._combine_buffers.clear()
+
+    def combine_buffer(self, shape: Shape) -> torch.Tensor:
+        """What the next combine with ``zero_copy`` sends: [local experts, ranks * T, hidden] bfloat16."""
+        if shape not in self._combine_buffers:
+            size = (shape.num_experts // self._world, self._world * shape.tokens, shape.hidden)
+            self._combine_buffers[shape] = torch.empty(size, dtype=torch.bfloat16, device=shape.device)
+        return self._combine_buffers[shape]
+
+
+def _second_half(member: Member, finish: Callable[[], Any], in_halves: bool) -> Callable[[], None] | None:
+    """``finish`` as a hook; done at once unless ``in_halves``."""
+    if not in_halves:
+        finish()
+        return None
+    member.pending += 1
+
+    def hook() -> None:
+        member.pending -= 1
+        finish()
+
+    return hook
+
+
+def quantize_rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3fn [M, n] and float32 scales [M, n / 128] that are powers of 2: the least that keep
+    ``max(amax, 1e-4) / scale`` within 448. ``x``: [M, n] bfloat16."""
+    blocks = x.float().unflatten(-1, (-1, SCALE_BLOCK))
+    amax = blocks.abs().amax(-1).clamp(min=MIN_AMAX)
+    mantissa, exponent = torch.frexp(amax / E4M3_MAX)
+    scales = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    q = (blocks / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
+    return q.flatten(-2).to(torch.float8_e4m3fn), scales
+
+
+def pack_ue8m0(scales: torch.Tensor) -> torch.Tensor:
+    """int32 [..., n / 4]: four exponents of float32 powers of 2, the first in the lowest byte."""
+    return (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8).view(torch.int32)

@@ -1,0 +1,162 @@
+"""The communicators of a ``Buffer``, and what its ranks agree on before a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import Communicator, EpConfig, env, rendezvous
+from ep_backend._native import MAX_WORLD
+from ep_backend.config import MAX_EXPERTS, MAX_TOKENS
+from ep_backend.engines.pool import no_defaults_of_a_model
+from ep_backend.errors import EpArgumentError, EpConfigError, EpError
+from ep_backend.host_sum import HostSum
+
+BLOCKS_PER_SM = 2
+"""Blocks of the kernels that an SM holds at once (csrc/kernels/cuda/types.h)."""
+MARKER_BYTES = 16
+"""The shortest row there is: of exchanges that only tell who has which expert."""
+
+
+@dataclass
+class Member:
+    """A communicator of the pool. ``pending``: calls of which the second half is still to come."""
+
+    communicator: Communicator
+    pending: int = 0
+    alive: bool = True
+    _channel: int = 0
+    _zeros: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
+
+    def next_channel(self) -> int:
+        """Channels take turns, on all ranks alike."""
+        self._channel = (self._channel + 1) % self.communicator.config.num_channels
+        return self._channel
+
+    def no_weights(self, tokens: int) -> torch.Tensor:
+        """[tokens, top_k] float32 zeros."""
+        return self._zero(torch.float32, self.communicator.config.top_k)[:tokens]
+
+    def markers(self, tokens: int) -> torch.Tensor:
+        """[tokens, MARKER_BYTES] uint8: rows that say nothing."""
+        return self._zero(torch.uint8, MARKER_BYTES)[:tokens]
+
+    def _zero(self, dtype: torch.dtype, width: int) -> torch.Tensor:
+        if dtype not in self._zeros:
+            shape = (self.communicator.config.max_tokens_per_rank, width)
+            self._zeros[dtype] = torch.zeros(shape, dtype=dtype, device=self.communicator.device)
+        return self._zeros[dtype]
+
+
+class Pool:
+    """Communicators over ``group``, one per shape and format, made when a call first needs one.
+
+    All ranks make the same calls in the same order, so all make, enlarge and give up the same communicators
+    at the same time. Those of a GPU share the blocks that it can hold at once: where a new one finds too few,
+    the ones that were used the longest time ago are given up.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._members: dict[Any, Member] = {}
+        self._alive = True
+
+    def get(self, device: torch.device, tokens: int, **fields: Any) -> Member:
+        """A communicator for ``tokens`` per rank at least, equal on all ranks. ``fields``: of EpConfig.
+
+        Collective when new or too small. Raises EpConfigError, EpArgumentError for too many tokens, EpError
+        after ``destroy``.
+        """
+        if not self._alive:
+            raise EpError("the Buffer has been destroyed")
+        key = (device, tuple(sorted(fields.items(), key=lambda item: item[0])))
+        member = self._members.get(key)
+        if member is not None and member.communicator.config.max_tokens_per_rank < tokens:
+            self._give_up(key)
+            member = None
+        if member is None:
+            if tokens > MAX_TOKENS:
+                raise EpArgumentError(
+                    f"a rank brings {tokens} tokens; at most {MAX_TOKENS} were wanted: divide the call"
+                )
+            capacity = min(MAX_TOKENS, 1 << max(tokens - 1, 15).bit_length())
+            config = EpConfig(max_tokens_per_rank=capacity, **fields)
+            if device.type == "cuda":
+                self._make_room(device, config)
+            with no_defaults_of_a_model():
+                member = Member(Communicator(self.group, config, device=device))
+        self._members.pop(key, None)  # the last one is the one that was used last
+        self._members[key] = member
+        return member
+
+    def destroy(self) -> None:
+        """Give everything back. Not collective."""
+        self._alive = False
+        for member in self._members.values():
+            member.alive = False
+            member.communicator.destroy()
+        self._members.clear()
+
+    def _make_room(self, device: torch.device, config: EpConfig) -> None:
+        room = BLOCKS_PER_SM * sms(device) - _blocks(config)
+        for key, member in list(self._members.items()):
+            if sum(_blocks(m.communicator.config) for m in self._members.values()) <= room:
+                return
+            if not member.pending:
+                self._give_up(key)
+
+    def _give_up(self, key: Any) -> None:
+        member = self._members[key]
+        if member.pending:
+            raise EpArgumentError(
+                "a call with more tokens per rank came before the hook of an earlier one; call that first"
+            )
+        del self._members[key]
+        member.alive = False
+        member.communicator.destroy()
+
+
+def sms(device: torch.device) -> int:
+    """Of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _blocks(config: EpConfig) -> int:
+    return (config.num_sms or 0) * config.num_channels
+
+
+class Agreement:
+    """Numbers that all ranks learn of each other: through shared memory, or torch.distributed between
+    machines."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._rank, self._world = group, dist.get_rank(group), dist.get_world_size(group)
+        self._sum: HostSum | None = None
+        self._asked = False
+
+    def reach(self, tokens: int, counts: Sequence[int] = ()) -> tuple[int, list[int]]:
+        """The largest ``tokens`` of a rank, and the sums of ``counts`` over ranks. Collective."""
+        if not self._asked:
+            self._asked = True
+            try:
+                with no_defaults_of_a_model():
+                    self._sum = HostSum(self._group, MAX_WORLD + MAX_EXPERTS, env.get("EP_BACKEND_TIMEOUT_S"))
+            except EpConfigError:  # on all ranks: they are on several machines
+                self._sum = None
+        if self._sum is None:
+            answers = rendezvous.gather(self._group, (tokens, list(counts)))
+            totals = [sum(column) for column in zip(*(theirs for _, theirs in answers), strict=True)]
+            return max(most for most, _ in answers), totals
+        mine = [tokens if rank == self._rank else 0 for rank in range(self._world)]
+        values = torch.tensor([*mine, *counts], dtype=torch.int32, device="cpu")
+        self._sum.all_reduce(values)
+        told = values.tolist()
+        return max(told[: self._world]), told[self._world :]
+
+    def destroy(self) -> None:
+        if self._sum is not None:
+            self._sum.destroy()

@@ -1,0 +1,50 @@
+"""The stand-in for DeepEP on GPUs: the jobs of tests/unit/test_deep_ep.py, and CUDA graphs."""
+
+import deep_ep_cases as cases
+import pytest
+import torch
+from harness import ranks
+
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.gpu
+PATIENCE_S = 300
+
+
+@pytest.fixture(params=[2, 4])
+def world(request):
+    if request.param > GPUS:
+        pytest.skip(f"needs {request.param} GPUs, {GPUS} found")
+    return request.param
+
+
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+@pytest.mark.parametrize("wait", [None, "async", "previous"])
+def test_normal_mode(world, routing, wait):
+    tokens = [500 * rank + 3 for rank in range(world)] if wait else [130] * world
+    ranks(world).run(cases.normal_mode, "cuda", tokens, routing, 1, wait, timeout=PATIENCE_S)
+
+
+def test_no_tokens(world):
+    ranks(world).run(cases.normal_mode, "cuda", [0] * world, "uniform", 1, None, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+@pytest.mark.parametrize("form", cases.LOW_LATENCY_FORMATS)
+@pytest.mark.parametrize("hooks", [False, True])
+def test_low_latency_mode(world, routing, form, hooks):
+    tokens = [64 - 21 * rank for rank in range(world)]
+    ranks(world).run(cases.low_latency_mode, "cuda", tokens, routing, 2, form, hooks, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("job", [cases.normal_details, cases.two_micro_batches, cases.captured])
+def test_details(world, job):
+    ranks(world).run(job, "cuda", timeout=PATIENCE_S)
+
+
+def test_the_same_bits_every_time(world):
+    ranks(world).run(cases.many_repetitions, "cuda", 500, timeout=PATIENCE_S)
+
+
+def test_refusals(world):
+    for names, said in ranks(world).run(cases.refusals, "cuda", timeout=PATIENCE_S):
+        assert sorted(said) == names

@@ -1,0 +1,184 @@
+"""The stand-in for DeepEP, on the CPU; tests/gpu/test_deep_ep_gpu.py runs the same jobs on GPUs."""
+
+import os
+import subprocess
+import sys
+
+import deep_ep_cases as cases
+import nodes
+import pytest
+import torch
+from harness import fresh_ranks, ranks
+
+import ep_backend as ep
+from ep_backend.compat import deep_ep
+
+WORLDS = (2, 4)
+
+
+def on_two_machines(rank, group):
+    """Both modes through transport hier, which keeps no src_info."""
+    with nodes.pretend(rank, [[0, 1], [2, 3]]):
+        _on_two_machines(rank, group)
+
+
+def _on_two_machines(rank, group):
+    cases.normal_mode(rank, group, "cpu", [4, 9, 0, 7], "holes", 1, None)
+    buffer, world, device = cases.ready(rank, group, "cpu")
+    inputs = cases.all_inputs(world, [6] * world, "uniform", 1, device)
+    mine = inputs[rank]
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(
+        mine.x, mine.ids, 8, cases.EXPERTS_PER_RANK * world, use_fp8=False
+    )
+    out, _, _ = buffer.low_latency_combine(rows, mine.ids, mine.weights, handle)
+    assert cases.diff(mine.x.float() * mine.weights.sum(1, keepdim=True), out) < cases.BF16_DIFF
+    with pytest.raises(ep.EpArgumentError, match="hier has none"):
+        handle[0]
+    buffer.destroy()
+
+
+def spread(world, *tokens):
+    return [tokens[rank % len(tokens)] for rank in range(world)]
+
+
+@pytest.mark.parametrize(
+    ("world", "routing", "wait", "tokens"),
+    [
+        (2, "uniform", None, (17, 40)),
+        (4, "uniform", "previous", (33, 9)),
+        (2, "holes", "async", (5, 0)),
+        (4, "holes", None, (11, 30)),
+        (4, "skewed", None, (20, 1)),
+        (2, "nobody", "previous", (8, 3)),
+        (2, "uniform", "async", (0, 0)),
+    ],
+)
+def test_normal_mode(world, routing, wait, tokens):
+    ranks(world).run(cases.normal_mode, "cpu", spread(world, *tokens), routing, 1, wait)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_details_of_normal_mode(world):
+    ranks(world).run(cases.normal_details, "cpu")
+
+
+@pytest.mark.parametrize("form", cases.LOW_LATENCY_FORMATS)
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize(("world", "routing"), [(2, "uniform"), (4, "holes")])
+def test_low_latency_mode(world, routing, form, hooks):
+    tokens = spread(world, 12, 0) if hooks else spread(world, 3, 9)
+    ranks(world).run(cases.low_latency_mode, "cpu", tokens, routing, 2, form, hooks)
+
+
+@pytest.mark.parametrize("routing", ["skewed", "nobody"])
+def test_uneven_low_latency(routing):
+    ranks(4).run(cases.low_latency_mode, "cpu", spread(4, 7), routing, 3, "fp8", True)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_two_micro_batches(world):
+    ranks(world).run(cases.two_micro_batches, "cpu")
+
+
+def test_over_torch_distributed():
+    with fresh_ranks(2, {"EP_BACKEND_TRANSPORT": "collective"}) as group:
+        group.run(cases.normal_mode, "cpu", [7, 12], "holes", 1, None)
+        group.run(cases.low_latency_mode, "cpu", [7, 12], "holes", 1, "fp8", True)
+
+
+def test_between_machines():
+    with fresh_ranks(4, {"EP_BACKEND_TRANSPORT": "hier"}) as group:
+        group.run(on_two_machines)
+
+
+def test_the_same_bits_every_time():
+    ranks(2).run(cases.many_repetitions, "cpu", 30)
+
+
+def test_what_is_refused_says_what_was_wanted():
+    for names, said in ranks(2).run(cases.refusals, "cpu"):
+        assert sorted(said) == names
+        assert "EpTimeoutError" in said["mask"]
+        assert "call dispatch" in said["internode"]
+        assert "before the hook" in said["larger before a hook"]
+        assert "has been destroyed" in said["destroyed"]
+        assert "x has 5 tokens" in said["too many"]
+        assert "[*, *] torch.bfloat16 was wanted" in said["dtype"]
+        assert "2 ranks" in said["uneven experts"]
+
+
+def test_config_and_sizes():
+    config = deep_ep.Config(24, 8, 256)
+    assert (config.num_sms, config.num_max_rdma_chunked_recv_tokens) == (24, 256)
+    assert config.get_nvl_buffer_size_hint(14336, 8) % 128 == 0
+    assert config.get_rdma_buffer_size_hint(14336, 8) == 0
+    assert deep_ep.Buffer.get_dispatch_config(3) == deep_ep.Config(deep_ep.Buffer.num_sms)
+    sizes = [deep_ep.Buffer.get_low_latency_rdma_size_hint(t, 7168, 8, 256) for t in (64, 128)]
+    assert sizes[0] % 128 == 0
+    assert sizes[0] < sizes[1]
+    assert deep_ep.topk_idx_t == torch.int64
+
+
+def test_num_sms_is_what_configs_get(monkeypatch):
+    monkeypatch.setattr(deep_ep.Buffer, "num_sms", 20)
+    deep_ep.Buffer.set_num_sms(32)
+    assert deep_ep.Buffer.get_combine_config(8).num_sms == 32
+
+
+ASKED = """
+import logging
+from ep_backend import compat
+compat.provide_if_asked(logging.getLogger())
+"""
+PROVIDED = """
+import importlib.util, sys
+assert importlib.util.find_spec("deep_ep") is not None
+compat.provide_deep_ep()
+import deep_ep
+from deep_ep import Buffer, Config, EventOverlap, topk_idx_t
+from deep_ep.buffer import Buffer as same
+from deep_ep.utils import EventHandle
+assert deep_ep is sys.modules["ep_backend.compat.deep_ep"] and same is Buffer
+"""
+
+
+def run_python(text, **environ):
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_it_stands_in_for_the_module():
+    done = run_python(ASKED + PROVIDED, EP_BACKEND_PROVIDE_DEEP_EP="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_does_not_unless_asked():
+    text = ASKED + "import deep_ep"
+    assert "No module named 'deep_ep'" in run_python(text).stderr
+    assert "No module named 'deep_ep'" in run_python(text, EP_BACKEND_PROVIDE_DEEP_EP="0").stderr
+
+
+def test_it_never_takes_the_place_of_deep_ep_itself(tmp_path):
+    (tmp_path / "deep_ep.py").write_text("real = True\n")
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    done = run_python(before + ASKED + "import deep_ep; assert deep_ep.real", EP_BACKEND_PROVIDE_DEEP_EP="1")
+    assert done.returncode == 0, done.stderr
+    assert "DeepEP itself is installed" in done.stderr
+    for loaded in ("", "import deep_ep\n"):
+        done = run_python(before + loaded + "from ep_backend import compat\ncompat.provide_deep_ep()")
+        assert "EpConfigError" in done.stderr
+        assert str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize("plug_in", ["ep_backend_vllm", "ep_backend_sglang"])
+def test_the_plug_ins_provide_it(plug_in):
+    text = f"import {plug_in}\n{plug_in}.register()\nimport sys\nassert 'deep_ep' in sys.modules"
+    done = run_python(text, EP_BACKEND_PROVIDE_DEEP_EP="1")
+    if f"No module named '{plug_in}'" in done.stderr:
+        pytest.skip("the plug-in is not installed")
+    assert done.returncode == 0, done.stderr
