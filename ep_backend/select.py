@@ -338,7 +338,8 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
                 return f"it moves CPU tensors and rank {rank} computes on {record.device}"
     if transport in OF_GPUS and facts.gpus == "none":
         return "it moves GPU tensors and no rank computes on a GPU"
-    if transport in OF_GPUS and (old := _old_driver(records)):
+    ours = transport in OF_GPUS or (transport == "collective" and facts.gpus != "none")
+    if ours and (old := _old_driver(records)):
         return old
     if transport == "hier":
         if facts.gpus != "none":

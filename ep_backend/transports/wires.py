@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from time import monotonic, sleep
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,8 @@ import torch.distributed as dist
 from ep_backend import rendezvous
 
 Piece = tuple[list[torch.Tensor], list[torch.Tensor]]
-"""Bytes on the GPU: where to put what comes, by source, and what goes out, by destination. Sizes may differ from
-rank to rank and may be 0; what a rank sends to another is what that one expects."""
+"""Bytes on the GPU: where to put what comes, by source, and what goes out, by destination. Sizes may differ
+from rank to rank and may be 0; what a rank sends to another is what that one expects."""
 
 Wait = Callable[[float], None]
 """Returns when everything has come; raises RuntimeError after so many seconds."""
@@ -22,7 +24,7 @@ Wait = Callable[[float], None]
 SPIN_S = 2e-3  # how long the host asks without a pause whether everything has come
 
 
-def choose(group: dist.ProcessGroup | None, device: torch.device) -> Wire:
+def choose(group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> Wire:
     """NCCL if every rank has a GPU of its own, which NCCL insists on; else gloo. Collective."""
     has_nccl = dist.is_nccl_available()
     gpu = str(torch.cuda.get_device_properties(device).uuid)
@@ -30,19 +32,19 @@ def choose(group: dist.ProcessGroup | None, device: torch.device) -> Wire:
     distinct = len({gpu for _, gpu in told}) == len(told)
     if distinct and all(has for has, _ in told):
         return NcclWire(group, device)
-    return GlooWire(group, device)
+    return GlooWire(group, device, timeout_s)
 
 
 class Wire(ABC):
-    """Among all ranks of a group, which start the same exchanges in the same order. It is not the group itself,
-    whose own operations may be under way at the same time."""
+    """Among all ranks of a group, which start the same exchanges in the same order. It is not the group
+    itself, whose own operations may be under way at the same time."""
 
     capturable = False
 
     @abstractmethod
     def start(self, pieces: Sequence[Piece], timeout_s: float) -> Wait:
-        """Behind what is queued on the current stream; what is queued there later finds the pieces, once the wait
-        is over."""
+        """Behind what is queued on the current stream; what is queued there later finds the pieces, once the
+        wait is over."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -54,8 +56,8 @@ class Wire(ABC):
 
 
 class NcclWire(Wire):
-    """All pieces of an exchange are one NCCL kernel on the current stream, so a CUDA graph can hold it: then nobody
-    may wait."""
+    """All pieces of an exchange are one NCCL kernel on the current stream, so a CUDA graph can hold it: then
+    nobody may wait."""
 
     capturable = True
 
@@ -97,32 +99,33 @@ def _poll(done: torch.cuda.Event, timeout_s: float) -> None:
 class GlooWire(Wire):
     """Through memory of the CPU, one all-to-all for all pieces; the host waits for the GPU."""
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> None:
         self._device = device
-        self._gloo = rendezvous.part(group, range(dist.get_world_size(group)))
+        self._gloo: Any = rendezvous.part(group, range(dist.get_world_size(group)), timeout_s)
 
     def start(self, pieces: Sequence[Piece], timeout_s: float) -> Wait:
         into = [[blocks[rank] for blocks, _ in pieces] for rank in range(self._gloo.size())]
         out_of = [[blocks[rank] for _, blocks in pieces] for rank in range(self._gloo.size())]
         sent = torch.cat([block for blocks in out_of for block in blocks]).cpu()
-        sizes = ([sum(block.numel() for block in blocks) for blocks in side] for side in (into, out_of))
-        into_sizes, sent_sizes = sizes
+        into_sizes, sent_sizes = (
+            [sum(block.numel() for block in blocks) for blocks in side] for side in (into, out_of)
+        )
         came = torch.empty(sum(into_sizes), dtype=torch.uint8)
-        deadline = rendezvous.seconds(timeout_s)
-        work = self._gloo.alltoall_base(came, sent, into_sizes, sent_sizes, timeout=deadline)
+        work = self._gloo.alltoall_base(
+            came, sent, into_sizes, sent_sizes, timeout=timedelta(seconds=timeout_s)
+        )
+        places = [block for blocks in into for block in blocks]
 
-        def wait(timeout_s: float) -> None:
-            work.wait(rendezvous.seconds(timeout_s))
-            places = [block for blocks in into for block in blocks]
+        def wait(timeout_s: float, sent: torch.Tensor = sent) -> None:  # which must live as long
+            work.wait(timedelta(seconds=timeout_s))
             parts = came.to(self._device).split([place.numel() for place in places])
             for place, part in zip(places, parts, strict=True):
                 place.copy_(part)
-            del sent  # it had to live as long
 
         return wait
 
     def abort(self) -> None:
-        pass
+        pass  # what has run into its deadline is over
 
     def close(self) -> None:
         del self._gloo
