@@ -126,7 +126,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
           "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_),
           "cudaDeviceGetAttribute");
-    dependent_ = major >= 9;
+    dependent_ = major >= 9 && !settings.staged;  // else the kernel ahead may be NCCL's
     const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
     // Bulk copies into host memory take longer than stores (docs/performance.md).
     bulk_ = !settings.copies && major >= 9 &&

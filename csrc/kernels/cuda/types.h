@@ -71,9 +71,6 @@ struct View {
     // windows[rank] is this GPU's copy of the window up to the combine rows: what this rank sends to itself,
     // and what dispatch has received.
     char* mailbox;
-    // windows[d] of all others are one window of this GPU: what is for d stands where d would be the source,
-    // until the host has it moved to d. Abort words stay there.
-    bool staged;
     DeviceWord* word;            // of the channel
     ErrorCell* error;            // on the GPU
     ErrorCell* host_error;       // pinned
@@ -87,6 +84,9 @@ struct View {
     Divisor per_base, per_base_and_one;  // by experts_base, by experts_base + 1
     int32_t pad_id;
     bool local_ids;
+    // windows[d] of all others are one window of this GPU: what is for d stands where d would be the source,
+    // until the host has it moved to d. Abort words stay there.
+    bool staged;
 };
 
 struct DispatchArgs {
