@@ -26,7 +26,7 @@ from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpTimeoutError
 from ep_backend.transports import wires
-from ep_backend.transports.base import DispatchCall, Received, opened
+from ep_backend.transports.base import DispatchCall, Received, Transport, opened
 from ep_backend.transports.collective import CollectiveTransport, Traffic
 from ep_backend.transports.gpu import FLAGS_PER_SOURCE, GpuTransport, Windows
 
@@ -91,6 +91,7 @@ class GpuCollectiveTransport(GpuTransport):
 
     name = CollectiveTransport.name
     recoverable = False
+    dispatch, combine = Transport.dispatch, Transport.combine  # one half after the other
 
     def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
         self.traffic = Traffic()
@@ -125,14 +126,6 @@ class GpuCollectiveTransport(GpuTransport):
         own, staging = self._memory
         addresses = [(own if r == self._rank else staging).data_ptr() for r in range(self._world)]
         return Windows(addresses, own, staged=True, keep=self._memory)
-
-    def dispatch(self, call: DispatchCall) -> Received:
-        self.dispatch_send(call)
-        return self.dispatch_recv(call.channel, call.slots)
-
-    def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
-        self.combine_send(channel, y)
-        self.combine_recv(channel, out)
 
     def dispatch_send(self, call: DispatchCall) -> None:
         """Waits for the others' ids where they go first."""
