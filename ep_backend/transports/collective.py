@@ -213,15 +213,12 @@ class CollectiveTransport(Transport):
         sent_sizes: Sequence[int] = (),
     ) -> dist.Work:
         """An all-to-all of bytes or, without sizes, of equal parts."""
-        if self._carrier == CPU:
-            # With a deadline of its own: one that only the group's would end keeps the process from ending.
-            options = dist.AllToAllOptions()
-            options.timeout = timedelta(seconds=self._timeout_s)
-            group: Any = self._part or self._group or dist.group.WORLD
-            work: dist.Work = group.alltoall_base(into, sent, list(into_sizes), list(sent_sizes), options)
-            return work
-        sizes = (list(into_sizes) or None, list(sent_sizes) or None)
-        return dist.all_to_all_single(into, sent, *sizes, group=self._group, async_op=True)
+        # With a deadline of its own: one that only the group's would end keeps the process from ending.
+        options = dist.AllToAllOptions()
+        options.timeout = timedelta(seconds=self._timeout_s)
+        group: Any = self._part or self._group or dist.group.WORLD
+        work: dist.Work = group.alltoall_base(into, sent, list(into_sizes), list(sent_sizes), options)
+        return work
 
     def _wait(self, work: dist.Work, phase: str, channel: int) -> None:
         start = monotonic()
