@@ -20,6 +20,7 @@ from ep_backend.select import Decision, decide
 from ep_backend.transports import OF_GPUS
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
+from ep_backend.transports.collective_gpu import GpuCollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
 from ep_backend.transports.hier import HierTransport
 from ep_backend.transports.host import HostTransport
@@ -28,8 +29,10 @@ from ep_backend.transports.peer import PeerTransport
 Make = Callable[[dist.ProcessGroup | None, EpConfig, torch.device, list[Record]], Transport]
 TRANSPORTS: dict[str, Make] = {
     CpuTransport.name: lambda group, config, device, records: CpuTransport(group, config),
-    CollectiveTransport.name: lambda group, config, device, records: CollectiveTransport(
-        group, config, device
+    CollectiveTransport.name: lambda group, config, device, records: (
+        CollectiveTransport(group, config)
+        if device.type == "cpu"
+        else GpuCollectiveTransport(group, config, device)
     ),
     PeerTransport.name: lambda group, config, device, records: PeerTransport(group, config, device),
     HostTransport.name: lambda group, config, device, records: HostTransport(group, config, device),
@@ -41,7 +44,7 @@ def available(device: torch.device) -> frozenset[str]:
     """Names of the transports that this build has for tensors on ``device``."""
     if device.type == "cpu":
         return frozenset({CpuTransport.name, CollectiveTransport.name, HierTransport.name})
-    return frozenset({CollectiveTransport.name, *(OF_GPUS if _native.HAS_CUDA else ())})
+    return frozenset({CollectiveTransport.name, *OF_GPUS} if _native.HAS_CUDA else ())
 
 
 P = ParamSpec("P")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ep_backend.errors import EpConfigError
 
 T = TypeVar("T")
+NEVER = timedelta(days=365)
 
 
 class PeerLostError(EpConfigError):
@@ -70,11 +71,32 @@ def part(group: dist.ProcessGroup | None, ranks: Sequence[int], timeout_s: float
     torch.distributed.new_group is not for this: it wants every process of the program to call it, or, without
     that, the same number of groups on all ranks.
     """
-    name = gather(group, secrets.token_hex(8))[ranks[0]]
+    store = _own_store(group, ranks[0])
 
     def connect() -> dist.ProcessGroupGloo:
-        store = dist.PrefixStore(f"ep_backend/{name}", dist.distributed_c10d._get_default_store())
         rank = ranks.index(dist.get_rank(group))
         return dist.ProcessGroupGloo(store, rank, len(ranks), timeout=timedelta(seconds=timeout_s))
 
     return together(group, connect)[0]
+
+
+def nccl(group: dist.ProcessGroup | None) -> Any:
+    """A ProcessGroupNCCL of the ranks of ``group`` that torch.distributed does not know of. Collective;
+    connects when it is first used.
+
+    Its own deadlines must never pass: torch ends the whole process then.
+    """
+    store = _own_store(group, 0)
+
+    def make() -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = NEVER
+        return dist.ProcessGroupNCCL(store, dist.get_rank(group), dist.get_world_size(group), options)
+
+    return together(group, make)[0]
+
+
+def _own_store(group: dist.ProcessGroup | None, first: int) -> dist.Store:
+    """One for all ranks that name the same ``first`` one. Collective."""
+    name = gather(group, secrets.token_hex(8))[first]
+    return dist.PrefixStore(f"ep_backend/{name}", dist.distributed_c10d._get_default_store())

@@ -285,7 +285,7 @@ def _transport(
     if profile is not None:
         wishes = profile.transport.inside if together else profile.transport.across
     passed: list[str] = []
-    for wish in (*wishes, "collective"):  # which every build has and every group can use
+    for wish in (*wishes, "collective"):  # which every group can use
         obstacle = _obstacle(wish, records, facts, available)
         if not obstacle:
             passed_over = f"; passed over: {'; '.join(passed)}" if passed else ""
@@ -328,6 +328,8 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
     """Why this group cannot use ``transport``, or an empty text."""
     if transport not in available:
         return f"it is not in this build, which has {' and '.join(sorted(available)) or 'none'}"
+    if facts.gpus != "none" and not available & OF_GPUS:
+        return "this build has no CUDA kernels"
     if transport == "peer" and facts.several_hosts:
         return "this version maps GPU memory inside one machine only"
     if transport in ("cpu", "host") and not facts.shares_memory:
@@ -338,7 +340,7 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
                 return f"it moves CPU tensors and rank {rank} computes on {record.device}"
     if transport in OF_GPUS and facts.gpus == "none":
         return "it moves GPU tensors and no rank computes on a GPU"
-    if transport in OF_GPUS and (old := _old_driver(records)):
+    if facts.gpus != "none" and (old := _old_driver(records)):
         return old
     if transport == "hier":
         if facts.gpus != "none":

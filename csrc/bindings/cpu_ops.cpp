@@ -52,6 +52,16 @@ std::vector<int64_t> window_layout(std::vector<int64_t> shape) {
     return {l.total, l.channels, l.channel_bytes, l.scales, l.rows, l.copy_bytes()};
 }
 
+std::vector<int64_t> window_blocks(std::vector<int64_t> shape, int64_t channel, int64_t slots,
+                                   int64_t chunks) {
+    const auto b = WindowLayout::make(shape_of(shape)).blocks(channel, slots, chunks);
+    std::vector<int64_t> numbers;
+    for (const SourceBlock& s :
+         {b.dispatch_flags, b.headers, b.ids, b.weights, b.scales, b.rows, b.combine_flags, b.combine_rows})
+        numbers.insert(numbers.end(), {s.at, s.pitch, s.bytes});
+    return numbers;
+}
+
 int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                         int64_t payload, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                         std::vector<int64_t> expert_rank, std::vector<int64_t> windows) {

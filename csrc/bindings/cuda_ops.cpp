@@ -54,7 +54,7 @@ cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
-                             std::vector<int64_t> windows, int64_t copies) {
+                             std::vector<int64_t> windows, int64_t copies, bool staged) {
     const DeviceGuard guard(static_cast<int32_t>(device));
     const cuda::Settings settings{shape_of(shape),
                                   rank,
@@ -66,7 +66,8 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                                   static_cast<uint64_t>(epoch),
                                   timeout_us,
                                   max_blocks,
-                                  reinterpret_cast<char*>(copies)};
+                                  reinterpret_cast<char*>(copies),
+                                  staged};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
     return reinterpret_cast<int64_t>(
@@ -147,6 +148,16 @@ void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64
     a.send = send;
     a.receive = receive;
     check(at(exchange).combine(channel, a, current_stream(device)), "combine");
+}
+
+void cuda_close(int64_t exchange, int64_t channel, bool send) {
+    const int32_t device = at(exchange).device();
+    const DeviceGuard guard(device);
+    check(at(exchange).close(channel, send, current_stream(device)), "closing an exchange");
+}
+
+int64_t cuda_plan_chunks(int64_t exchange, std::vector<int64_t> plan) {
+    return at(exchange).chunks(plan_of(plan));
 }
 
 void cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int64_t blocks, Tensor tile_counts,

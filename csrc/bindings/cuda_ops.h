@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
-                             std::vector<int64_t> windows, int64_t copies);
+                             std::vector<int64_t> windows, int64_t copies, bool staged);
 void cuda_exchange_destroy(int64_t exchange);
 // "0000:1b:00.0".
 std::string gpu_bus_id(int64_t device);
@@ -34,6 +34,10 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
                    bool receive, Tensor out_ids, Tensor out_weights, Tensor tokens_per_source);
 void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send,
                   bool receive, Tensor out);
+// On the device's current stream: half of ending an exchange where windows are staged.
+void cuda_close(int64_t exchange, int64_t channel, bool send);
+// Chunks that a plan has: flags of a source in one exchange.
+int64_t cuda_plan_chunks(int64_t exchange, std::vector<int64_t> plan);
 
 // Layouts other than rank-major; csrc/kernels/cuda/layouts.h says what the tensors hold. local: [experts of
 // all ranks] int16. totals: [local experts + 1].

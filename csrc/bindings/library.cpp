@@ -5,6 +5,7 @@
 
 STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("window_layout(int[] shape) -> int[]");
+    m.def("window_blocks(int[] shape, int channel, int slots, int chunks) -> int[]");
     m.def(
         "exchange_create(int[] shape, int rank, int hidden, int wire, int payload, bool local_ids, int "
         "pad_id, int epoch, "
@@ -55,6 +56,7 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
 // Operators without tensors have no device to choose a kernel by.
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("window_layout", TORCH_BOX(&ep::ops::window_layout));
+    m.impl("window_blocks", TORCH_BOX(&ep::ops::window_blocks));
     m.impl("exchange_create", TORCH_BOX(&ep::ops::exchange_create));
     m.impl("exchange_destroy", TORCH_BOX(&ep::ops::exchange_destroy));
     m.impl("exchange_error", TORCH_BOX(&ep::ops::exchange_error));

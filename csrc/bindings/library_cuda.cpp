@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int "
         "pad_id, "
         "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows, int "
-        "copies) -> int");
+        "copies, bool staged) -> int");
     m.def("cuda_exchange_destroy(int exchange) -> ()");
     m.def("gpu_bus_id(int device) -> str");
     m.def("cuda_host_register(int address, int bytes) -> int");
@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def(
         "cuda_combine(int exchange, int channel, Tensor y, int[] plan, bool send, bool receive, Tensor(a!) "
         "out) -> ()");
+    m.def("cuda_close(int exchange, int channel, bool send) -> ()");
+    m.def("cuda_plan_chunks(int exchange, int[] plan) -> int");
     m.def(
         "cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int blocks, Tensor(a!) tile_counts, "
         "Tensor(b!) places, Tensor(c!) totals) -> ()");
@@ -56,6 +58,8 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("cuda_exchange_max_epoch", TORCH_BOX(&ep::ops::cuda_exchange_max_epoch));
     m.impl("cuda_exchange_recover", TORCH_BOX(&ep::ops::cuda_exchange_recover));
     m.impl("cuda_exchange_set_timeout", TORCH_BOX(&ep::ops::cuda_exchange_set_timeout));
+    m.impl("cuda_close", TORCH_BOX(&ep::ops::cuda_close));
+    m.impl("cuda_plan_chunks", TORCH_BOX(&ep::ops::cuda_plan_chunks));
     m.impl("gpu_pair_attributes", TORCH_BOX(&ep::ops::gpu_pair_attributes));
     m.impl("gpu_pair_create", TORCH_BOX(&ep::ops::gpu_pair_create));
     m.impl("gpu_pair_destroy", TORCH_BOX(&ep::ops::gpu_pair_destroy));

@@ -16,6 +16,9 @@ using torch::stable::Tensor;
 // shape: the fields of ExchangeShape in order. Returns {total bytes, first channel, bytes of a channel,
 // scales, rows}.
 std::vector<int64_t> window_layout(std::vector<int64_t> shape);
+// The fields of WindowLayout::Blocks in order, each {at, pitch, bytes}.
+std::vector<int64_t> window_blocks(std::vector<int64_t> shape, int64_t channel, int64_t slots,
+                                   int64_t chunks);
 
 int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                         int64_t payload, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,

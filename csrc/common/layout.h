@@ -65,6 +65,11 @@ struct SourceHeader {
     uint32_t slots;  // T: slots per source in this exchange
 };
 
+// What one source has in a region of a channel: source s has `bytes` from `at + s * pitch` in the window on.
+struct SourceBlock {
+    int64_t at, pitch, bytes;
+};
+
 // Byte offsets from the start of a window.
 struct WindowLayout {
     ExchangeShape shape;
@@ -121,6 +126,27 @@ struct WindowLayout {
         return channel(c) + scales + slot * shape.scale_bytes;
     }
     EP_HD int64_t row(int64_t c, int64_t slot) const { return channel(c) + rows + slot * shape.row_bytes; }
+    // What one source has of `slots` tokens in `num_chunks` chunks.
+    struct Blocks {
+        SourceBlock dispatch_flags, headers, ids, weights, scales, rows, combine_flags, combine_rows;
+    };
+    EP_HD Blocks blocks(int64_t c, int64_t slots, int64_t chunks) const {
+        auto lines = [&](int64_t first, int64_t second, int64_t count) {
+            return SourceBlock{first, second - first, count * kLine};
+        };
+        auto per_slot = [&](int64_t first, int64_t second) {
+            return SourceBlock{first, second - first, second - first};
+        };
+        const int64_t back = combine_row(c, 0, 0);
+        return {lines(dispatch_flag(c, 0, 0), dispatch_flag(c, 1, 0), chunks),
+                lines(header(c, 0), header(c, 1), 1),
+                per_slot(id_row(c, 0), id_row(c, slots)),
+                per_slot(weight_row(c, 0), weight_row(c, slots)),
+                per_slot(scale_row(c, 0), scale_row(c, slots)),
+                per_slot(row(c, 0), row(c, slots)),
+                lines(combine_flag(c, 0, 0), combine_flag(c, 1, 0), chunks),
+                {back, combine_row(c, 1, 0) - back, combine_row(c, 0, slots) - back}};
+    }
     // Combined rows are never handed out as a tensor: their place does not depend on T.
     EP_HD int64_t combine_row(int64_t c, int64_t from, int64_t token) const {
         return channel(c) + combine_rows + (from * shape.max_tokens + token) * shape.wire_bytes;

@@ -12,7 +12,8 @@ from ep_backend.bench.workload import Inputs, Settings
 from ep_backend.communicator import TRANSPORTS, available
 from ep_backend.transports import OF_GPUS
 
-# Rows of a GPU are packed on the CPU, which takes milliseconds; on one machine hier is cpu with copies.
+# What is there for other machines: GPUs of one have collective as the last resort, and its CPUs' hier is cpu
+# with copies.
 ONLY_WHEN_ASKED = {"cuda": ("collective",), "cpu": ("hier",)}
 BASELINE = {"cpu": "gloo", "cuda": "nccl"}  # plain collectives
 PEERS = {"cpu": ("gloo",), "cuda": ("nccl", "flashinfer")}

@@ -128,28 +128,20 @@ OWN_ARGUMENTS = {
 def of_engines(record: Record, decision: Decision, ranks: int, starts: bool = True) -> list[str]:
     """How to start an engine here, unless NCCL failed, as it would in an engine (``starts`` False)."""
     found = []
-    on_the_cpu = decision.transport == "collective" and bool(record.used_gpus())
-    for engine, title, command, no_graphs in (
-        ("vllm", "vLLM", f"vllm serve MODEL --data-parallel-size {ranks}", "--enforce-eager"),
+    for engine, title, command in (
+        ("vllm", "vLLM", f"vllm serve MODEL --data-parallel-size {ranks}"),
         (
             "sglang",
             "SGLang",
             f"python -m sglang.launch_server --model-path MODEL --tp-size {ranks} --dp-size {ranks} "
             "--enable-dp-attention",
-            "--disable-cuda-graph",
         ),
     ):
         arguments = [f"{a.name} {a.value}".strip() for a in decision.engine if a.engine == engine]
         if decision.profile is None and record.used_gpus():
             arguments = list(OWN_ARGUMENTS[engine])
         if arguments and ranks > 1 and starts:
-            line = " ".join([f"To serve with {title}: {command}", *arguments])
-            found.append(f"{line} {no_graphs}" if on_the_cpu else line)
-    if found and on_the_cpu:
-        found.append(
-            "Transport collective packs rows on the CPU, which CUDA graphs cannot capture; expect the "
-            "engine's own all-to-all to be faster."
-        )
+            found.append(" ".join([f"To serve with {title}: {command}", *arguments]))
     if record.container:
         found.append(
             "This is a container: ranks in several containers of one machine share memory only if all are "

@@ -18,7 +18,7 @@ from ep_backend.select import Decision
 
 MODEL = "model, not measured"
 FROM_NCCL = f"model of all-gather + reduce-scatter, from the all-reduces measured just now; {plan.NCCL_ERROR}"
-SLOWER = f"transport collective is slower: it packs rows on the CPU, and {plan.COLLECTIVE}"
+NO_FORMULA = f"transport collective has no formula: {plan.COLLECTIVE}"
 
 
 class _Way(NamedTuple):
@@ -71,11 +71,11 @@ def _ways(
     elif not record.used_gpus() or transport != "collective":
         yield _Way(transport, None, f"no expectation: there is no formula for {transport}")
     all_reduces = warm_up.times(ranks)
-    slower = f"; {SLOWER}" if transport == "collective" else ""
+    more = f"; {NO_FORMULA}" if transport == "collective" else ""
     if all_reduces is not None:
-        yield _Way("nccl", partial(plan.nccl_s, all_reduces=all_reduces), FROM_NCCL + slower)
+        yield _Way("nccl", partial(plan.nccl_s, all_reduces=all_reduces), FROM_NCCL + more)
     elif record.used_gpus() and transport == "collective":
-        yield _Way("nccl", None, f"no expectation: no all-reduce was measured{slower}")
+        yield _Way("nccl", None, f"no expectation: no all-reduce was measured{more}")
 
 
 def _peer(record: Record, decision: Decision) -> _Way:

@@ -117,22 +117,18 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
     if not record.used_gpus():
         return
     if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
-        need = "its kernels need CUDA 13.0, that is driver 580 or newer"
-        other = decision.transport if decision is not None else ""
         yield Finding(
-            what=f"NVIDIA driver {record.driver} is too old for transports peer and host: it serves CUDA "
-            f"{record.cuda_driver}",
-            why=f"{need}; transport {other}, which is chosen here, works with it" if other else need,
-            next="install driver 580 or newer, if you want a faster transport or the checks of peer access"
-            if other
-            else "install driver 580 or newer, or export EP_BACKEND_TRANSPORT=collective",
-            wrong=not other,
+            what=f"NVIDIA driver {record.driver} is too old: it serves CUDA {record.cuda_driver}",
+            why="the kernels of all transports for GPUs need CUDA 13.0, that is driver 580 or newer",
+            next="install driver 580 or newer",
+            wrong=True,
         )
     if not kernels:
         yield Finding(
             what="this build of ep_backend has no CUDA kernels",
-            why="transports peer and host are not there, and rows of GPUs are packed on the CPU",
+            why="there is no transport for rows on GPUs",
             next="EP_BACKEND_CUDA=1 pip install . in the source of ep_backend",
+            wrong=True,
         )
 
 

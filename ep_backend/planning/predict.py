@@ -25,7 +25,7 @@ MODEL = "model, not measured on such hardware with this shape"
 NO_NCCL = "EP over NCCL and TP left out: NCCL needs GPUs"
 SHARED = f"each of more than two GPUs gets {hardware.HOST_SHARED:.2f} of the rate of host memory"
 UNSURE = "measure EP over host before you choose it; it may be much slower than planned, see the link."
-NO_COLLECTIVE = f"no formula: rows are packed on the CPU; {plan.COLLECTIVE}"
+NO_COLLECTIVE = f"no formula: {plan.COLLECTIVE}"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

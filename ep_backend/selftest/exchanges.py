@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,6 @@ class Task:
     """A name, or "auto": what is chosen for this group."""
     timeout_s: float
     """That a wait for a peer may last."""
-    carrier: str = "gloo"
-    """What carries transport collective: "gloo" or "nccl"."""
     optional: bool = False
     """Whether a transport that cannot start here is left out."""
     cases: tuple[Case, ...] = ()
@@ -58,12 +55,11 @@ class Result:
 def run(note: Note, task: Task) -> Result:
     """Every case of ``task``, up to the first that is wrong. Collective over the default group."""
     device = start_device(task)
-    group = _carrier(note, task, device)
     world, result = dist.get_world_size(), Result(transport=task.transport)
     for case in task.cases:
         note(f"{case}: start")
         try:
-            comm = Communicator(group, case.config(world, task.transport, task.timeout_s), device=device)
+            comm = Communicator(None, case.config(world, task.transport, task.timeout_s), device=device)
         except EpConfigError as error:  # on all ranks together
             if task.optional and not result.exchanges:
                 return replace(result, left_out=str(error))
@@ -94,7 +90,7 @@ def add(result: Result, comm: Communicator, found: Sequence[tuple[str | None, in
 
 
 def start_device(task: Task) -> torch.device:
-    """Use this rank's share of the machine."""
+    """Use this rank's share of the machine. Collective over the default group."""
     local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
@@ -102,20 +98,9 @@ def start_device(task: Task) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local if task.gpu is None else task.gpu)
     torch.cuda.set_device(device)
+    # NCCL starts with the settings that an engine would give it.
+    apply_env(decide(rendezvous.gather(None, probe(device)), available=available(device)))
     return device
-
-
-def _carrier(note: Note, task: Task, device: torch.device) -> dist.ProcessGroup | None:
-    """The group under the communicators; NCCL starts with the settings that an engine would give it."""
-    if task.carrier != "nccl":
-        return None
-    note("NCCL: start")
-    records = rendezvous.gather(None, probe(device))
-    apply_env(decide(records, task.transport, available=available(device)))
-    # Waits of the transport have the shorter deadline, so that it is the one to speak.
-    timeout = datetime.timedelta(seconds=2 * task.timeout_s)
-    group: dist.ProcessGroup | None = dist.new_group(backend="nccl", timeout=timeout)
-    return group
 
 
 def _step(note: Note, comm: Communicator, case: Case, number: int, step: Step) -> tuple[str | None, int]:

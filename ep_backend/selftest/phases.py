@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from ep_backend.communicator import available
 from ep_backend.errors import EpConfigError
@@ -63,7 +62,7 @@ class Group:
     """What one group of ranks did."""
 
     name: str
-    """Of the transport, with what carries it or the GPU where that matters."""
+    """Of the transport, with the GPU where that matters."""
     result: Result
     chosen: bool = False
     """Whether it is what this machine chooses by itself."""
@@ -168,43 +167,30 @@ def all_transports(
 ) -> Iterator[tuple[str, Group | Failure]]:
     """What ``act`` finds out with each transport: the one that is chosen or asked for, then what else there
     is. ``first``: what will probably be chosen."""
-    group = act(Run(name(first, options), first, task))
+    group = act(Run(first, first, task))
     if isinstance(group, Failure):
         yield first, group
         return
     used = group.result.transport
-    yield used, replace(group, name=name(used, options), chosen=options.transport == "auto")
+    yield used, replace(group, name=used, chosen=options.transport == "auto")
     for run in _others(used, task, options):
         yield run.transport, act(run)
 
 
 def _others(first: str, task: Task, options: Options) -> list[Run]:
-    """What can be used beside the transport that has been tried; nothing where one was asked for. NCCL
-    carries rows too, if there are several GPUs."""
-    names = {first}
+    """What can be used beside the transport that has been tried; nothing where one was asked for."""
     runs = []
     if options.transport == "auto":
         # On one machine hier is cpu, with copies.
-        for other in sorted(available(torch.device(options.device)) - names - {HierTransport.name}):
-            names.add(other)
+        for other in sorted(available(torch.device(options.device)) - {first, HierTransport.name}):
             cases = _group_cases(other, options)
             more = replace(task, transport=other, optional=True, cases=cases)
-            runs.append(Run(name(other, options), other, more))
-    if "collective" in names and options.device == "cuda" and options.ranks > 1 and dist.is_nccl_available():
-        cases = _group_cases("collective", options)
-        over = replace(task, transport="collective", carrier="nccl", cases=cases)
-        runs.append(Run(name("collective", options, "nccl"), "collective", over))
+            runs.append(Run(other, other, more))
     return runs
 
 
 def _group_cases(transport: str, options: Options) -> tuple[plan.Case, ...]:
     return plan.group_cases(options.ranks, bulk=transport == "peer")
-
-
-def name(transport: str, options: Options, carrier: str = "gloo") -> str:
-    """A transport, with what carries its rows where there are several."""
-    several = transport == "collective" and options.device == "cuda"
-    return f"{transport} over {carrier}" if several else transport
 
 
 def judge(name: str, outcomes: Sequence[Outcome]) -> Group | Failure:

@@ -1,14 +1,13 @@
 """Transport ``collective``: packed buffers through torch.distributed's all-to-all, wherever that reaches.
 
 The rows end in a private window, so everything behind the transport is the same code as for windows that
-peers write. Rows of a GPU are packed and summed on the CPU, and cross over NCCL or gloo, whichever the group
-has: right everywhere, not fast, and not for CUDA graphs.
+peers write. This is for rows on CPUs, which cross over gloo; ``collective_gpu`` is for those on GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -19,11 +18,10 @@ import torch.distributed as dist
 from ep_backend import rendezvous
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
-from ep_backend.errors import EpArgumentError, EpError, EpTimeoutError
+from ep_backend.errors import EpError, EpTimeoutError
 from ep_backend.transports.base import DispatchCall, NativeExchange, Received, Transport, opened
 from ep_backend.transports.shm import anonymous
 
-CPU = torch.device("cpu")
 PACKED_FLAG_BYTES = 16  # csrc/kernels/cpu/exchange.h
 COUNT_BYTES = 24  # of what a rank tells another before a dispatch: records, tokens, T
 
@@ -65,12 +63,8 @@ class CollectiveTransport(Transport):
         self,
         group: dist.ProcessGroup | None,
         config: EpConfig,
-        device: torch.device = CPU,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        self._device = device  # of the caller's rows
-        self._carrier = device if ranks is None and dist.get_backend(group) == "nccl" else CPU
-        self.gives_views = device == CPU
         self._group = group
         self._config = config
         self._timeout_s = config.timeout()
@@ -93,12 +87,6 @@ class CollectiveTransport(Transport):
     def dispatch_send(self, call: DispatchCall) -> None:
         """Packs and starts to send; waits for the peers' counts only."""
         self.check()
-        if call.num_tokens is not None:
-            raise EpArgumentError(
-                "num_tokens is for CUDA graphs, and transport collective cannot be captured"
-            )
-        scales = None if call.scales is None else call.scales.cpu()
-        call = replace(call, x=call.x.cpu(), scales=scales, ids=call.ids.cpu(), weights=call.weights.cpu())
         self.check_ids(call.ids)
         self.close_exchange(call.channel)
         arguments = (
@@ -115,13 +103,11 @@ class CollectiveTransport(Transport):
         sent_rows: list[int] = rows.tolist()
         sent = torch.empty(sum(sent_rows) * self._record_bytes, dtype=torch.uint8)
         ops.pack_dispatch(*arguments, sent)
-        sent = sent.to(self._carrier)
 
         tokens = torch.full((self._world,), call.x.shape[0])
-        mine = torch.stack([rows, tokens, torch.full((self._world,), call.slots)], dim=1).to(self._carrier)
+        mine = torch.stack([rows, tokens, torch.full((self._world,), call.slots)], dim=1)
         counts = torch.empty_like(mine)
         self._wait(self._start(counts, mine), "dispatch", call.channel)
-        counts = counts.cpu()
         received_rows: list[int] = counts[:, 0].tolist()
         records = sent.new_empty(sum(received_rows) * self._record_bytes)
         work = self._start(records, sent, self._record_sizes(received_rows), self._record_sizes(sent_rows))
@@ -133,20 +119,16 @@ class CollectiveTransport(Transport):
     def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
         self.check()
         self._receive(channel)
-        received = self._exchange.received(channel, slots, rows if self._device == CPU else None)
-        if self._device == CPU:
-            return received
-        fields = {name: t.to(self._device) for name, t in vars(received).items() if t is not None}
-        return replace(received, **fields)
+        return self._exchange.received(channel, slots, rows)
 
     def received_ids(self, channel: int, slots: int) -> torch.Tensor:
-        return self._exchange.received_ids(channel, slots).to(self._device)
+        return self._exchange.received_ids(channel, slots)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         self.check()
         sent = self._combine_buffer(channel)
         layout = LAYOUTS[self._config.layout]
-        self._exchange.raise_for(ops.pack_combine(self._exchange.handle, channel, layout, y.cpu(), sent))
+        self._exchange.raise_for(ops.pack_combine(self._exchange.handle, channel, layout, y, sent))
         self._start_combine(channel, sent)
 
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
@@ -154,11 +136,7 @@ class CollectiveTransport(Transport):
         exchange = opened(self._open, channel)
         self._wait(exchange.work, "combine", channel)
         self._open[channel] = None
-        result = out if self._device == CPU else torch.empty_like(out, device=CPU)
-        status = ops.unpack_combine(self._exchange.handle, channel, exchange.records.cpu(), result)
-        self._exchange.raise_for(status)
-        if result is not out:
-            out.copy_(result)
+        self._exchange.raise_for(ops.unpack_combine(self._exchange.handle, channel, exchange.records, out))
 
     def close_exchange(self, channel: int) -> None:
         """Answers the peers with closing flags and empty rows: they may have sent a combine, and all-to-all
@@ -206,7 +184,7 @@ class CollectiveTransport(Transport):
     def _receive(self, channel: int) -> None:
         exchange = opened(self._open, channel)
         self._wait(exchange.work, "dispatch", channel)
-        status = ops.unpack_dispatch(self._exchange.handle, channel, exchange.records.cpu(), exchange.counts)
+        status = ops.unpack_dispatch(self._exchange.handle, channel, exchange.records, exchange.counts)
         self._exchange.raise_for(status)
         exchange.received = True
 
@@ -224,7 +202,6 @@ class CollectiveTransport(Transport):
     def _start_combine(self, channel: int, sent: torch.Tensor) -> None:
         exchange = opened(self._open, channel)
         into, out_of = self._combine_sizes(exchange.sent_rows), self._combine_sizes(exchange.received_rows)
-        sent = sent.to(self._carrier)
         exchange.records, exchange.sent = sent.new_empty(sum(into)), sent
         exchange.work = self._start(exchange.records, sent, into, out_of)
         exchange.returned = True
@@ -239,15 +216,12 @@ class CollectiveTransport(Transport):
         sent_sizes: Sequence[int] = (),
     ) -> dist.Work:
         """An all-to-all of bytes or, without sizes, of equal parts."""
-        if self._carrier == CPU:
-            # With a deadline of its own: one that only the group's would end keeps the process from ending.
-            options = dist.AllToAllOptions()
-            options.timeout = timedelta(seconds=self._timeout_s)
-            group: Any = self._part or self._group or dist.group.WORLD
-            work: dist.Work = group.alltoall_base(into, sent, list(into_sizes), list(sent_sizes), options)
-            return work
-        sizes = (list(into_sizes) or None, list(sent_sizes) or None)
-        return dist.all_to_all_single(into, sent, *sizes, group=self._group, async_op=True)
+        # With a deadline of its own: one that only the group's would end keeps the process from ending.
+        options = dist.AllToAllOptions()
+        options.timeout = timedelta(seconds=self._timeout_s)
+        group: Any = self._part or self._group or dist.group.WORLD
+        work: dist.Work = group.alltoall_base(into, sent, list(into_sizes), list(sent_sizes), options)
+        return work
 
     def _wait(self, work: dist.Work, phase: str, channel: int) -> None:
         start = monotonic()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from ep_backend import _native, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
-from ep_backend.errors import EpArgumentError, EpConfigError, EpProtocolError
+from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
@@ -37,12 +37,14 @@ LAYOUT_BLOCKS_PER_SM = 8  # as many as there is room for: copying needs many loa
 @dataclass(frozen=True)
 class Windows:
     """All ranks' windows as this rank's GPU sees them, and the memory behind its own, as bytes: its window,
-    or its copies if windows are in host memory. ``keep``: what must live as long; ``release``: called once,
+    or its copies if windows are in host memory. ``staged``: those of others are a staging window of this GPU
+    (csrc/kernels/cuda/types.h). ``keep``: what must live as long; ``release``: called once,
     when no kernel uses the windows any more."""
 
     addresses: Sequence[int]
     own: torch.Tensor
     copies: bool = False
+    staged: bool = False
     keep: Any = None
     release: Callable[[], Any] = lambda: None
 
@@ -52,6 +54,7 @@ class GpuTransport(Transport):
     fit."""
 
     capturable = True
+    recoverable = True
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
 
     def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
@@ -60,7 +63,9 @@ class GpuTransport(Transport):
         self.window_bytes = window_bytes(config, self._world)
         _, sms = rendezvous.together(group, self._check_config, lambda sms: sms)
         # Where ranks meet to recover: windows in host memory, which also work when a GPU's queue does not.
-        self._meeting = CpuTransport(group, _meeting_config(self._world, config.timeout()))
+        self._meeting: CpuTransport | None = None
+        if self.recoverable:
+            self._meeting = CpuTransport(group, _meeting_config(self._world, config.timeout()))
         windows = self._share_windows(group, config.window_shape(self._world, FLAGS_PER_SOURCE))
         blocks = min(sms) if config.num_sms is None else min(*sms, config.num_sms)
         rendezvous.together(group, lambda: self._start(windows, blocks))
@@ -115,6 +120,7 @@ class GpuTransport(Transport):
                 list(config.expert_ranks(self._world)),
                 list(windows.addresses),
                 windows.own.data_ptr() if windows.copies else 0,
+                windows.staged,
             )
         )
 
@@ -158,6 +164,8 @@ class GpuTransport(Transport):
 
     def recover(self) -> None:
         """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared."""
+        if self._meeting is None:
+            raise EpError(f"transport {self.name} cannot recover; a new communicator was wanted")
         torch.cuda.synchronize(self._device)
         self._meeting.recover()
         epochs = rendezvous.gather(self._group, ops.cuda_exchange_max_epoch(self._exchange))
@@ -167,7 +175,8 @@ class GpuTransport(Transport):
 
     def set_timeout(self, seconds: float) -> None:
         """Holds for graphs that were captured before, too. Waits until the GPU is idle."""
-        self._meeting.set_timeout(seconds)
+        if self._meeting is not None:
+            self._meeting.set_timeout(seconds)
         ops.cuda_exchange_set_timeout(self._exchange, round(seconds * 1e6))
 
     def destroy(self) -> None:
@@ -175,7 +184,8 @@ class GpuTransport(Transport):
         torch.cuda.synchronize(self._device)
         self._free()
         self._placed = None
-        self._meeting.destroy()
+        if self._meeting is not None:
+            self._meeting.destroy()
 
     def _dispatch(self, call: DispatchCall, send: bool, rows: torch.Tensor | None = None) -> Received:
         count = self._world * call.slots
@@ -195,8 +205,7 @@ class GpuTransport(Transport):
         out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
         send: bool = True,
     ) -> None:
-        if self._config.layout == "compact":
-            self._refuse_capture()
+        self._refuse_capture()
         self.check()
         self._slots[call.channel] = call.slots
         receive = out is not None
@@ -217,14 +226,16 @@ class GpuTransport(Transport):
             tokens,
         )
 
-    def _refuse_capture(self) -> None:
+    def _is_capturing(self) -> bool:
         with torch.cuda.device(self._device):  # else the question makes a context on another GPU
-            if not torch.cuda.is_current_stream_capturing():
-                return
-        raise EpArgumentError(
-            "dispatch was called while a CUDA graph is captured, but in layout compact it waits for the GPU "
-            "to know how many rows came; layout rank_major or expert_major was wanted"
-        )
+            return torch.cuda.is_current_stream_capturing()
+
+    def _refuse_capture(self) -> None:
+        if self._config.layout == "compact" and self._is_capturing():
+            raise EpArgumentError(
+                "dispatch was called while a CUDA graph is captured, but in layout compact it waits for the "
+                "GPU to know how many rows came; layout rank_major or expert_major was wanted"
+            )
 
     def _launch_combine(
         self, channel: int, y: torch.Tensor, out: torch.Tensor, send: bool, receive: bool

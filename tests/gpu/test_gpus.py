@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
-from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from harness import fresh_ranks, ranks
 
 import ep_backend as ep
 from ep_backend import reference
+from ep_backend.transports import collective_gpu
 
 pytestmark = pytest.mark.gpu
 GPUS = torch.cuda.device_count()
@@ -26,7 +27,8 @@ CONFIGS = {
     "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
 }
 LAYOUTS = ("rank_major", "compact", "expert_major")
-TRANSPORTS = ("peer", "host")
+OF_WINDOWS = ("peer", "host")
+TRANSPORTS = (*OF_WINDOWS, "collective")
 
 
 def needs(world):
@@ -72,14 +74,15 @@ def results(cfg, rank, received, seed, dtype):
     return torch.where(reference.defined_rows(cfg, received)[..., None], y, torch.nan)
 
 
-def same_bits_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
+def same_bits_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 40, 7, 128), gpu_of_rank=None):
     """Each exchange, T after T, on the GPU and on the CPU; returns what differs."""
-    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank if gpu_of_rank is None else gpu_of_rank)
+    torch.cuda.set_device(device)
     world = torch.distributed.get_world_size(group)
     wrong = []
     with (
         ep.Communicator(group, config(more, world, "cpu", num_channels=2)) as cpu,
-        ep.Communicator(group, config(more, world, transport, num_channels=2), device=f"cuda:{rank}") as gpu,
+        ep.Communicator(group, config(more, world, transport, num_channels=2), device=device) as gpu,
     ):
         cfg = cpu.config
         for number, slots in enumerate(exchanges):
@@ -146,39 +149,132 @@ def test_same_bits_with_many_tokens_and_ranks_without_experts(world, layout, tra
     assert ranks(world).run(same_bits_job, transport, more, exchanges, timeout=120) == [[]] * world
 
 
-def collective_job(rank, group, backend):
-    """Rows on GPUs through transport collective give the CPU's bits, whatever carries them."""
+def shared_gpu_job(rank, group, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
+    """All ranks use the first GPU, so gloo carries the rows."""
+    return same_bits_job(rank, group, "collective", more, exchanges, gpu_of_rank=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_collective_by_ranks_that_share_a_gpu(world, name, layout):
+    needs(1)
+    more = {**CONFIGS[name], "layout": layout}
+    assert ranks(world).run(shared_gpu_job, more, timeout=120) == [[]] * world
+
+
+def counting_job(rank, group, more, gpu_of_rank):
+    """Ids go first, and only rows behind them, however few."""
+    with mock.patch.object(collective_gpu, "WORTH_COUNTING", 0):
+        return same_bits_job(rank, group, "collective", more, gpu_of_rank=gpu_of_rank)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["nccl", "gloo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["bf16", "fp8", "opaque"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_collective_with_ids_first(world, name, layout, shared):
+    needs(1 if shared else world)
+    more = {**CONFIGS[name], "layout": layout}
+    gpu = 0 if shared else None
+    assert ranks(world).run(counting_job, more, gpu, timeout=120) == [[]] * world
+
+
+def traffic_job(rank, group, worth):
+    """Rows and bytes that one exchange sends; each rank's tokens go to rank 0."""
+    torch.cuda.set_device(0)
+    world = torch.distributed.get_world_size(group)
+    cfg = config({"payload": torch.bfloat16}, world, "collective")
+    with (
+        mock.patch.object(collective_gpu, "WORTH_COUNTING", worth),
+        ep.Communicator(group, cfg, device="cuda:0") as comm,
+    ):
+        before = replace(comm._transport.traffic)
+        x = torch.ones(40, cfg.hidden_size, dtype=torch.bfloat16, device="cuda:0")
+        ids = torch.arange(3, device="cuda:0").expand(40, 3)
+        received, handle = comm.dispatch(x, ids, torch.ones(40, 3, device="cuda:0"), tokens_per_rank=50)
+        comm.combine(received.rows, handle)
+        now = comm._transport.traffic
+        return tuple(getattr(now, k) - getattr(before, k) for k in vars(now))
+
+
+def test_collective_with_ids_first_sends_only_rows():
+    needs(1)
+    (rows_of_0, back_of_0, bytes_of_0), (rows_of_1, back_of_1, bytes_of_1) = ranks(2).run(traffic_job, 0)
+    assert (rows_of_0, back_of_0, rows_of_1, back_of_1) == (0, 40, 40, 0)
+    blocks = ranks(2).run(traffic_job, 1 << 40)
+    assert [counted[:2] for counted in blocks] == [(50, 50)] * 2
+    row = 256 * 2
+    assert blocks[0][2] - bytes_of_0 == (50 + 50 - 40) * row
+    assert blocks[1][2] - bytes_of_1 == (50 + 50 - 40) * row
+
+
+def collective_stall_job(rank, group, shared):
+    """The last rank does not come to the second exchange."""
+    device = f"cuda:{0 if shared else rank}"
+    torch.cuda.set_device(device)
+    world = torch.distributed.get_world_size(group)
+    cfg = replace(config({"payload": torch.bfloat16}, world, "collective"), timeout_s=2.0)
+    comm = ep.Communicator(group, cfg, device=device)
+    x, ids, weights = (t.to(device) for t in inputs(cfg, rank, 20, 3)[:3])
+
+    def exchange():
+        received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=20)
+        comm.combine(torch.zeros_like(received.rows), handle)
+
+    exchange()
+    if rank == world - 1:
+        time.sleep(8)
+        return None
+    start = time.monotonic()
+    said = []
+    for act in (exchange, exchange, comm.check, comm.recover):
+        try:
+            act()
+        except ep.EpError as error:
+            said.append((type(error).__name__, str(error)))
+    waited = time.monotonic() - start
+    torch.cuda.synchronize()  # nothing of the exchange is left on the GPU
+    comm.destroy()
+    return said, waited
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["nccl", "gloo"])
+def test_collective_has_a_deadline(shared):
+    needs(1 if shared else 2)
+    with fresh_ranks(2) as group:
+        (said, waited), _ = group.run(collective_stall_job, shared, timeout=60)
+    assert [name for name, _ in said] == ["EpTimeoutError"] * 3 + ["EpError"]
+    assert "cannot recover" in said[-1][1]
+    assert waited < 6
+
+
+def half_captured_job(rank, group):
+    """An exchange that is open when a capture begins cannot be ended in it."""
     torch.cuda.set_device(rank)
     world = torch.distributed.get_world_size(group)
-    carrier = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=60))
-    wrong = []
-    for layout in LAYOUTS:
-        more = {"payload": torch.bfloat16, "quantization": "fp8_block128", "layout": layout}
-        with (
-            ep.Communicator(group, config(more, world, "cpu")) as cpu,
-            ep.Communicator(carrier, config(more, world, "collective"), device=f"cuda:{rank}") as gpu,
-        ):
-            for number, slots in enumerate((5, 1, 60)):
-                x, ids, weights, _ = inputs(cpu.config, rank, (number + rank * 3) % (slots + 1), number)
-                outs = []
-                for comm in (cpu, gpu):
-                    moved = (t.to(comm.device) for t in (x, ids, weights))
-                    received, handle = comm.dispatch(*moved, tokens_per_rank=slots)
-                    g = torch.Generator().manual_seed(number)
-                    shape = (*received.rows.shape[:-1], cpu.config.hidden_size)
-                    y = torch.randn(shape, generator=g).to(comm.device, torch.bfloat16)
-                    outs.append(comm.combine(y, handle).cpu())
-                if not torch.equal(*outs):
-                    wrong.append((layout, slots))
-    return wrong
+    cfg = config({"payload": torch.bfloat16}, world, "collective")
+    said = []
+    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
+        received, handle = comm.dispatch(x, ids, weights)
+        y = torch.zeros_like(received.rows)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            weights.mul_(1.0)  # an empty graph would be warned of
+            for act in (lambda: comm.dispatch(x, ids, weights), lambda: comm.combine_send(y, handle)):
+                try:
+                    act()
+                except ep.EpArgumentError as error:
+                    said.append(str(error))
+        return said, bool((comm.combine(y, handle) == 0).all())
 
 
-@pytest.mark.parametrize("backend", ["nccl", "gloo"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_collective_with_rows_on_gpus(world, backend):
-    needs(world)
-    with fresh_ranks(world) as group:
-        assert group.run(collective_job, backend, timeout=120) == [[]] * world
+def test_collective_is_captured_whole():
+    needs(2)
+    for said, combined in ranks(2).run(half_captured_job, timeout=60):
+        assert len(said) == 2
+        assert all("from dispatch to combine" in text for text in said)
+        assert combined
 
 
 def graph_job(rank, group, transport):
@@ -455,7 +551,7 @@ def loop_job(rank, group, transport, stall_s):
         return error, bool((out == 0).all())
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", OF_WINDOWS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_dies_between_replays(world, transport):
     needs(world)
@@ -472,7 +568,7 @@ def test_a_rank_dies_between_replays(world, transport):
         assert recovery != "recovered"
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", OF_WINDOWS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_recovery_after_a_stall(world, transport):
     needs(world)
@@ -511,7 +607,7 @@ def two_streams_job(rank, group, transport):
     return wrong
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", OF_WINDOWS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_two_communicators_on_two_streams(world, transport):
     needs(world)

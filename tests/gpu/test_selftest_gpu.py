@@ -53,8 +53,7 @@ def test_all_phases(ranks):
     assert statuses == ["passed", "passed", "passed", "skipped"], explain(found)
     assert [group["name"] for group in local["groups"]] == [f"peer on GPU {gpu}" for gpu in range(ranks)]
     done = {group["name"]: group for group in node["groups"] if not group["left_out"]}
-    assert {"peer", "host", "collective over gloo"} <= set(done), explain(found)
-    assert ("collective over nccl" in done) == (ranks > 1)
+    assert {"peer", "host", "collective"} <= set(done), explain(found)
     assert sum(group["chosen"] for group in node["groups"]) == 1
     assert node["ranks"] == graph["ranks"] == ranks
     assert all(group["exchanges"] >= KINDS * 9 for group in done.values())
@@ -74,8 +73,7 @@ def test_a_transport_that_is_asked_for():
     status, found = run(COMMAND, EP_BACKEND_TRANSPORT="collective")
     assert status == 0, explain(found)
     statuses = [phase["status"] for phase in found["phases"]]
-    assert statuses == ["passed", "passed", "skipped", "skipped"], explain(found)
-    assert "CUDA graphs need transport peer" in found["phases"][2]["why"]
+    assert statuses == ["passed", "passed", "passed", "skipped"], explain(found)
     used = {group["transport"] for phase in found["phases"] for group in phase["groups"]}
     assert used == {"collective"}
 
@@ -128,5 +126,4 @@ def test_network_under_torchrun():
     (network,) = found["phases"]
     assert (network["status"], network["ranks"], network["hosts"]) == ("passed", ranks, 1), explain(found)
     done = {group["name"] for group in network["groups"] if not group["left_out"]}
-    assert "collective over gloo" in done
-    assert ("collective over nccl" in done) == (ranks > 1)
+    assert "collective" in done

@@ -81,6 +81,35 @@ def test_sizes_and_offsets(shape):
     assert list(ops.window_layout(list(shape))) == expected(shape)
 
 
+@given(shapes, st.data())
+def test_what_each_source_has(shape, data):
+    """The blocks of all sources lie in their region, one behind the other and without overlap."""
+    s = dict(zip(FIELDS, shape, strict=True))
+    channel = data.draw(st.integers(0, s["channels"] - 1))
+    slots, chunks = (data.draw(st.integers(1, s[name])) for name in ("max_tokens", "chunks"))
+    _, first, stride, *_ = ops.window_layout(list(shape))
+    ids = 4 * s["top_k"] * slots
+    back = s["wire_bytes"]
+    wanted = {
+        "dispatch_flags": (s["chunks"] * LINE, chunks * LINE),
+        "headers": (LINE, LINE),
+        "ids": (ids, ids),
+        "weights": (ids, ids),
+        "scales": (s["scale_bytes"] * slots,) * 2,
+        "rows": (s["row_bytes"] * slots,) * 2,
+        "combine_flags": (s["chunks"] * LINE, chunks * LINE),
+        "combine_rows": (back * s["max_tokens"], back * slots),
+    }
+    found = iter(ops.window_blocks(list(shape), channel, slots, chunks))
+    at, starts = first + channel * stride, {}
+    for name, size in regions(shape).items():
+        starts[name] = at
+        at += lines(size)
+    for name, (pitch, size) in wanted.items():
+        assert (next(found), next(found), next(found)) == (starts[name], pitch, size), name
+        assert (s["world"] - 1) * pitch + size <= regions(shape)[name]
+
+
 @given(shapes)
 def test_aligned_and_without_overlap(shape):
     total, first, stride, scales, rows, combine_rows = ops.window_layout(list(shape))

@@ -11,6 +11,7 @@ from ep_backend._native import HAS_CUDA, OK, ops
 
 NAMES = [
     "window_layout",
+    "window_blocks",
     "dispatch_send",
     "dispatch_wait",
     "dispatch_counts",

@@ -69,9 +69,14 @@ def test_nvswitch_uses_peer():
 
 
 def test_nvswitch_without_peer_says_why_it_is_not_used():
-    decision = decide(gpu_machine(8), available=frozenset({"cpu", "collective"}))
-    assert (decision.profile, decision.transport) == ("nvswitch", "collective")
+    decision = decide(gpu_machine(8), available=frozenset({"cpu", "collective", "host"}))
+    assert (decision.profile, decision.transport) == ("nvswitch", "host")
     assert "passed over: peer, because it is not in this build" in decision.reason
+
+
+def test_a_build_without_kernels_has_nothing_for_gpus():
+    with pytest.raises(EpConfigError, match="collective, because this build has no CUDA kernels"):
+        decide(gpu_machine(8), available=frozenset({"cpu", "collective", "hier"}))
 
 
 def test_nvswitch_with_a_build_that_has_everything():
@@ -144,8 +149,6 @@ NO_IB = {"NCCL_IB_DISABLE": "1"}
 FABRIC = {"NCCL_CUMEM_ENABLE": "1", "NCCL_MNNVL_ENABLE": "1", "NVSHMEM_CUMEM_HANDLE_TYPE": "FABRIC"}
 NVSWITCH = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
 PCIE = {"NCCL_NVLS_ENABLE": "0"}
-OLD = {"cuda_driver": "12.8"}
-OLD_HOST = {"NCCL_CUMEM_HOST_ENABLE": "0"}
 
 # Name, records, profile, transport now and in a build that has all, environment, and words of the reason.
 MACHINES = [
@@ -170,26 +173,22 @@ MACHINES = [
      "collective", "collective", {"NCCL_P2P_LEVEL": "PHB", **PCIE}, "several_hosts is true, hca is true"),
     ("two machines with ports, nothing checked", two(pcie_machine, 4, works=None, **HCA), "pcie_rdma",
      "collective", "collective", PCIE, "hca is true"),
-    ("two machines with ports, no peer access, old driver",
-     two(pcie_machine, 4, works=False, **HCA, **OLD), "pcie_rdma", "collective", "collective",
-     {"NCCL_P2P_LEVEL": "LOC", **PCIE, **OLD_HOST}, "hca is true"),
-    ("two machines with a port and one GPU each", two(pcie_machine, 1, **HCA, **OLD), "pcie_rdma",
+    ("two machines with ports, no peer access",
+     two(pcie_machine, 4, works=False, **HCA), "pcie_rdma", "collective", "collective",
+     {"NCCL_P2P_LEVEL": "LOC", **PCIE}, "hca is true"),
+    ("two machines with a port and one GPU each", two(pcie_machine, 1, **HCA), "pcie_rdma",
      "collective", "collective", PCIE, "hca is true"),
     ("two machines with ports, peer access behind switches only",
      two(partial_machine, 4, **HCA), "pcie_rdma", "collective", "collective",
      {"NCCL_P2P_LEVEL": "PIX", **PCIE}, "hca is true"),
     ("peer access behind switches only", partial_machine(4), "pcie_partial", "host", "host",
      {"NCCL_P2P_LEVEL": "PIX", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-2"),
-    ("peer access in one NUMA node only, old driver", partial_machine(4, near="NODE", **OLD), "pcie_partial",
-     "collective", "collective", {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB, **OLD_HOST},
-     "peer_access is some"),
+    ("peer access in one NUMA node only", partial_machine(4, near="NODE"), "pcie_partial",
+     "host", "host", {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "peer_access is some"),
     ("one bad pair among eight", one_bad_pair(pcie_machine(8)), "pcie_partial", "host", "host",
      {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-1."),
     ("RTX PRO 6000 Blackwell workstation", pcie_machine(2, works=False, ancestor="PHB"), "pcie_blackwell",
      "host", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "peer_access is none"),
-    ("the same with an old driver", pcie_machine(2, works=False, **OLD), "pcie_blackwell",
-     "collective", "collective", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB, **OLD_HOST},
-     "passed over: host, because rank 0 has NVIDIA driver"),
 ]  # fmt: skip
 
 
@@ -209,6 +208,13 @@ def test_every_kind_of_machine(records, profile, now, later, environment, reason
     if now != later:
         assert "passed over: " in decision.reason
     assert decide(records, available=EVERYTHING).transport == later
+
+
+@pytest.mark.parametrize("requested", ["auto", "peer", "host", "collective"])
+def test_no_transport_for_gpus_works_with_an_old_driver(requested):
+    for records in (pcie_machine(2, works=False, cuda_driver="12.8"), gpu_machine(8, cuda_driver="12.8")):
+        with pytest.raises(EpConfigError, match=r"rank 0 has NVIDIA driver .* serves CUDA 12.8; driver 580"):
+            decide(records, requested)
 
 
 def test_every_profile_is_reached():

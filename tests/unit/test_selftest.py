@@ -40,7 +40,6 @@ def alone(monkeypatch):
 def four_gpus(monkeypatch):
     """As far as the plan goes."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(phases, "available", lambda device: frozenset({"peer", "collective"}))
     monkeypatch.setattr(phases, "expected", lambda options: "peer")
 
@@ -346,32 +345,28 @@ def test_a_sick_gpu_ends_the_phase_and_is_named(four_gpus):
 
 
 def test_node_takes_what_is_chosen_first_and_then_the_others(four_gpus):
-    start = Starts(done("peer"), done("collective"), done("collective"))
+    start = Starts(done("peer"), done("collective"))
     found = phases.node(GPUS, start)
-    assert [(task.transport, task.carrier, task.optional) for task in start.tasks] == [
-        ("auto", "gloo", False),
-        ("collective", "gloo", True),
-        ("collective", "nccl", False),
+    assert [(task.transport, task.optional) for task in start.tasks] == [
+        ("auto", False),
+        ("collective", True),
     ]
-    assert start.counts == [4] * 3
+    assert start.counts == [4] * 2
     assert [any(step.slots > 2048 for case in task.cases for step in case.steps) for task in start.tasks] == [
         True,
         False,
-        False,
     ]
     names = [(group.name, group.chosen) for group in found.groups]
-    assert names == [("peer", True), ("collective over gloo", False), ("collective over nccl", False)]
+    assert names == [("peer", True), ("collective", False)]
     assert all(task.timeout_s == 20.0 for task in start.tasks)  # a third of the deadline
 
 
-def test_node_without_the_kernels_for_gpus_uses_collective(four_gpus, monkeypatch):
-    monkeypatch.setattr(phases, "available", lambda device: frozenset({"collective"}))
+def test_without_the_kernels_for_gpus_nothing_is_tried_on_them(four_gpus, monkeypatch):
+    monkeypatch.setattr(phases, "available", lambda device: frozenset())
     for phase in (phases.local, phases.graph):
         found = phase(GPUS, Starts())
         assert found.status == "skipped"
         assert "EP_BACKEND_CUDA=1" in found.why
-    found = phases.node(GPUS, Starts(done("collective"), done("collective")))
-    assert [group.name for group in found.groups] == ["collective over gloo", "collective over nccl"]
 
 
 def test_a_transport_that_is_asked_for_is_the_only_one(four_gpus):
@@ -390,7 +385,7 @@ def test_what_is_set_up_wrongly_is_no_sick_gpu(four_gpus):
 
 
 def test_what_cannot_start_here_is_left_out_but_not_what_is_chosen(four_gpus):
-    start = Starts(done("collective"), done("peer", left_out="no access"), done("collective"))
+    start = Starts(done("collective"), done("peer", left_out="no access"))
     found = phases.node(GPUS, start)
     assert found.status == "passed"
     assert "without peer: no access" in report.lines(found)[0]
@@ -398,9 +393,9 @@ def test_what_cannot_start_here_is_left_out_but_not_what_is_chosen(four_gpus):
     assert phases.node(GPUS, Starts(refused)).status == "failed"
 
 
-def test_graphs_without_peer_are_skipped_with_the_reason(four_gpus):
-    found = phases.graph(GPUS, Starts(done("collective", left_out="CUDA graphs need transport peer")))
-    assert (found.status, found.why) == ("skipped", "CUDA graphs need transport peer")
+def test_graphs_that_cannot_be_captured_are_skipped_with_the_reason(four_gpus):
+    found = phases.graph(GPUS, Starts(done("collective", left_out="no NCCL")))
+    assert (found.status, found.why) == ("skipped", "no NCCL")
     assert phases.graph(CPU, Starts()).status == "skipped"
 
 

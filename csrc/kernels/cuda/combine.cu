@@ -59,7 +59,7 @@ __device__ inline void find_ahead(const View& v, const CombineArgs& a, int y_byt
     h.flag_at = own(v) + v.layout.dispatch_flag(v.channel, h.source, chunk);
     h.id_at = own(v) + v.layout.id_row(v.channel, slot) + threadIdx.x % 32 * 4;
     h.y = a.y + slot * a.hidden * y_bytes;
-    h.to = outbox(v, h.source) + v.layout.combine_row(v.channel, v.rank, h.token);
+    h.to = outbox(v, h.source) + v.layout.combine_row(v.channel, source_for(v, h.source), h.token);
 }
 
 template <class Y>

@@ -85,10 +85,11 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                     },
                     [&](int u, const char* from, int bytes) {
                         const Where w = where(u);
-                        ptx::bulk_store(v.windows[w.source] +
-                                            v.layout.combine_row(v.channel, v.rank, first + w.t) +
-                                            w.piece * pieces.bytes,
-                                        from, bytes);
+                        ptx::bulk_store(
+                            v.windows[w.source] +
+                                v.layout.combine_row(v.channel, source_for(v, w.source), first + w.t) +
+                                w.piece * pieces.bytes,
+                            from, bytes);
                     });
             __syncwarp();
             ptx::some_warps_sync(1 + group, size * 32);

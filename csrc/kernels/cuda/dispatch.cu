@@ -50,8 +50,8 @@ __device__ void load_ahead(const View& v, const Share& s, Ahead<F>& ahead) {
 // A group of warps sends a piece of a token's row to all its ranks; one load serves all of them. `words` are
 // the first units.
 template <class F>
-__device__ void send_row(const View& v, const char* x, int64_t slot, const RankSet& route, const Share& s,
-                         uint4* words) {
+__device__ void send_row(const View& v, const Plan& plan, const char* x, int64_t slot, const RankSet& route,
+                         const Share& s, uint4* words) {
     for (int base = s.piece.begin; base < s.piece.end; base += s.step * kUnits<F>) {
         const int w = base + s.place;
         if (base != s.piece.begin) load_units<F>(x, w, s.step, s.piece.end, words);
@@ -64,7 +64,8 @@ __device__ void send_row(const View& v, const char* x, int64_t slot, const RankS
         for (int n = 1; n <= v.world; ++n) {
             const int d = hop(v, n);
             if (!route.test(d)) continue;
-            char* to = v.windows[d] + v.layout.row(v.channel, slot);
+            const int64_t there = slot_for(v, plan, d, slot);
+            char* to = v.windows[d] + v.layout.row(v.channel, there);
 #pragma unroll
             for (int i = 0; i < kUnits<F>; ++i) {
                 const int at = w + i * s.step;
@@ -72,22 +73,23 @@ __device__ void send_row(const View& v, const char* x, int64_t slot, const RankS
                 ptx::store_row(to + static_cast<int64_t>(at) * 16, words[i]);
                 if constexpr (!std::is_void_v<F>)
                     if (at % 8 == 0)
-                        reinterpret_cast<float*>(v.windows[d] + v.layout.scale_row(v.channel, slot))[at / 8] =
-                            scales[i];
+                        reinterpret_cast<float*>(v.windows[d] +
+                                                 v.layout.scale_row(v.channel, there))[at / 8] = scales[i];
             }
         }
     }
 }
 
 // Scales that the caller brought: few bytes, any multiple of 4. A chunk's part of them, as of the row.
-__device__ void send_scales(const View& v, const char* scales, int64_t slot, const RankSet& route,
-                            const Share& s) {
+__device__ void send_scales(const View& v, const Plan& plan, const char* scales, int64_t slot,
+                            const RankSet& route, const Share& s) {
     const auto* from = reinterpret_cast<const uint32_t*>(scales);
     const Piece piece = scales_of(v, s.piece);
     for (int i = piece.begin + s.place; i < piece.end; i += s.step)
         for (int d = 0; d < v.world; ++d)
             if (route.test(d))
-                reinterpret_cast<uint32_t*>(v.windows[d] + v.layout.scale_row(v.channel, slot))[i] = from[i];
+                reinterpret_cast<uint32_t*>(
+                    v.windows[d] + v.layout.scale_row(v.channel, slot_for(v, plan, d, slot)))[i] = from[i];
 }
 
 template <class Id, class F>
@@ -137,15 +139,16 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                                   : share.place == 1 ? route.b
                                                                                      : route.c;
                 if (!route.any()) continue;
-                send_row<F>(v, ahead.x, slot + t, route, share, ahead.words);
+                send_row<F>(v, plan, ahead.x, slot + t, route, share, ahead.words);
                 if (std::is_void_v<F> && v.layout.shape.scale_bytes)
-                    send_scales(v, a.scales + token * v.layout.shape.scale_bytes, slot + t, route, share);
+                    send_scales(v, plan, a.scales + token * v.layout.shape.scale_bytes, slot + t, route,
+                                share);
             }
             if (chunk == 0)
                 for (int d = threadIdx.x; d < v.world; d += kThreads)
                     if (!state.masked(d))
                         *reinterpret_cast<SourceHeader*>(v.windows[d] +
-                                                         v.layout.header(v.channel, v.rank)) = {
+                                                         v.layout.header(v.channel, source_for(v, d))) = {
                             static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
             flag_chunk(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(share.count));
             sent = true;

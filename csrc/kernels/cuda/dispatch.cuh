@@ -84,8 +84,9 @@ __device__ void send_meta(const View& v, const State& state, const DispatchArgs&
         for (int n = 1; n <= v.world; ++n) {
             const int d = hop(v, n);
             if (state.masked(d)) continue;
-            reinterpret_cast<int32_t*>(v.windows[d] + v.layout.id_row(v.channel, slot))[i] = id;
-            reinterpret_cast<float*>(v.windows[d] + v.layout.weight_row(v.channel, slot))[i] = meta.weight;
+            const int64_t to = slot_for(v, a.plan, d, slot);
+            reinterpret_cast<int32_t*>(v.windows[d] + v.layout.id_row(v.channel, to))[i] = id;
+            reinterpret_cast<float*>(v.windows[d] + v.layout.weight_row(v.channel, to))[i] = meta.weight;
         }
     }
 }

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                 for (int d = thread; d < v.world; d += width * 32)
                     if (!state.masked(d))
                         *reinterpret_cast<SourceHeader*>(v.windows[d] +
-                                                         v.layout.header(v.channel, v.rank)) = {
+                                                         v.layout.header(v.channel, source_for(v, d))) = {
                             static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
             const int units = count * pieces.count;
             if constexpr (std::is_void_v<F>) {
@@ -144,9 +144,11 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                             for (int n = 1; n <= v.world; ++n) {
                                 const int d = hop(v, n);
                                 if (to.test(d))
-                                    ptx::bulk_store(v.windows[d] + v.layout.row(v.channel, slot + t) +
-                                                        piece * pieces.bytes,
-                                                    from, bytes);
+                                    ptx::bulk_store(
+                                        v.windows[d] +
+                                            v.layout.row(v.channel, slot_for(v, plan, d, slot + t)) +
+                                            piece * pieces.bytes,
+                                        from, bytes);
                             }
                         });
                 for (int t = place; t < count && scale_bytes; t += width) {
@@ -156,7 +158,9 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                         for (int d = 0; d < v.world; ++d)
                             if (route[t].test(d))
                                 reinterpret_cast<uint32_t*>(
-                                    v.windows[d] + v.layout.scale_row(v.channel, slot + t))[i] = from[i];
+                                    v.windows[d] +
+                                    v.layout.scale_row(v.channel, slot_for(v, plan, d, slot + t)))[i] =
+                                    from[i];
                 }
             } else {
                 char* const codes = memory + warp * (kPieceBytes + kScaleRoom);
@@ -175,11 +179,10 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                     for (int n = 1; n <= v.world; ++n) {
                         const int d = hop(v, n);
                         if (!to.test(d)) continue;
-                        char* const scale_to =
-                            v.windows[d] + v.layout.scale_row(v.channel, slot + t) + at / 32;
+                        const int64_t there = slot_for(v, plan, d, slot + t);
+                        char* const scale_to = v.windows[d] + v.layout.scale_row(v.channel, there) + at / 32;
                         if (lane == 0) {
-                            ptx::bulk_store(v.windows[d] + v.layout.row(v.channel, slot + t) + at, codes,
-                                            bytes);
+                            ptx::bulk_store(v.windows[d] + v.layout.row(v.channel, there) + at, codes, bytes);
                             if (bulk_scales) ptx::bulk_store(scale_to, scales, bytes / 32);
                         }
                         for (int i = lane; !bulk_scales && i < bytes / 128; i += 32)

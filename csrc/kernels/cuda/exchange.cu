@@ -126,7 +126,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
           "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_),
           "cudaDeviceGetAttribute");
-    dependent_ = major >= 9;
+    dependent_ = major >= 9 && !settings.staged;  // else the kernel ahead may be NCCL's
     const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
     // Bulk copies into host memory take longer than stores (docs/performance.md).
     bulk_ = !settings.copies && major >= 9 &&
@@ -173,6 +173,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.mailbox = windows[settings.rank];
         if (settings.copies)
             v.windows[settings.rank] = settings.copies + c * v.layout.copy_bytes() - v.layout.channel(c);
+        v.staged = settings.staged;
         v.word = reinterpret_cast<DeviceWord*>(device_ + words + c * kLine);
         v.error = reinterpret_cast<ErrorCell*>(device_ + error);
         v.host_error = pinned_;
@@ -245,6 +246,10 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
         return launch_combine_bulk(view(channel), a,
                                    {std::min(blocks, copy_blocks(settings_.shape)), stream, dependent_});
     return launch_combine(view(channel), a, {blocks, stream, dependent_});
+}
+
+cudaError_t Exchange::close(int64_t channel, bool send, cudaStream_t stream) {
+    return launch_close(view(channel), send, {1, stream, dependent_});
 }
 
 ErrorWord Exchange::error() {

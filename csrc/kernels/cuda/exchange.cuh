@@ -68,6 +68,14 @@ __device__ inline bool in_host_memory(const View& v) {
 __device__ inline char* inbox(const View& v, int source) {
     return source == v.rank ? own(v) : v.mailbox;
 }
+// The source that this rank is in the window where it writes for d.
+__device__ inline int source_for(const View& v, int d) {
+    return v.staged ? d : v.rank;
+}
+// The slot there of a token that stands in `slot` of any other window.
+__device__ inline int64_t slot_for(const View& v, const Plan& plan, int d, int64_t slot) {
+    return v.staged ? slot + static_cast<int64_t>(d - v.rank) * plan.slots : slot;
+}
 // Where a combine's rows for a rank go.
 __device__ inline char* outbox(const View& v, int d) {
     return d == v.rank ? v.mailbox : v.windows[d];
@@ -207,9 +215,9 @@ __device__ inline void flag_chunk_warp(const View& v, const State& s, Phase phas
 #pragma unroll 1
     for (int d = threadIdx.x % 32; d < v.world; d += 32) {
         if (s.masked(d)) continue;
-        char* flag =
-            v.windows[d] + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, v.rank, chunk)
-                                                      : v.layout.combine_flag(v.channel, v.rank, chunk));
+        char* flag = v.windows[d] + (phase == Phase::kDispatch
+                                         ? v.layout.dispatch_flag(v.channel, source_for(v, d), chunk)
+                                         : v.layout.combine_flag(v.channel, source_for(v, d), chunk));
         ptx::store_flag(flag, make_word(epoch, count));
     }
 }

@@ -29,6 +29,8 @@ struct Settings {
     // Null: windows are in GPU memory. Else they are in host memory, and this is this GPU's copy of its own,
     // one after another for each channel, `WindowLayout::copy_bytes` each.
     char* copies;
+    // Windows of others are one of this GPU's, from which the host has everything moved: see View.
+    bool staged;
 };
 
 // How `slots` tokens per rank are divided among at most `max_blocks` blocks and `max_chunks` flags.
@@ -48,6 +50,12 @@ class Exchange {
     cudaError_t dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream);
     cudaError_t combine(int64_t channel, CombineArgs a, cudaStream_t stream);
 
+    // The first or second half of ending an exchange that nobody combines, where windows are staged: the
+    // closing flags out; then wait for those of all others. Both do nothing if the channel has no open
+    // exchange.
+    cudaError_t close(int64_t channel, bool send, cudaStream_t stream);
+    int chunks(const Plan& plan) const { return complete(plan).chunks(); }
+
     // What stopped the exchange, as the kernels have told the host so far; once, that a peer closed one. Does
     // not wait for the GPU.
     ErrorWord error();
@@ -56,6 +64,7 @@ class Exchange {
     void recover(uint64_t epoch);
     void set_timeout(int64_t us);
     const Settings& settings() const { return settings_; }
+    int device() const { return device_index_; }
 
   private:
     const View& view(int64_t channel) const { return views_[channel]; }

@@ -18,6 +18,7 @@ struct Launch {
 
 cudaError_t launch_dispatch(const View& v, const DispatchArgs& a, const Launch& how);
 cudaError_t launch_combine(const View& v, const CombineArgs& a, const Launch& how);
+cudaError_t launch_close(const View& v, bool send, const Launch& how);
 cudaError_t launch_dispatch_bulk(const View& v, const DispatchArgs& a, Launch how);
 cudaError_t launch_combine_bulk(const View& v, const CombineArgs& a, Launch how);
 // Blocks of the largest kernel that one SM holds. Those of the bulk kernels must be asked for before the

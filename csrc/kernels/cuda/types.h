@@ -84,6 +84,9 @@ struct View {
     Divisor per_base, per_base_and_one;  // by experts_base, by experts_base + 1
     int32_t pad_id;
     bool local_ids;
+    // windows[d] of all others are one window of this GPU: what is for d stands where d would be the source,
+    // until the host has it moved to d. Abort words stay there.
+    bool staged;
 };
 
 struct DispatchArgs {
