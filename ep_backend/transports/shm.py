@@ -1,7 +1,8 @@
 """Memory that the processes of one machine share, without a name in any file system.
 
-Each rank makes an anonymous file (memfd) and hands its descriptor to the others over Unix sockets in the
-abstract namespace. The kernel frees all of it when the last process is gone, however it ended.
+Each rank makes an anonymous file (memfd), or memory of its GPU that has a descriptor, and hands the descriptor
+to the others over Unix sockets in the abstract namespace. The kernel frees all of it when the last process is
+gone, however it ended.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ def anonymous(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size)
 
 
-class WindowShare:
-    """This rank's window and the socket where peers fetch it. ``address`` goes to the peers, then
-    ``map_peers`` maps theirs."""
+class DescriptorShare:
+    """A descriptor of this rank, which it takes over, and the socket where peers fetch it. ``address`` goes to
+    the peers, then ``fetch`` brings theirs."""
 
-    def __init__(self, size: int, rank: int, world: int, timeout_s: float) -> None:
-        self.size, self.rank, self.world, self.timeout_s = size, rank, world, timeout_s
+    def __init__(self, descriptor: int, rank: int, world: int, timeout_s: float) -> None:
+        self.rank, self.world, self.timeout_s = rank, world, timeout_s
+        self._fd = descriptor
         self._token = secrets.token_bytes(TOKEN_BYTES)
-        self._fd = os.memfd_create(f"ep_backend-window-{rank}", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self._fd, size)
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._listener.settimeout(timeout_s)
             name = f"\0ep_backend-{os.getpid()}-{secrets.token_hex(8)}"
@@ -41,13 +41,14 @@ class WindowShare:
             self._listener.listen(world)
         except OSError as error:
             self.close()
-            raise EpConfigError(f"no shared memory of {size} bytes: {error}") from error
+            raise EpConfigError(f"no socket to hand out memory: {error}") from error
         self.address = (name, self._token)
 
-    def map_peers(self, addresses: Sequence[tuple[str, bytes]]) -> list[mmap.mmap]:
-        """Every rank's window, mapped, in order of rank. ``addresses``: of all ranks. Call it on all ranks at
-        once."""
+    def fetch(self, addresses: Sequence[tuple[str, bytes]]) -> list[int]:
+        """Every rank's descriptor, in order of rank, for the caller to close. ``addresses``: of all ranks.
+        Call it on all ranks at once."""
         wanted: dict[int, socket.socket] = {}
+        found: list[int] = []
         try:
             # The kernel completes a connection before anybody accepts it, so all may first connect and then
             # serve.
@@ -59,10 +60,11 @@ class WindowShare:
                     wanted[peer].sendall(token)
             for _ in range(self.world - 1):
                 self._serve_one()
-            return [
-                self._map(self._fd if r == self.rank else _receive(wanted[r]), r) for r in range(self.world)
-            ]
+            for r in range(self.world):
+                found.append(os.dup(self._fd) if r == self.rank else _receive(wanted[r]))
         except OSError as error:
+            for descriptor in found:
+                os.close(descriptor)
             raise PeerLostError(
                 f"rank {self.rank} cannot share memory with its peers: {error}. They must run on one "
                 "machine, as one user, in one network namespace"
@@ -71,6 +73,7 @@ class WindowShare:
             for connection in wanted.values():
                 connection.close()
             self.close()
+        return found
 
     def _serve_one(self) -> None:
         while True:
@@ -85,15 +88,6 @@ class WindowShare:
                 socket.send_fds(connection, [b"w"], [self._fd])
                 return
 
-    def _map(self, fd: int, rank: int) -> mmap.mmap:
-        try:
-            return mmap.mmap(fd, self.size)
-        except OSError as error:
-            raise EpConfigError(f"a window of {self.size} bytes cannot be mapped: {error}") from error
-        finally:
-            if rank != self.rank:
-                os.close(fd)
-
     def close(self) -> None:
         """Close the socket and the descriptor; mappings stay."""
         if getattr(self, "_fd", -1) >= 0:
@@ -104,8 +98,34 @@ class WindowShare:
             listener.close()
 
     def __del__(self) -> None:
-        # Another rank may fail before this one's window is used.
+        # Another rank may fail before this one's memory is used.
         self.close()
+
+
+class WindowShare(DescriptorShare):
+    """This rank's window in memory of the host, for peers to map."""
+
+    def __init__(self, size: int, rank: int, world: int, timeout_s: float) -> None:
+        self.size = size
+        descriptor = os.memfd_create(f"ep_backend-window-{rank}", os.MFD_CLOEXEC)
+        super().__init__(descriptor, rank, world, timeout_s)
+        try:
+            os.ftruncate(descriptor, size)
+        except OSError as error:
+            self.close()
+            raise EpConfigError(f"no shared memory of {size} bytes: {error}") from error
+
+    def map_peers(self, addresses: Sequence[tuple[str, bytes]]) -> list[mmap.mmap]:
+        """Every rank's window, mapped, in order of rank. ``addresses``: of all ranks. Call it on all ranks at
+        once."""
+        descriptors = self.fetch(addresses)
+        try:
+            return [mmap.mmap(descriptor, self.size) for descriptor in descriptors]
+        except OSError as error:
+            raise EpConfigError(f"a window of {self.size} bytes cannot be mapped: {error}") from error
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
 
 def _receive(connection: socket.socket) -> int:
