@@ -103,20 +103,19 @@ def nodes(records: Sequence[Record]) -> tuple[tuple[int, ...], ...]:
 
 
 def islands(records: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
-    """UUIDs of the GPUs that the group uses, divided into islands inside which every pair reaches each other's
-    memory: it has passed the data check or, if nobody could try, has NVLink. In the driver's order.
+    """UUIDs of the GPUs that the group uses, divided into islands inside which every pair reaches each
+    other's memory: it has passed the data check or, if nobody could try, has NVLink. In the driver's order.
 
-    Islands grow pair by pair, those with NVLink first: where A reaches B and B reaches C but A not C, somebody
-    is left out.
+    Islands grow pair by pair, those with NVLink first: where A reaches B and B reaches C but A not C,
+    somebody is left out.
     """
     order = list(dict.fromkeys(gpu.uuid for record in records for gpu in record.gpus))
     used = sorted(
         {uuid for record in records for uuid in record.used_gpus()},
         key=lambda uuid: (order.index(uuid) if uuid in order else len(order), uuid),
     )
-    links = {
-        frozenset(pair): link for host in _hosts(records).values() for pair, link in _pairs(host).items()
-    }
+    hosts = _hosts(records).values()
+    links = {frozenset(pair): link for host in hosts for pair, link in _pairs(host).items()}
     pairs = [
         (not link.nvlink, a, b)
         for a, b in itertools.combinations(used, 2)
@@ -124,7 +123,7 @@ def islands(records: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
         if link.peer_works or link.nvlink
     ]
     reaching = {frozenset(pair) for _, *pair in pairs}
-    found = {uuid: (uuid,) for uuid in used}
+    found: dict[str, tuple[str, ...]] = {uuid: (uuid,) for uuid in used}
     for _, a, b in sorted(pairs, key=lambda pair: pair[0]):
         joined = tuple(uuid for uuid in used if uuid in (*found[a], *found[b]))
         if all(frozenset(pair) in reaching for pair in itertools.combinations(joined, 2)):

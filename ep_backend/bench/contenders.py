@@ -11,9 +11,10 @@ from ep_backend.bench import workload
 from ep_backend.bench.workload import Inputs, Settings
 from ep_backend.communicator import TRANSPORTS, available
 from ep_backend.transports import OF_GPUS
+from ep_backend.transports.mixed import MixedTransport
 
 # Rows of a GPU are packed on the CPU, which takes milliseconds; on one machine hier is cpu with copies.
-ONLY_WHEN_ASKED = {"cuda": ("collective",), "cpu": ("hier",)}
+ONLY_WHEN_ASKED = {"cuda": ("collective", MixedTransport.name), "cpu": ("hier",)}
 BASELINE = {"cpu": "gloo", "cuda": "nccl"}  # plain collectives
 PEERS = {"cpu": ("gloo",), "cuda": ("nccl", "flashinfer")}
 

@@ -120,8 +120,8 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
         need = "its kernels need CUDA 13.0, that is driver 580 or newer"
         other = decision.transport if decision is not None else ""
         yield Finding(
-            what=f"NVIDIA driver {record.driver} is too old for transports peer and host: it serves CUDA "
-            f"{record.cuda_driver}",
+            what=f"NVIDIA driver {record.driver} is too old for transports peer, mixed and host: it serves "
+            f"CUDA {record.cuda_driver}",
             why=f"{need}; transport {other}, which is chosen here, works with it" if other else need,
             next="install driver 580 or newer, if you want a faster transport or the checks of peer access"
             if other
@@ -131,7 +131,7 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
     if not kernels:
         yield Finding(
             what="this build of ep_backend has no CUDA kernels",
-            why="transports peer and host are not there, and rows of GPUs are packed on the CPU",
+            why="transports peer, mixed and host are not there, and rows of GPUs are packed on the CPU",
             next="EP_BACKEND_CUDA=1 pip install . in the source of ep_backend",
         )
 

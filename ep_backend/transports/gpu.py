@@ -37,9 +37,9 @@ LAYOUT_BLOCKS_PER_SM = 8  # as many as there is room for: copying needs many loa
 @dataclass(frozen=True)
 class Windows:
     """All ranks' windows as this rank's GPU sees them, and the memory behind its own, as bytes: its window,
-    or its copies if windows are in host memory. ``direct``: with other windows in host memory, the ranks whose
-    windows are in GPU memory, itself among them; ``own`` is a whole window then. ``keep``: what must live as
-    long; ``release``: called once, when no kernel uses the windows any more."""
+    or its copies if windows are in host memory. ``direct``: with other windows in host memory, the ranks
+    whose windows are in GPU memory, itself among them; ``own`` is a whole window then. ``keep``: what must
+    live as long; ``release``: called once, when no kernel uses the windows any more."""
 
     addresses: Sequence[int]
     own: torch.Tensor

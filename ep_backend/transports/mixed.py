@@ -23,8 +23,8 @@ from ep_backend.transports.shm import DescriptorShare
 
 
 class MixedTransport(HostTransport):
-    """Ranks of one machine. ``parts``: all ranks of the group, divided so that inside each part all GPUs reach
-    each other's memory; equal on all ranks."""
+    """Ranks of one machine. ``parts``: all ranks of the group, divided so that inside each part all GPUs
+    reach each other's memory; equal on all ranks."""
 
     name = "mixed"
 

@@ -1,8 +1,8 @@
 """Memory that the processes of one machine share, without a name in any file system.
 
-Each rank makes an anonymous file (memfd), or memory of its GPU that has a descriptor, and hands the descriptor
-to the others over Unix sockets in the abstract namespace. The kernel frees all of it when the last process is
-gone, however it ended.
+Each rank makes an anonymous file (memfd), or memory of its GPU that has a descriptor, and hands the
+descriptor to the others over Unix sockets in the abstract namespace. The kernel frees all of it when the last
+process is gone, however it ended.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def anonymous(size: int) -> mmap.mmap:
 
 
 class DescriptorShare:
-    """A descriptor of this rank, which it takes over, and the socket where peers fetch it. ``address`` goes to
-    the peers, then ``fetch`` brings theirs."""
+    """A descriptor of this rank, which it takes over, and the socket where peers fetch it. ``address`` goes
+    to the peers, then ``fetch`` brings theirs."""
 
     def __init__(self, descriptor: int, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s

@@ -53,7 +53,7 @@ def test_broken_peer_access_names_the_pairs_and_the_cure():
     mended = only(examined(gpus(2, nvlink=none, works=none)), "failed").next
     assert "iommu" not in mended
     assert "engines with this library's plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export" in mended
-    assert finding.why.endswith("ep_backend uses transport host here")
+    assert finding.why.endswith("ep_backend uses transport mixed here")
 
 
 def test_pairs_that_are_not_used_do_not_matter():
@@ -185,7 +185,7 @@ def test_drivers_and_builds(changes, kernels, words):
 def test_an_older_driver_is_worth_a_note_and_another_transport(name):
     record = msgspec.structs.replace(PROFILES[name][0], cuda_driver="12.8", driver="570.1")
     [finding] = examined(record).findings
-    assert "driver 570.1 is too old for transports peer and host" in finding.what
+    assert "driver 570.1 is too old for transports peer, mixed and host" in finding.what
     assert "transport collective, which is chosen here, works with it" in finding.why
     assert not finding.wrong
 
