@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ep_backend import _native, rendezvous
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
-from ep_backend.facts import neighbours, nodes, unchecked
+from ep_backend.facts import neighbours, nodes, parts, unchecked
 from ep_backend.probe import Record, probe
 from ep_backend.select import Decision, decide
 from ep_backend.transports import OF_GPUS
@@ -24,6 +24,7 @@ from ep_backend.transports.collective_gpu import GpuCollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
 from ep_backend.transports.hier import HierTransport
 from ep_backend.transports.host import HostTransport
+from ep_backend.transports.mixed import MixedTransport
 from ep_backend.transports.peer import PeerTransport
 
 Make = Callable[[dist.ProcessGroup | None, EpConfig, torch.device, list[Record]], Transport]
@@ -36,6 +37,9 @@ TRANSPORTS: dict[str, Make] = {
     ),
     PeerTransport.name: lambda group, config, device, records: PeerTransport(group, config, device),
     HostTransport.name: lambda group, config, device, records: HostTransport(group, config, device),
+    MixedTransport.name: lambda group, config, device, records: MixedTransport(
+        group, config, device, parts(records)
+    ),
     HierTransport.name: lambda group, config, device, records: HierTransport(group, config, nodes(records)),
 }
 
@@ -156,7 +160,8 @@ class Communicator:
         wish = self.config.transport
         if wish == "auto":
             wish = records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip()
-        return wish in ("auto", PeerTransport.name) and PeerTransport.name in available(self.device)
+        by_peers = (PeerTransport.name, MixedTransport.name)
+        return wish in ("auto", *by_peers) and not available(self.device).isdisjoint(by_peers)
 
     @property
     def transport(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -101,6 +102,43 @@ def nodes(records: Sequence[Record]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(ranks) for ranks in found.values())
 
 
+def islands(records: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
+    """UUIDs of the GPUs that the group uses, divided into islands inside which every pair reaches each
+    other's memory: it has passed the data check or, if nobody could try, has NVLink. In the driver's order.
+
+    Islands grow pair by pair, those with NVLink first: where A reaches B and B reaches C but A not C,
+    somebody is left out.
+    """
+    order = list(dict.fromkeys(gpu.uuid for record in records for gpu in record.gpus))
+    used = sorted(
+        {uuid for record in records for uuid in record.used_gpus()},
+        key=lambda uuid: (order.index(uuid) if uuid in order else len(order), uuid),
+    )
+    hosts = _hosts(records).values()
+    links = {frozenset(pair): link for host in hosts for pair, link in _pairs(host).items()}
+    pairs = [
+        (not link.nvlink, a, b)
+        for a, b in itertools.combinations(used, 2)
+        if (link := links.get(frozenset((a, b)))) and link.peer_works is not False
+        if link.peer_works or link.nvlink
+    ]
+    reaching = {frozenset(pair) for _, *pair in pairs}
+    found: dict[str, tuple[str, ...]] = {uuid: (uuid,) for uuid in used}
+    for _, a, b in sorted(pairs, key=lambda pair: pair[0]):
+        joined = tuple(uuid for uuid in used if uuid in (*found[a], *found[b]))
+        if all(frozenset(pair) in reaching for pair in itertools.combinations(joined, 2)):
+            found |= dict.fromkeys(joined, joined)
+    return tuple(dict.fromkeys(found.values()))
+
+
+def parts(records: Sequence[Record]) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each island of GPUs, in order of rank."""
+    return tuple(
+        tuple(rank for rank, record in enumerate(records) if set(record.used_gpus()) & set(island))
+        for island in islands(records)
+    )
+
+
 def uneven(nodes: Sequence[Sequence[int]]) -> str:
     """What is wrong with nodes that have different numbers of ranks; an empty text if they have not."""
     sizes = [len(ranks) for ranks in nodes]
@@ -135,7 +173,7 @@ def unmet(condition: Condition, facts: Facts) -> list[str]:
 def short_of_shared_memory(facts: Facts, transport: str) -> bool:
     """Whether NCCL goes through /dev/shm here, with ``transport`` chosen, and that is small. Transport host
     itself does not."""
-    through_host = transport in ("host", "collective") and facts.gpus == "all" and facts.several_gpus
+    through_host = transport in ("host", "mixed", "collective") and facts.gpus == "all" and facts.several_gpus
     space = facts.shared_memory_bytes
     return through_host and facts.nvlink != "all" and space is not None and space < LEAST_SHARED_MEMORY
 

@@ -24,6 +24,7 @@ from ep_backend.profile_schema import (
     Setting,
     version,
 )
+from ep_backend.transports import OF_GPUS
 
 
 def check_shape(value: Any, wanted: Any, key: str) -> None:
@@ -114,7 +115,7 @@ def _check_transport(profile: Profile) -> None:
             raise EpConfigError(f"{key}: a transport is listed twice")
     if "hier" in profile.transport.inside:
         raise EpConfigError("transport.inside: 'hier' joins several hosts and means nothing inside one")
-    for name in ("cpu", "host"):
+    for name in ("cpu", "host", "mixed"):
         if name in profile.transport.across:
             raise EpConfigError(f"transport.across: {name!r} is memory of one host and reaches no other")
     if profile.recognition is None:
@@ -122,8 +123,8 @@ def _check_transport(profile: Profile) -> None:
     require = profile.recognition.require
     gpus = require.gpus
     everywhere = (*profile.transport.inside, *profile.transport.across)
-    if gpus == "none" and {"peer", "host"} & set(everywhere):
-        raise EpConfigError("transport: 'peer' and 'host' need GPUs, but recognition.require.gpus is 'none'")
+    if gpus == "none" and (wrong := sorted(OF_GPUS & set(everywhere))):
+        raise EpConfigError(f"transport: {wrong[0]!r} needs GPUs, but recognition.require.gpus is 'none'")
     if gpus == "all" and "cpu" in everywhere:
         raise EpConfigError("transport: 'cpu' moves CPU tensors, but recognition.require.gpus is 'all'")
     broken = require.several_gpus is not False and require.peer_access in ("none", "some")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-TRANSPORTS = ("cpu", "host", "peer", "hier", "collective")
+TRANSPORTS = ("cpu", "host", "mixed", "peer", "hier", "collective")
 ENGINES = ("vllm", "sglang")
 
 Share = Literal["none", "some", "all"]

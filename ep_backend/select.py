@@ -14,7 +14,7 @@ import msgspec
 
 from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import Facts, gather, nodes, short_of_shared_memory, uneven, unmet, word
+from ep_backend.facts import Facts, gather, islands, nodes, short_of_shared_memory, uneven, unmet, word
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
 from ep_backend.transports import OF_GPUS, OLDEST_CUDA
@@ -126,7 +126,14 @@ def select(
         profile=chosen.name if chosen else None,
         transport=transport,
         env=tuple(EnvValue(n, s.value, s.why, s.source) for n, s in sorted(environment.items())),
-        reason=" ".join([why_profile, why_transport, *_remarks(facts, transport, refused, why_transport)]),
+        reason=" ".join(
+            [
+                why_profile,
+                why_transport,
+                *_ways(records, transport),
+                *_remarks(facts, transport, refused, why_transport),
+            ]
+        ),
         engine=tuple(
             Argument(e, n, s.value, s.why, s.source)
             for e in profiles.ENGINES
@@ -294,6 +301,19 @@ def _transport(
     raise EpConfigError(f"no transport can serve this group {place}: {'; '.join(dict.fromkeys(passed))}")
 
 
+def _ways(records: Sequence[Record], transport: str) -> list[str]:
+    """Which GPUs reach each other in a transport where not all do, by the driver's numbers."""
+    if transport != "mixed":
+        return []
+    numbers = {gpu.uuid: str(number) for number, gpu in enumerate(records[0].gpus)}
+    together = [
+        f"between GPUs {', '.join(numbers.get(uuid, uuid) for uuid in island)}"
+        for island in islands(records)
+        if len(island) > 1
+    ]
+    return [f"Rows go from GPU to GPU {' and '.join(together)}, and through host memory everywhere else."]
+
+
 def _remarks(facts: Facts, transport: str, refused: bool, said: str) -> list[str]:
     """What the reader should know beside the choice and has not been told."""
     remarks = []
@@ -332,7 +352,7 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         return "this build has no CUDA kernels"
     if transport == "peer" and facts.several_hosts:
         return "this version maps GPU memory inside one machine only"
-    if transport in ("cpu", "host") and not facts.shares_memory:
+    if transport in ("cpu", "host", "mixed") and not facts.shares_memory:
         return "the ranks share no memory"
     if transport == "cpu":
         for rank, record in enumerate(records):
@@ -346,7 +366,11 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         if facts.gpus != "none":
             return "this version joins machines only where ranks compute on CPUs"
         return uneven(nodes(records))
-    return _no_peer_access(records, facts) if transport == "peer" else ""
+    if transport in ("peer", "mixed") and (why := _no_peer_access(records)):
+        return why
+    if transport == "mixed" and all(len(island) == 1 for island in islands(records)):
+        return "no two of its GPUs are known to reach each other's memory"
+    return _failure(facts) if transport == "peer" else ""
 
 
 def _old_driver(records: Sequence[Record]) -> str:
@@ -360,14 +384,14 @@ def _old_driver(records: Sequence[Record]) -> str:
     return ""
 
 
-def _no_peer_access(records: Sequence[Record], facts: Facts) -> str:
+def _no_peer_access(records: Sequence[Record]) -> str:
     if records[0].environment.get("EP_BACKEND_PEER_ACCESS", "").strip() == "0":
         return "EP_BACKEND_PEER_ACCESS=0 forbids it"
     for rank, record in enumerate(records):
         sliced = [gpu.uuid for gpu in record.gpus if gpu.mig and gpu.uuid in record.used_gpus()]
         if len(records) > 1 and (sliced or any(uuid.startswith("MIG-") for uuid in record.used_gpus())):
             return f"rank {rank} uses a slice of a GPU (MIG), which reaches no other"
-    return _failure(facts)
+    return ""
 
 
 def _settings(

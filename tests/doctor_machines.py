@@ -10,11 +10,12 @@ from ep_backend.doctor.plan import Shape
 from ep_backend.doctor.warmup import AllReduce, WarmUp
 from ep_backend.nvml import Gpu, Link
 from ep_backend.probe import Record, _both_ways
+from ep_backend.transports import OF_GPUS
 
 SMALL = Shape(name="small", hidden=2048, experts=128, topk=8, layers=48)
 LARGE = Shape(name="large", hidden=7168, experts=256, topk=8, layers=61)
 SKIPPED = WarmUp(outcome="skipped", why="this is a test")
-EVERYTHING = frozenset({"cpu", "collective", "peer", "host"})
+EVERYTHING = frozenset({"cpu", "collective", *OF_GPUS})
 
 
 def uuid(number):
@@ -129,7 +130,7 @@ PROFILES = {
     "cpu": (cpus(), "cpu"),
     "nvl72": (gpus(fabric_works=True, gpu={"fabric_cluster": "c-1", "fabric_clique": 7}), "peer"),
     "nvswitch": (gpus(8), "peer"),
-    "nvlink_pairs": (gpus(4, nvlink=bridges, rate=250e9), "host"),
+    "nvlink_pairs": (gpus(4, nvlink=bridges, rate=250e9), "mixed"),
     # Recognised only where there are several machines; doctor looks at one.
     "pcie_rdma": (
         gpus(2, nvlink=none, ancestor="PXB", rate=50e9, environment={"EP_BACKEND_PROFILE": "pcie_rdma"}),
@@ -137,7 +138,7 @@ PROFILES = {
     ),
     "pcie_partial": (
         gpus(4, nvlink=none, works=bridges, ancestor="PHB", rate=50e9, hcas=()),
-        "host",
+        "mixed",
     ),
     "pcie_p2p": (gpus(4, nvlink=none, ancestor="PXB", rate=50e9, hcas=()), "peer"),
     "pcie_blackwell": (

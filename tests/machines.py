@@ -67,11 +67,20 @@ def pairs(a, b):
     return a // 2 == b // 2
 
 
+def broken(records, which):
+    """The same machine; the data check failed between GPUs a and b where ``which(a, b)``."""
+    links = tuple(
+        msgspec.structs.replace(link, peer_works=False)
+        if which(*(int(uuid[-1]) for uuid in (link.a, link.b)))
+        else link
+        for link in records[0].links
+    )
+    return [msgspec.structs.replace(record, links=links) for record in records]
+
+
 def one_bad_pair(records):
     """The same machine with one pair whose data check failed."""
-    links = list(records[0].links)
-    links[0] = msgspec.structs.replace(links[0], peer_works=False)
-    return [msgspec.structs.replace(record, links=tuple(links)) for record in records]
+    return broken(records, lambda a, b: (a, b) == (0, 1))
 
 
 def partial_machine(count=4, near="PIX", **changes):

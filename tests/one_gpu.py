@@ -3,10 +3,11 @@
     with local_ranks(config, 4) as comms:
         assert differences(comms, tokens=[3, 0, 5, 5], slots=5) == []
 
-Every rank is a communicator without a process group. Its window is plain memory of the GPU, and its
-launches are small: all of them fit the GPU together. Each half is launched for all ranks before the next one,
-so nothing waits for a kernel that is not there yet, in one stream too and under tools that run one kernel at
-a time. Whole dispatches and combines wait for each other; they need a stream each.
+Every rank is a communicator without a process group. Its window is plain memory of the GPU; with ``parts``,
+ranks of different parts write into pinned memory of the host. Launches are small: all of them fit the GPU
+together. Each half is launched for all ranks before the next one, so nothing waits for a kernel that is not
+there yet, in one stream too and under tools that run one kernel at a time. Whole dispatches and combines wait
+for each other; they need a stream each.
 """
 
 import contextlib
@@ -25,13 +26,25 @@ MOST_STREAMS = 8  # more may share a hardware queue, and then a kernel stands be
 
 
 class LocalTransport(PeerTransport):
-    """All of the transport but what its ranks do together."""
+    """All of the transport but what its ranks do together. ``windows``: of all ranks; ``mailboxes``: the same
+    in host memory, for ranks of different ``parts``."""
 
-    def __init__(self, config, rank, windows, plan):
+    def __init__(self, config, rank, windows, plan, mailboxes=(), parts=()):
         self._config, self._device, self._plan = config, windows[rank].device, plan
         self._rank, self._world = rank, len(windows)
         self.window_bytes = window_bytes(config, len(windows))
-        self._start(Windows([window.data_ptr() for window in windows], windows[rank]), config.num_sms)
+        self._start(self._seen(windows, mailboxes, parts), config.num_sms)
+
+    def _seen(self, windows, mailboxes, parts):
+        addresses = [window.data_ptr() for window in windows]
+        own = windows[self._rank]
+        if not parts:
+            return Windows(addresses, own)
+        (part,) = (part for part in parts if self._rank in part)
+        for rank, mailbox in enumerate(mailboxes):
+            if rank == self._rank or rank not in part:
+                addresses[rank] = mailbox.data_ptr()
+        return Windows(addresses, own, direct=part, keep=mailboxes)
 
     def destroy(self):
         torch.cuda.synchronize(self._device)
@@ -41,21 +54,22 @@ class LocalTransport(PeerTransport):
 class LocalRank(ep.Communicator):
     """All of a communicator but its meeting with the others."""
 
-    def __init__(self, config, rank, windows, plan):
+    def __init__(self, config, rank, windows, plan, *more):
         self.config, self.rank, self.world_size = config, rank, len(windows)
         self.device = windows[rank].device
         self.local_experts = tuple(e for e, r in enumerate(config.expert_ranks(len(windows))) if r == rank)
-        self._transport = LocalTransport(config, rank, windows, plan)
+        self._transport = LocalTransport(config, rank, windows, plan, *more)
         self._handles = [None] * config.num_channels
         self._alive = True
 
 
 @contextlib.contextmanager
-def local_ranks(config, world, *, plan=(), device="cuda:0"):
+def local_ranks(config, world, *, plan=(), parts=(), device="cuda:0"):
     """``world`` communicators on one GPU; each has its share of SMs unless ``config.num_sms`` says less.
 
     ``plan``, how tokens are divided: () for the kernels' own choice, else tokens per chunk, segments of a
-    row, warps per token, and whether by bulk copies (1 or 0).
+    row, warps per token, and whether by bulk copies (1 or 0). ``parts``: as for
+    `MixedTransport`; () for one window each.
     """
     device = torch.device(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -63,9 +77,12 @@ def local_ranks(config, world, *, plan=(), device="cuda:0"):
     config = replace(config, num_sms=min(share, config.num_sms or share))
     size = window_bytes(config, world)
     windows = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(world)]
+    mailboxes = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(world if parts else 0)]
     torch.cuda.synchronize(device)
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(LocalRank(config, rank, windows, plan)) for rank in range(world)]
+        yield [
+            stack.enter_context(LocalRank(config, r, windows, plan, mailboxes, parts)) for r in range(world)
+        ]
 
 
 def streams(comms):

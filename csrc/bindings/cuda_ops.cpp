@@ -2,9 +2,11 @@
 #include "cuda_ops.h"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "../kernels/cuda/exchange.h"
 #include "../kernels/cuda/layouts.h"
+#include "../kernels/cuda/shared_memory.h"
 #include "current_stream.h"
 #include "formats.h"
 
@@ -40,6 +42,16 @@ T* pointer(const Tensor& t) {
     return static_cast<T*>(t.data_ptr());
 }
 
+// Mapped until the tensor's memory is let go of.
+Tensor bytes_at(const cuda::SharedMemory& memory, int64_t device, int64_t bytes) {
+    const int64_t step = 1, mapped = memory.bytes;
+    return torch::stable::from_blob(
+        memory.address, {&bytes, 1}, {&step, 1},
+        {torch::headeronly::DeviceType::CUDA, static_cast<torch::stable::accelerator::DeviceIndex>(device)},
+        ScalarType::Byte,
+        [mapped](void* address) { cuda::unmap_shared_memory(static_cast<char*>(address), mapped); });
+}
+
 cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
     cuda::ReceivedSlots s{};
     s.ids = pointer<int32_t>(ids);
@@ -54,7 +66,8 @@ cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
-                             std::vector<int64_t> windows, int64_t copies, bool staged) {
+                             std::vector<int64_t> windows, int64_t copies, std::vector<int64_t> direct,
+                             bool staged) {
     const DeviceGuard guard(static_cast<int32_t>(device));
     const cuda::Settings settings{shape_of(shape),
                                   rank,
@@ -67,6 +80,7 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                                   timeout_us,
                                   max_blocks,
                                   reinterpret_cast<char*>(copies),
+                                  std::move(direct),
                                   staged};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
@@ -108,6 +122,15 @@ int64_t cuda_host_register(int64_t address, int64_t bytes) {
 }
 void cuda_host_unregister(int64_t address) {
     cudaHostUnregister(reinterpret_cast<void*>(address));  // a context that is gone has let go of it already
+}
+
+std::tuple<Tensor, int64_t> gpu_memory_make(int64_t device, int64_t bytes) {
+    const cuda::SharedMemory made = cuda::make_shared_memory(static_cast<int>(device), bytes);
+    return {bytes_at(made, device, bytes), made.descriptor};
+}
+Tensor gpu_memory_map(int64_t device, int64_t descriptor, int64_t bytes) {
+    return bytes_at(cuda::map_shared_memory(static_cast<int>(device), static_cast<int>(descriptor), bytes),
+                    device, bytes);
 }
 
 void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,

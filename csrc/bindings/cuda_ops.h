@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace ep::ops {
@@ -15,13 +16,19 @@ using torch::stable::Tensor;
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
-                             std::vector<int64_t> windows, int64_t copies, bool staged);
+                             std::vector<int64_t> windows, int64_t copies, std::vector<int64_t> direct,
+                             bool staged);
 void cuda_exchange_destroy(int64_t exchange);
 // "0000:1b:00.0".
 std::string gpu_bus_id(int64_t device);
 // Pins memory of the host so that all GPUs can use it; returns its address there.
 int64_t cuda_host_register(int64_t address, int64_t bytes);
 void cuda_host_unregister(int64_t address);
+// Bytes of a GPU that other processes can map, zeroed, and the descriptor to give them, which the caller
+// closes.
+std::tuple<Tensor, int64_t> gpu_memory_make(int64_t device, int64_t bytes);
+// A peer's bytes, for kernels of this device; the tensor's own device is a label.
+Tensor gpu_memory_map(int64_t device, int64_t descriptor, int64_t bytes);
 // The fields of ErrorWord in order.
 std::vector<int64_t> cuda_exchange_error(int64_t exchange);
 int64_t cuda_exchange_max_epoch(int64_t exchange);

@@ -9,11 +9,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int "
         "pad_id, "
         "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows, int "
-        "copies, bool staged) -> int");
+        "copies, int[] direct, bool staged) -> int");
     m.def("cuda_exchange_destroy(int exchange) -> ()");
     m.def("gpu_bus_id(int device) -> str");
     m.def("cuda_host_register(int address, int bytes) -> int");
     m.def("cuda_host_unregister(int address) -> ()");
+    m.def("gpu_memory_make(int device, int bytes) -> (Tensor, int)");
+    m.def("gpu_memory_map(int device, int descriptor, int bytes) -> Tensor");
     m.def("cuda_exchange_error(int exchange) -> int[]");
     m.def("cuda_exchange_max_epoch(int exchange) -> int");
     m.def("cuda_exchange_recover(int exchange, int epoch) -> ()");
@@ -54,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("gpu_bus_id", TORCH_BOX(&ep::ops::gpu_bus_id));
     m.impl("cuda_host_register", TORCH_BOX(&ep::ops::cuda_host_register));
     m.impl("cuda_host_unregister", TORCH_BOX(&ep::ops::cuda_host_unregister));
+    m.impl("gpu_memory_make", TORCH_BOX(&ep::ops::gpu_memory_make));
+    m.impl("gpu_memory_map", TORCH_BOX(&ep::ops::gpu_memory_map));
     m.impl("cuda_exchange_error", TORCH_BOX(&ep::ops::cuda_exchange_error));
     m.impl("cuda_exchange_max_epoch", TORCH_BOX(&ep::ops::cuda_exchange_max_epoch));
     m.impl("cuda_exchange_recover", TORCH_BOX(&ep::ops::cuda_exchange_recover));

@@ -11,10 +11,11 @@ from ep_backend.bench import workload
 from ep_backend.bench.workload import Inputs, Settings
 from ep_backend.communicator import TRANSPORTS, available
 from ep_backend.transports import OF_GPUS
+from ep_backend.transports.mixed import MixedTransport
 
-# What is there for other machines: GPUs of one have collective as the last resort, and its CPUs' hier is cpu
-# with copies.
-ONLY_WHEN_ASKED = {"cuda": ("collective",), "cpu": ("hier",)}
+# What is there for other machines: GPUs of one have collective as the last resort, mixed is for GPUs of which
+# only some reach each other, and hier on one machine's CPUs is cpu with copies.
+ONLY_WHEN_ASKED = {"cuda": ("collective", MixedTransport.name), "cpu": ("hier",)}
 BASELINE = {"cpu": "gloo", "cuda": "nccl"}  # plain collectives
 PEERS = {"cpu": ("gloo",), "cuda": ("nccl", "flashinfer")}
 

@@ -79,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
     add("--transports", type=list_of(str), metavar="A[,B...]", help=transports)
     peers = "what others do, to compare with (nccl, on cpu gloo); also flashinfer, or none"
     add("--peers", type=list_of(str), metavar="A[,B...]", help=peers)
-    sms = "SMs that transports peer and host may use (all); each number is measured"
+    sms = "SMs that transports peer, mixed and host may use (all); each number is measured"
     add("--num-sms", type=list_of(whole(1)), metavar="N[,N...]", help=sms)
     add("--routing", choices=ROUTINGS, default="uniform", help="how tokens choose experts")
     add("--warmup", type=whole(0), default=8, metavar="N", help="exchanges before the timed ones")
@@ -133,7 +133,7 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
     chosen = args.transports or contenders.defaults(args.device)
     peers = _peers(args.peers, contenders.PEERS[args.device])
     if args.num_sms is not None and not OF_GPUS & set(chosen):
-        raise EpConfigError("--num-sms is for transports peer and host, which are not to be measured")
+        raise EpConfigError("--num-sms is for transports peer, mixed and host, which are not to be measured")
     common = Settings(
         device=args.device,
         ranks=ranks or CPU_RANKS,

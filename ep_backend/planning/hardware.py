@@ -207,7 +207,9 @@ _LINKS = (
 LINKS = {link.name: link for link in _LINKS}
 
 _WITHOUT_P2P = ("pcie5-host", "consumer", "consumer-memcpy", "pcie4-host")
-_AS_IF_NONE = "planned as if no pair of GPUs reached each other"
+_AS_IF_NONE = (
+    "planned as if no pair of GPUs reached each other (transport host; mixed, which is used, has no formula)"
+)
 PLACES = {
     "nvl72": Place(links=("nvlink5",), most_gpus=72),
     "nvswitch": Place(links=("nvlink4", "nvlink5")),

@@ -121,6 +121,8 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
     one_machine = gpus <= place.most_gpus and bool(place.links or profile.name == "cpu")
     transports = profile.transport.inside if one_machine else profile.transport.across
     for name in transports:
+        if name == "mixed":
+            continue  # no formula: planned as if no pair reached each other, which the place's note says
         if name == "host" and link is not None and link.staging is None:
             continue  # peers reach each other; host is what the profile falls back on if they do not
         add(f"EP over {name}", direct, *_transport(name, shape, profile, link, gpus, tokens, dtype))

@@ -150,11 +150,11 @@ class GpuCollectiveTransport(GpuTransport):
             self.traffic.dispatched_rows += (self._world - 1) * call.slots
         self._open[call.channel] = exchange
 
-    def dispatch_recv(self, channel: int, slots: int) -> Received:
+    def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
         exchange = self._opened(channel)
         self._finish(exchange, "dispatch", channel)
         exchange.arrived = True
-        return super().dispatch_recv(channel, slots)
+        return super().dispatch_recv(channel, slots, rows)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         exchange = self._opened(channel)

@@ -37,13 +37,15 @@ LAYOUT_BLOCKS_PER_SM = 8  # as many as there is room for: copying needs many loa
 @dataclass(frozen=True)
 class Windows:
     """All ranks' windows as this rank's GPU sees them, and the memory behind its own, as bytes: its window,
-    or its copies if windows are in host memory. ``staged``: those of others are a staging window of this GPU
-    (csrc/kernels/cuda/types.h). ``keep``: what must live as long; ``release``: called once,
-    when no kernel uses the windows any more."""
+    or its copies if windows are in host memory. ``direct``: with other windows in host memory, the ranks
+    whose windows are in GPU memory, itself among them; ``own`` is a whole window then. ``staged``: those of
+    others are a staging window of this GPU (csrc/kernels/cuda/types.h). ``keep``: what must live as long;
+    ``release``: called once, when no kernel uses the windows any more."""
 
     addresses: Sequence[int]
     own: torch.Tensor
     copies: bool = False
+    direct: Sequence[int] = ()
     staged: bool = False
     keep: Any = None
     release: Callable[[], Any] = lambda: None
@@ -119,7 +121,8 @@ class GpuTransport(Transport):
                 self._device.index,
                 list(config.expert_ranks(self._world)),
                 list(windows.addresses),
-                windows.own.data_ptr() if windows.copies else 0,
+                windows.own.data_ptr() if windows.copies or windows.direct else 0,
+                list(windows.direct),
                 windows.staged,
             )
         )

@@ -32,6 +32,19 @@ class HostTransport(GpuTransport):
     name = "host"
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
+        mapped = self._share_host_windows(group)
+        copy_bytes = self._config.num_channels * ops.window_layout(shape)[-1]
+
+        def make_copies() -> torch.Tensor:
+            copies = torch.zeros(copy_bytes, dtype=torch.uint8, device=self._device)
+            torch.cuda.synchronize(self._device)
+            return copies
+
+        copies, _ = rendezvous.together(group, make_copies)
+        return Windows(mapped.addresses, copies, copies=True, keep=mapped, release=mapped.release)
+
+    def _share_host_windows(self, group: dist.ProcessGroup | None) -> Pinned:
+        """Collective; zeroed on return."""
         share, addresses = rendezvous.together(
             group,
             lambda: WindowShare(self.window_bytes, self._rank, self._world, self._config.timeout()),
@@ -44,15 +57,7 @@ class HostTransport(GpuTransport):
 
         # The owner takes the pages, near its GPU, before others pin them.
         windows, _ = rendezvous.together(group, map_all)
-        copy_bytes = self._config.num_channels * ops.window_layout(shape)[-1]
-
-        def pin() -> tuple[_Pinned, torch.Tensor]:
-            copies = torch.zeros(copy_bytes, dtype=torch.uint8, device=self._device)
-            torch.cuda.synchronize(self._device)
-            return _Pinned(windows, self._device), copies
-
-        (pinned, copies), _ = rendezvous.together(group, pin)
-        return Windows(pinned.addresses, copies, copies=True, keep=pinned, release=pinned.release)
+        return rendezvous.together(group, lambda: Pinned(windows, self._device))[0]
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def near(device: torch.device) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-class _Pinned:
+class Pinned:
     """Windows pinned for the GPUs of this process, until ``release`` is called or nobody has them any more.
     Raises EpConfigError if CUDA refuses."""
 

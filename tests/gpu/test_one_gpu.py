@@ -22,6 +22,14 @@ CONFIGS = {
     "fp8 by the caller": {"payload": torch.float8_e4m3fn},
     "opaque": {"payload": torch.uint8, "payload_bytes": 272, "scale_bytes": 20},
 }
+PARTS = (
+    ((0, 1), (2, 3)),
+    ((0,), (1,), (2,), (3,)),
+    ((0, 1, 2), (3,)),
+    ((1, 3), (0, 2)),
+    ((0, 1, 2, 3),),
+    ((0, 1, 2), (3, 4), (5,)),
+)
 # 4 tokens a chunk, by bulk copies, which the kernels would not choose for few tokens.
 BULK = (4, 1, 4, 1)
 # Kernels of several ranks are under way at the same time, so each stream needs a hardware queue of its own.
@@ -61,10 +69,10 @@ def config(more, world, **common):
     return ep.EpConfig(**{**usual, **more, **common, "transport": "peer"})
 
 
-def exchanges_job(rank, group, config, world, cases, plan):
+def exchanges_job(rank, group, config, world, cases, plan, parts=()):
     """The cases in halves and, where every rank has a stream of its own, whole in turns."""
     wrong, chance = [], random.Random(world)
-    with local_ranks(config, world, plan=plan) as comms:
+    with local_ranks(config, world, plan=plan, parts=parts) as comms:
         on = streams(comms)
         # A whole compact dispatch waits for the GPU on the host, before the next rank's has been launched.
         may_be_whole = world <= MOST_STREAMS and config.layout != "compact"
@@ -97,6 +105,44 @@ CASES = (
 def test_same_bits_as_the_reference(process, world, plan, name, layout):
     more = config(CONFIGS[name], world, layout=layout)
     (wrong,) = process.run(exchanges_job, more, world, CASES, plan, timeout=120)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_some_reach_each_other_and_others_do_not(process, parts, name, layout):
+    """Rows inside a part go to the GPU's window, between parts through host memory."""
+    world = sum(map(len, parts))
+    more = config(CONFIGS[name], world, layout=layout)
+    (wrong,) = process.run(exchanges_job, more, world, CASES, (), parts, timeout=120)
+    assert wrong == []
+
+
+def left_open_job(rank, group, config, parts):
+    """Exchanges that nobody combines, at every point where one can be left; the next one must be right."""
+    wrong = []
+    with local_ranks(config, 4, parts=parts) as comms:
+        device = comms[0].device
+        for point in ("sent", "received", "returned"):
+            x = torch.ones(6, config.hidden_size, dtype=config.payload, device=device)
+            ids = torch.arange(config.top_k, device=device).expand(6, -1)
+            weights = torch.ones(6, config.top_k, device=device)
+            handles = [comm.dispatch_send(x, ids, weights, tokens_per_rank=6) for comm in comms]
+            received = []
+            if point != "sent":
+                received = [c.dispatch_recv(handle) for c, handle in zip(comms, handles, strict=True)]
+            if point == "returned":
+                for comm, rows, handle in zip(comms, received, handles, strict=True):
+                    comm.combine_send(rows.rows, handle)
+            found = differences(comms, tokens=[5, 0, 7, 3], slots=7, on=streams(comms), whole=True)
+            wrong += [(point, text) for text in found]
+    return wrong
+
+
+def test_exchanges_left_open(process):
+    wanted = config({"payload": torch.bfloat16}, 4)
+    (wrong,) = process.run(left_open_job, wanted, PARTS[0], timeout=60)
     assert wrong == []
 
 

@@ -92,7 +92,10 @@ def test_fp8_is_made_inside_dispatch_on_gpus_and_before_it_on_cpus(four_gpus):
     [
         (("--ranks", "5"), "--ranks 5, but PyTorch finds 4 GPUs here"),
         (("--transports", "cpu"), "'cpu' is none of collective, peer"),
-        (("--transports", "collective", "--num-sms", "8"), "--num-sms is for transports peer and host"),
+        (
+            ("--transports", "collective", "--num-sms", "8"),
+            "--num-sms is for transports peer, mixed and host",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_gpus(four_gpus, arguments, words):
@@ -130,7 +133,7 @@ def test_lists_and_the_number_of_ranks():
         (("--hidden", "100"), None, "200 bytes; a multiple of 16"),
         (("--topk", "8", "--experts", "16", "--routing", "one_rank"), None, "rank 0 holds 4 experts"),
         (("--dtype", "fp8", "--hidden", "64"), None, "multiple of 128"),
-        (("--num-sms", "8"), None, "--num-sms is for transports peer and host"),
+        (("--num-sms", "8"), None, "--num-sms is for transports peer, mixed and host"),
         (("--transports", "gloo"), None, "'gloo' is none of"),
         (("--peers", "nccl"), None, "--peers: 'nccl' is none of gloo, none"),
         (("--peers", "none,gloo"), None, "none, or some"),

@@ -53,7 +53,7 @@ def test_broken_peer_access_names_the_pairs_and_the_cure():
     mended = only(examined(gpus(2, nvlink=none, works=none)), "failed").next
     assert "iommu" not in mended
     assert "engines with this library's plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export" in mended
-    assert finding.why.endswith("ep_backend uses transport host here")
+    assert finding.why.endswith("ep_backend uses transport mixed here")
 
 
 def test_pairs_that_are_not_used_do_not_matter():

@@ -33,7 +33,7 @@ def pinned(monkeypatch):
 
 
 def test_windows_are_pinned_until_they_are_released(pinned):
-    windows = host._Pinned([anonymous(SIZE) for _ in range(2)], torch.device("cuda", 0))
+    windows = host.Pinned([anonymous(SIZE) for _ in range(2)], torch.device("cuda", 0))
     assert windows.addresses == [address + 1 for address in pinned]
     assert len(pinned) == 2
     windows.release()
@@ -43,7 +43,7 @@ def test_windows_are_pinned_until_they_are_released(pinned):
 
 def test_windows_that_nobody_has_are_not_pinned(pinned):
     """As after a start that failed on this rank."""
-    windows = host._Pinned([anonymous(SIZE)], torch.device("cuda", 0))
+    windows = host.Pinned([anonymous(SIZE)], torch.device("cuda", 0))
     assert len(pinned) == 1
     del windows
     gc.collect()
@@ -52,5 +52,5 @@ def test_windows_that_nobody_has_are_not_pinned(pinned):
 
 def test_what_cannot_be_pinned_leaves_nothing(pinned):
     with pytest.raises(EpConfigError, match=r"0 MiB of the host's memory cannot be pinned .*out of memory"):
-        host._Pinned([anonymous(SIZE) for _ in range(3)], torch.device("cuda", 0))
+        host.Pinned([anonymous(SIZE) for _ in range(3)], torch.device("cuda", 0))
     assert pinned == []

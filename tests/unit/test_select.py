@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from machines import (
     EVERYTHING,
     KNOWN,
+    broken,
     cpu_rank,
     fabric_machine,
     gpu_machine,
@@ -22,6 +23,7 @@ from machines import (
 )
 
 from ep_backend.errors import EpConfigError
+from ep_backend.facts import parts
 from ep_backend.probe import Record, probe
 from ep_backend.select import apply_env, check_agreement, decide, gather, select, unmet
 
@@ -123,6 +125,57 @@ def test_gpus_that_nobody_describes_are_not_taken_for_a_cpu_machine():
     assert decide([cpu_rank(device="cuda:0"), cpu_rank(device="cuda:1")]).transport == "host"
 
 
+def test_which_ranks_reach_each_other():
+    assert parts(gpu_machine(4, nvlink=pairs)) == ((0, 1), (2, 3))
+    assert parts(partial_machine(6)) == ((0, 1), (2, 3), (4, 5))
+    assert parts(gpu_machine(4)) == parts(pcie_machine(4)) == ((0, 1, 2, 3),)
+    assert parts(pcie_machine(3, works=None)) == parts(pcie_machine(3, works=False)) == ((0,), (1,), (2,))
+    assert parts([cpu_rank(device="cuda:0"), cpu_rank(device="cuda:1")]) == ((0,), (1,))
+    # GPUs count, whatever the ranks' order; a pair that failed has no part, whatever NVML says of its NVLink
+    machine = gpu_machine(4, nvlink=pairs)
+    assert parts([machine[2], machine[0], machine[3], machine[1]]) == ((1, 3), (0, 2))
+    assert parts(one_bad_pair(machine)) == ((0,), (1,), (2, 3))
+
+
+def test_a_gpu_that_reaches_only_some_of_a_part_is_left_out():
+    def path(a, b):
+        return b == a + 1
+
+    assert parts(gpu_machine(4, nvlink=path)) == ((0, 1), (2, 3))
+    assert parts(gpu_machine(3, nvlink=path)) == ((0, 1), (2,))
+    assert parts(one_bad_pair(pcie_machine(4))) == ((0, 2, 3), (1,))
+
+
+def test_parts_grow_from_nvlink():
+    """Between 1 and 2 is NVLink; 0 reaches 1 over PCIe alone, and not 2."""
+    machine = gpu_machine(3, nvlink=lambda a, b: (a, b) == (1, 2))
+    links = list(machine[0].links)
+    links[0] = msgspec.structs.replace(links[0], peer_works=True)
+    records = [msgspec.structs.replace(record, links=tuple(links)) for record in machine]
+    assert parts(records) == ((0,), (1, 2))
+    decision = decide(records)
+    assert decision.transport == "mixed"
+    assert "from GPU to GPU between GPUs 1, 2, and" in decision.reason
+
+
+def test_no_pair_is_used_directly_where_the_user_forbids_it():
+    environment = {"EP_BACKEND_PEER_ACCESS": "0"}
+    records = gpu_machine(4, nvlink=pairs, environment=environment)
+    decision = decide(records)
+    assert decision.transport == "host"
+    assert "passed over: mixed, because EP_BACKEND_PEER_ACCESS=0 forbids it" in decision.reason
+    with pytest.raises(EpConfigError, match="asks for transport 'mixed', but EP_BACKEND_PEER_ACCESS=0"):
+        decide(records, "mixed")
+
+
+def test_mixed_can_be_asked_for():
+    assert decide(gpu_machine(2), "mixed").transport == "mixed"
+    with pytest.raises(EpConfigError, match="asks for transport 'mixed', but no two of its GPUs"):
+        decide(pcie_machine(2, works=False), "mixed")
+    with pytest.raises(EpConfigError, match="asks for transport 'mixed', but the ranks share no memory"):
+        decide(two(gpu_machine, 2), "mixed")
+
+
 def test_mig_slices_have_no_links():
     decision = decide(gpu_machine(2, device="MIG-1", used=[0]) + gpu_machine(2, device="MIG-2", used=[0]))
     assert decision.profile is None
@@ -159,10 +212,13 @@ MACHINES = [
     ("NVL72 tray", fabric_machine(), "nvl72", "peer", "peer", FABRIC, "fabric is true"),
     ("NVL72 trays", two(fabric_machine, 4), "nvl72", "collective", "collective", FABRIC,
      "peer, because this version maps GPU memory inside one machine only"),
-    ("2 NVLink pairs", gpu_machine(4, nvlink=pairs), "nvlink_pairs", "host", "host",
-     {"NCCL_P2P_LEVEL": "NVL", **NO_IB}, "nvlink is some"),
-    ("2 NVLink pairs and a port", gpu_machine(4, nvlink=pairs, **HCA), "nvlink_pairs", "host", "host",
+    ("2 NVLink pairs", gpu_machine(4, nvlink=pairs), "nvlink_pairs", "mixed", "mixed",
+     {"NCCL_P2P_LEVEL": "NVL", **NO_IB},
+     "from GPU to GPU between GPUs 0, 1 and between GPUs 2, 3, and through host memory everywhere else."),
+    ("2 NVLink pairs and a port", gpu_machine(4, nvlink=pairs, **HCA), "nvlink_pairs", "mixed", "mixed",
      {"NCCL_P2P_LEVEL": "NVL"}, "nvlink is some"),
+    ("2 NVLink pairs, both broken", broken(gpu_machine(4, nvlink=pairs), pairs), "nvlink_pairs", "host",
+     "host", {"NCCL_P2P_LEVEL": "NVL", **NO_IB}, "passed over: mixed, because no two of its GPUs"),
     ("8 H100 PCIe", pcie_machine(8), "pcie_p2p", "peer", "peer",
      {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "nvlink is none, peer_access is all"),
     ("8 H100 PCIe and a port", pcie_machine(8, **HCA), "pcie_p2p", "peer", "peer",
@@ -181,11 +237,11 @@ MACHINES = [
     ("two machines with ports, peer access behind switches only",
      two(partial_machine, 4, **HCA), "pcie_rdma", "collective", "collective",
      {"NCCL_P2P_LEVEL": "PIX", **PCIE}, "hca is true"),
-    ("peer access behind switches only", partial_machine(4), "pcie_partial", "host", "host",
+    ("peer access behind switches only", partial_machine(4), "pcie_partial", "mixed", "mixed",
      {"NCCL_P2P_LEVEL": "PIX", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-2"),
     ("peer access in one NUMA node only", partial_machine(4, near="NODE"), "pcie_partial",
-     "host", "host", {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "peer_access is some"),
-    ("one bad pair among eight", one_bad_pair(pcie_machine(8)), "pcie_partial", "host", "host",
+     "mixed", "mixed", {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "peer_access is some"),
+    ("one bad pair among eight", one_bad_pair(pcie_machine(8)), "pcie_partial", "mixed", "mixed",
      {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "failed between GPU-node0-0 and GPU-node0-1."),
     ("RTX PRO 6000 Blackwell workstation", pcie_machine(2, works=False, ancestor="PHB"), "pcie_blackwell",
      "host", "host", {"NCCL_P2P_LEVEL": "LOC", **PCIE, **NO_IB}, "peer_access is none"),

@@ -130,7 +130,8 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
         const char* mine = nullptr;
         if (keeps_own<Y, Wire>(a))
             mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * a.hidden * (Y::kWords * 2);
-        reduce_row<Wire, Out, kReduceLoads>(v, a, token, route, mine, piece.begin + place, step, piece.end);
+        reduce_row<Wire, Out, kReduceLoads, true>(v, a, token, route, mine, piece.begin + place, step,
+                                                  piece.end);
     }
 }
 

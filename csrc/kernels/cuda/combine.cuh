@@ -16,22 +16,22 @@ __device__ inline RankSet load_route(const View& v, int64_t token) {
 }
 
 // One row: fp32, in order of rank, rounded once. From `begin` to `end`, in steps, in units of eight elements.
-// `mine`, if not null, is this rank's own part, which then was not sent.
-template <class Wire, class Out, int kLoads>
+// `mine`, if not null, is this rank's own part, which then was not sent. `kMailed`: there may be a mailbox.
+template <class Wire, class Out, int kLoads, bool kMailed>
 __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, const RankSet& route,
                            const char* mine, int begin, int step, int end) {
     constexpr int kAhead = 4;                         // rows whose loads are issued before the first is added
     constexpr int kWide = kLoads / 4 / Wire::kWords;  // units of eight elements at a time
     const int64_t rank_stride = v.layout.shape.max_tokens * v.layout.shape.wire_bytes;
     constexpr int kBytes = Wire::kWords * 16;  // of eight elements
-    const char* const rows = v.mailbox + v.layout.combine_row(v.channel, 0, token);
+    const int64_t rows = v.layout.combine_row(v.channel, 0, token);
     char* const out = a.out + token * a.hidden * (Out::kWords * 2);
 #pragma unroll 1
     for (int e = begin; e < end; e += step * kWide) {
         Eight sum[kWide]{};
 #pragma unroll 1
         for (int r = 0; r < v.world; r += kAhead) {
-            const uint32_t has = route.from(r);
+            const uint32_t has = route.from(r), mailed = kMailed ? v.mailed[r / 32] >> (r % 32) : 0;
             uint4 part[kAhead][kWide * Wire::kWords];
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
@@ -43,7 +43,9 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
                             for (int j = 0; j < Wire::kWords; ++j)
                                 if (has_word<Wire>(a.hidden, e + k * step, j))
                                     part[i][k * Wire::kWords + j] = ptx::load_row(
-                                        (mine && r + i == v.rank ? mine : rows + (r + i) * rank_stride) +
+                                        (mine && r + i == v.rank ? mine
+                                                                 : (mailed >> i & 1 ? v.mailbox : v.returns) +
+                                                                       rows + (r + i) * rank_stride) +
                                         static_cast<int64_t>(e + k * step) * kBytes + j * 16);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)

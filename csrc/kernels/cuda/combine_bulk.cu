@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             const char* mine = nullptr;
             if (a.send)
                 mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * v.layout.shape.wire_bytes;
-            reduce_row<Wire, Out, 8>(v, a, token, route, mine, eighths * part / kParts + lane, 32,
-                                     eighths * (part + 1) / kParts);
+            reduce_row<Wire, Out, 8, false>(v, a, token, route, mine, eighths * part / kParts + lane, 32,
+                                            eighths * (part + 1) / kParts);
             __syncwarp();
         }
     }

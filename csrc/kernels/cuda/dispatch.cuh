@@ -110,7 +110,7 @@ __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, in
             const char* const from = inbox(v, source);
             id = reinterpret_cast<const int32_t*>(from + v.layout.id_row(v.channel, slot))[k];
             weight = reinterpret_cast<const float*>(from + v.layout.weight_row(v.channel, slot))[k];
-            if (in_host_memory(v))  // combine reads them again
+            if (from != own(v))  // combine reads them again
                 reinterpret_cast<int32_t*>(own(v) + v.layout.id_row(v.channel, slot))[k] = id;
         }
         const bool local = is_local(v, id);
@@ -154,7 +154,7 @@ __device__ inline Piece scales_of(const View& v, Piece piece) {
     return {piece.begin * scales / words, piece.end * scales / words};
 }
 
-// Windows in host memory: the block brings a chunk's flags, rows and scales to this GPU, where experts read
+// What came by the mailbox: the block brings a chunk's flags, rows and scales to this GPU, where experts read
 // them. Ids have been brought before, unless rows are cut: they come with a row's first segment, and the
 // others are fetched whatever the ids.
 static __device__ __noinline__ void fetch_chunk(const View& v, const DispatchArgs& a, uint64_t epoch,
@@ -167,14 +167,14 @@ static __device__ __noinline__ void fetch_chunk(const View& v, const DispatchArg
                                  chunk - token_chunk * plan.segments, plan.segments);
     if (plan.segments == 1) __syncthreads();  // ids are there
     for (int source = threadIdx.x; source < v.world; source += kThreads)
-        if (source != v.rank)  // combine reads them again
+        if (is_mailed(v, source))  // combine reads them again
             *reinterpret_cast<uint64_t*>(own(v) + v.layout.dispatch_flag(v.channel, source, chunk)) =
                 make_word(epoch, static_cast<uint32_t>(counts[source]));
     const int rows = (v.world - 1) * plan.tokens_per_chunk, parts = max(1, kWarps / max(1, rows));
     for (int i = warp; i < rows * parts; i += kWarps) {
         const int row = i / parts, part = i - row * parts, turn = plan.per_chunk.divide(row);
         const int source = turn + (turn >= v.rank), t = row - turn * plan.tokens_per_chunk;
-        if (t >= counts[source]) continue;
+        if (!is_mailed(v, source) || t >= counts[source]) continue;
         const int64_t slot = static_cast<int64_t>(source) * plan.slots + first + t;
         if (plan.segments == 1) {
             const auto* ids = reinterpret_cast<const int32_t*>(own(v) + v.layout.id_row(v.channel, slot));

@@ -66,6 +66,10 @@ int copy_blocks(const ExchangeShape& shape) {
     return static_cast<int>(shape.world > 1 ? kLinkBlocks * shape.world / (shape.world - 1) : 1 << 30);
 }
 
+bool contains(const std::vector<int64_t>& values, int64_t value) {
+    return std::find(values.begin(), values.end(), value) != values.end();
+}
+
 // Offsets in device memory.
 struct Place {
     int64_t at = 0;
@@ -166,13 +170,19 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
                      static_cast<int32_t>(r));
     const bool contiguous = usual == expert_rank && experts >= shape.world;
 
+    const bool whole = !settings.direct.empty();
     for (int64_t c = 0; c < shape.num_channels; ++c) {
         View v{};
         v.layout = WindowLayout::make(shape);
         std::copy(windows.begin(), windows.end(), v.windows);
         v.mailbox = windows[settings.rank];
         if (settings.copies)
-            v.windows[settings.rank] = settings.copies + c * v.layout.copy_bytes() - v.layout.channel(c);
+            v.windows[settings.rank] =
+                settings.copies + (whole ? 0 : c * v.layout.copy_bytes() - v.layout.channel(c));
+        for (int r = 0; r < shape.world; ++r)
+            if (settings.copies && r != settings.rank && !contains(settings.direct, r))
+                v.mailed[r / 32] |= 1u << (r % 32);
+        v.returns = whole ? v.windows[settings.rank] : v.mailbox;
         v.staged = settings.staged;
         v.word = reinterpret_cast<DeviceWord*>(device_ + words + c * kLine);
         v.error = reinterpret_cast<ErrorCell*>(device_ + error);

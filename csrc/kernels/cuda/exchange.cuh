@@ -49,7 +49,7 @@ template <class Args>
 __device__ __forceinline__ void touch(const View& v, const Args& a) {
     uint64_t all =
         static_cast<uint64_t>(v.layout.shape.world ^ v.layout.ids ^ v.layout.channels ^ v.layout.rows) ^
-        static_cast<uint32_t>(v.world ^ v.pad_id) ^ reinterpret_cast<uint64_t>(v.word);
+        (static_cast<uint32_t>(v.world ^ v.pad_id) ^ v.mailed[0]) ^ reinterpret_cast<uint64_t>(v.word);
 #pragma unroll
     for (int r = 0; r < 16; r += 4) all ^= reinterpret_cast<uint64_t>(v.windows[r]);
     const auto* words = reinterpret_cast<const uint64_t*>(&a);
@@ -64,9 +64,12 @@ __device__ inline char* own(const View& v) {
 __device__ inline bool in_host_memory(const View& v) {
     return v.mailbox != own(v);
 }
+__device__ inline bool is_mailed(const View& v, int source) {
+    return v.mailed[source / 32] >> (source % 32) & 1;
+}
 // Where a source's flags, metadata and rows for this rank are written.
 __device__ inline char* inbox(const View& v, int source) {
-    return source == v.rank ? own(v) : v.mailbox;
+    return is_mailed(v, source) ? v.mailbox : own(v);
 }
 // The source that this rank is in the window where it writes for d.
 __device__ inline int source_for(const View& v, int d) {
@@ -78,7 +81,7 @@ __device__ inline int64_t slot_for(const View& v, const Plan& plan, int d, int64
 }
 // Where a combine's rows for a rank go.
 __device__ inline char* outbox(const View& v, int d) {
-    return d == v.rank ? v.mailbox : v.windows[d];
+    return d == v.rank ? v.returns : v.windows[d];
 }
 __device__ inline int rank_of(const View& v, int expert) {
     if (v.expert_rank) return v.expert_rank[expert];
@@ -155,7 +158,7 @@ static __device__ __noinline__ bool may_wait_on(const View& v, Phase phase, uint
     error.waited_us = static_cast<int64_t>((now - *start) / 1000);
     for (int r = 0; r < v.world; ++r) {
         if (r == v.rank) continue;
-        const uint64_t abort = ptx::load_relaxed(v.mailbox + v.layout.abort_word(r));
+        const uint64_t abort = ptx::load_relaxed(inbox(v, r) + v.layout.abort_word(r));
         if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.error->floor) < 0) continue;
         read_abort_word(abort, r, error);
         fail(v, error);

@@ -29,6 +29,9 @@ struct Settings {
     // Null: windows are in GPU memory. Else they are in host memory, and this is this GPU's copy of its own,
     // one after another for each channel, `WindowLayout::copy_bytes` each.
     char* copies;
+    // Ranks that write into this GPU's memory and whose GPUs' memory this rank writes into, itself among
+    // them. If there are any, `copies` is a whole window, which they have mapped.
+    std::vector<int64_t> direct;
     // Windows of others are one of this GPU's, from which the host has everything moved: see View.
     bool staged;
 };

@@ -1,11 +1,10 @@
 #include "pair_check.h"
 
-#include <cuda.h>  // types only: the driver is found at run time
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "../../common/ptx.cuh"
+#include "driver.h"
 
 namespace ep::cuda {
 namespace {
@@ -26,27 +25,6 @@ struct Verdict {
 };
 struct PingTime {
     uint64_t ns;  // of all counted round trips; 0: an answer did not come
-};
-
-void check(cudaError_t error, const char* what) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // else the next launch would seem to have failed
-    throw std::runtime_error(std::string("ep_backend: ") + what + " failed: " + cudaGetErrorString(error));
-}
-
-// The device that was current comes back, whatever happens.
-class OnDevice {
-  public:
-    explicit OnDevice(int device) {
-        check(cudaGetDevice(&before_), "cudaGetDevice");
-        check(cudaSetDevice(device), "cudaSetDevice");
-    }
-    ~OnDevice() { cudaSetDevice(before_); }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-  private:
-    int before_ = 0;
 };
 
 // A bijection of 32 bits (the finaliser of MurmurHash3): two seeds give different words at every place, so
@@ -145,22 +123,6 @@ template <class... Kernels>
 void load(Kernels... kernels) {
     cudaFuncAttributes attributes{};
     (check(cudaFuncGetAttributes(&attributes, kernels), "loading the kernels"), ...);
-}
-
-template <class Function>
-Function* driver(const char* name) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status{};
-    check(cudaGetDriverEntryPointByVersion(name, &found, 12040, cudaEnableDefault, &status), name);
-    if (status != cudaDriverEntryPointSuccess || !found)
-        throw std::runtime_error(std::string("ep_backend: the driver has no ") + name);
-    return reinterpret_cast<Function*>(found);
-}
-
-std::string wrong(const char* what, CUresult result) {
-    const char* name = nullptr;
-    driver<decltype(::cuGetErrorName)>("cuGetErrorName")(result, &name);
-    return std::string(what) + " gives " + (name ? name : std::to_string(result));
 }
 
 void enable_access(int from, int to) {
@@ -342,29 +304,29 @@ std::string fabric_handle(int device) {
     size_t size = 0;
     CUresult result = driver<decltype(::cuMemGetAllocationGranularity)>("cuMemGetAllocationGranularity")(
         &size, &wanted, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
-    if (result != CUDA_SUCCESS) return wrong("cuMemGetAllocationGranularity", result);
+    if (result != CUDA_SUCCESS) return answer("cuMemGetAllocationGranularity", result);
     CUmemGenericAllocationHandle memory{}, imported{};
     result = driver<decltype(::cuMemCreate)>("cuMemCreate")(&memory, size, &wanted, 0);
     if (result == CUDA_ERROR_OUT_OF_MEMORY)
         throw std::runtime_error("ep_backend: cuMemCreate: out of memory");
-    if (result != CUDA_SUCCESS) return wrong("cuMemCreate", result);
+    if (result != CUDA_SUCCESS) return answer("cuMemCreate", result);
     auto* release = driver<decltype(::cuMemRelease)>("cuMemRelease");
     CUmemFabricHandle handle{};
     std::string problem;
     result = driver<decltype(::cuMemExportToShareableHandle)>("cuMemExportToShareableHandle")(
         &handle, memory, CU_MEM_HANDLE_TYPE_FABRIC, 0);
     if (result != CUDA_SUCCESS) {
-        problem = wrong("cuMemExportToShareableHandle", result);
+        problem = answer("cuMemExportToShareableHandle", result);
     } else {
         result = driver<decltype(::cuMemImportFromShareableHandle)>("cuMemImportFromShareableHandle")(
             &imported, &handle, CU_MEM_HANDLE_TYPE_FABRIC);
         if (result != CUDA_SUCCESS)
-            problem = wrong("cuMemImportFromShareableHandle", result);
+            problem = answer("cuMemImportFromShareableHandle", result);
         else if ((result = release(imported)) != CUDA_SUCCESS)
-            problem = wrong("cuMemRelease", result);
+            problem = answer("cuMemRelease", result);
     }
     result = release(memory);
-    if (result != CUDA_SUCCESS && problem.empty()) problem = wrong("cuMemRelease", result);
+    if (result != CUDA_SUCCESS && problem.empty()) problem = answer("cuMemRelease", result);
     return problem;
 }
 

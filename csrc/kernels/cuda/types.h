@@ -67,10 +67,13 @@ struct Plan {
 struct View {
     WindowLayout layout;
     char* windows[kMaxWorld];  // where this rank writes for each
-    // Where the others write for this rank: windows[rank], or else host memory. In the latter case
-    // windows[rank] is this GPU's copy of the window up to the combine rows: what this rank sends to itself,
-    // and what dispatch has received.
+    // Where `mailed` ranks write for this one: host memory, or windows[rank] if there are none. The others,
+    // this rank among them, write into windows[rank], where dispatch also brings what comes by the mailbox.
     char* mailbox;
+    uint32_t mailed[kRouteWords];  // a bit per rank
+    // Where combine's rows of the others are: windows[rank], or the mailbox if windows[rank] ends before
+    // them.
+    char* returns;
     DeviceWord* word;            // of the channel
     ErrorCell* error;            // on the GPU
     ErrorCell* host_error;       // pinned
