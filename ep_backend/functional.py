@@ -99,10 +99,12 @@ def combine(communicator: TrainingCommunicator, y: Tensor, exchange: Exchange) -
 
 
 # The operators. What their shape functions need is among their arguments, so that a compiled graph is guarded
-# by it. ``name``: of the communicator.
+# by it. ``name``: of the communicator. Which exchange is open is known on the host, so no CUDA graph may replay
+# them.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("ep_backend::training_dispatch", mutates_args=())
+@torch.library.custom_op("ep_backend::training_dispatch", mutates_args=(), tags=_TAGS)
 def _dispatch(
     x: Tensor,
     topk_ids: Tensor,
@@ -113,15 +115,19 @@ def _dispatch(
     num_rows: int | None,
     world: int,
     num_local: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``num_rows``: that will be received, None if unknown. ``num_local``: experts whose rows are counted."""
+) -> list[Tensor]:
+    """``num_rows``: that will be received, None if unknown. ``num_local``: experts whose rows are counted.
+
+    A list, not a tuple: torch 2.13's Inductor loses sight of a number of rows that only the run knows where an
+    operator with effects returns a tuple.
+    """
     got, number = communicator(name).dispatch(x, topk_ids, topk_weights, slots, channel)
     assert got.topk_ids is not None
     assert got.topk_weights is not None
     per_expert = got.rows_per_expert
     if per_expert is None or num_local == 0:
         per_expert = got.tokens_per_source.new_empty(0)
-    return got.rows, got.topk_ids, got.topk_weights, got.tokens_per_source, per_expert, torch.tensor(number)
+    return [got.rows, got.topk_ids, got.topk_weights, got.tokens_per_source, per_expert, torch.tensor(number)]
 
 
 @_dispatch.register_fake
@@ -135,19 +141,19 @@ def _(
     num_rows: int | None,
     world: int,
     num_local: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
-    return (
+    return [
         x.new_empty(rows, x.shape[1]),
         x.new_empty(rows, topk_ids.shape[1], dtype=torch.int32),
         x.new_empty(rows, topk_ids.shape[1], dtype=torch.float32),
         x.new_empty(world, dtype=torch.int32),
         x.new_empty(num_local, dtype=torch.int32),
         torch.empty((), dtype=torch.int64),
-    )
+    ]
 
 
-@torch.library.custom_op("ep_backend::training_combine", mutates_args=())
+@torch.library.custom_op("ep_backend::training_combine", mutates_args=(), tags=_TAGS)
 def _combine(
     y: Tensor, topk_ids: Tensor, number: Tensor, name: str, slots: int, channel: int, dtype: torch.dtype
 ) -> Tensor:
@@ -161,7 +167,7 @@ def _(
     return y.new_empty(topk_ids.shape[0], y.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("ep_backend::training_combine_backward", mutates_args=())
+@torch.library.custom_op("ep_backend::training_combine_backward", mutates_args=(), tags=_TAGS)
 def _combine_backward(
     gradient: Tensor,
     topk_ids: Tensor,
@@ -190,7 +196,7 @@ def _(
     return gradient.new_empty(num_rows, gradient.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("ep_backend::training_dispatch_backward", mutates_args=())
+@torch.library.custom_op("ep_backend::training_dispatch_backward", mutates_args=(), tags=_TAGS)
 def _dispatch_backward(
     gradient: Tensor, topk_ids: Tensor, number: Tensor, name: str, slots: int, channel: int
 ) -> Tensor:
@@ -202,7 +208,7 @@ def _(gradient: Tensor, topk_ids: Tensor, number: Tensor, name: str, slots: int,
     return gradient.new_empty(topk_ids.shape[0], gradient.shape[1])
 
 
-@torch.library.custom_op("ep_backend::training_weights_backward", mutates_args=())
+@torch.library.custom_op("ep_backend::training_weights_backward", mutates_args=(), tags=_TAGS)
 def _weights_backward(
     gradient: Tensor, topk_ids: Tensor, received_ids: Tensor, name: str, slots: int
 ) -> Tensor:
@@ -214,12 +220,13 @@ def _(gradient: Tensor, topk_ids: Tensor, received_ids: Tensor, name: str, slots
     return gradient.new_empty(topk_ids.shape)
 
 
-def _keep_for_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep_for_dispatch(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _, topk_ids, _, ctx.name, ctx.slots, ctx.channel, *_ = inputs
     ctx.save_for_backward(topk_ids, output[1], output[5])
 
 
-def _gradients_of_dispatch(ctx: Any, rows: Tensor, _: Any, weights: Tensor, *__: Any) -> tuple[Any, ...]:
+def _gradients_of_dispatch(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    rows, _, weights, *_ = gradients
     topk_ids, received_ids, number = ctx.saved_tensors
     of_x = of_weights = None
     if ctx.needs_input_grad[0]:

@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from ep_backend import rendezvous
 from ep_backend.communicator import Communicator, Handle
 from ep_backend.config import FLOATS, EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError
@@ -50,9 +51,9 @@ class TrainingCommunicator:
         device: torch.device | str | None = None,
         gradient_dtype: torch.dtype | None = None,
     ) -> None:
-        if wrong := _unfit(config, gradient_dtype):
-            raise EpConfigError(wrong)
+        rendezvous.together(group, lambda: _check(config, gradient_dtype))
         self.config = config
+        formats = {config.payload, config.result_dtype, config.sum_dtype}
         gradients = {name: gradient_dtype for name in ("payload", "out_dtype", "wire_dtype")}
         weights = replace(
             config,
@@ -66,12 +67,13 @@ class TrainingCommunicator:
         with contextlib.ExitStack() as made:
             self._forward = made.enter_context(Communicator(group, config, device=device))
             self._backward = self._forward
-            if gradient_dtype is not None:
+            if gradient_dtype is not None and formats != {gradient_dtype}:
                 own = Communicator(group, replace(config, **gradients), device=device)
                 self._backward = made.enter_context(own)
             self._weights = made.enter_context(Communicator(group, weights, device=device))
             self._made = made.pop_all()
         self.rank, self.world_size = self._forward.rank, self._forward.world_size
+        self.device = self._forward.device
         self.local_experts = self._forward.local_experts
         self.transport = self._forward.transport
         # An exchange is open from dispatch to combine, and again from combine's backward to dispatch's.
@@ -188,15 +190,16 @@ def _no_weights(ids: torch.Tensor) -> torch.Tensor:
     return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
 
 
-def _unfit(config: EpConfig, gradient_dtype: torch.dtype | None) -> str | None:
-    """Why gradients cannot pass through such exchanges; None if they can."""
+def _check(config: EpConfig, gradient_dtype: torch.dtype | None) -> None:
+    """Raise EpConfigError if gradients cannot pass through such exchanges."""
     if not isinstance(config, EpConfig):
-        return None  # Communicator says it on all ranks
+        raise EpConfigError(f"config is a {type(config).__name__}; an EpConfig was wanted")
     if config.payload not in FLOATS or config.quantization:
-        how = f" with quantization {config.quantization}" if config.quantization else ""
-        return f"payload is {config.payload}{how}; gradients want float32, float16 or bfloat16 as it is"
+        found = f"{config.payload}, quantization {config.quantization}"
+        raise EpConfigError(f"payload is {found}; float32, float16 or bfloat16 as it is was wanted")
     if config.layout == "expert_major":
-        return "layout is 'expert_major'; gradients want 'rank_major' or 'compact'"
+        raise EpConfigError("layout is 'expert_major'; 'rank_major' or 'compact' was wanted")
     if gradient_dtype not in (None, *FLOATS):
-        return f"gradient_dtype is {gradient_dtype}; float32, float16, bfloat16 or None was wanted"
-    return None
+        raise EpConfigError(
+            f"gradient_dtype is {gradient_dtype}; float32, float16, bfloat16 or None was wanted"
+        )
