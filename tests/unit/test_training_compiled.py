@@ -2,37 +2,40 @@
 
 import pytest
 import torch
-from gradients import config, layer, leaves, make_inputs, run_experts
+from gradients import config, leaves, make_inputs
 from harness import ranks
 
 from ep_backend import functional
 
-LAYOUTS = pytest.mark.parametrize("layout", ["rank_major", "compact"])
 COMPILE_S = 200.0  # a rank may wait for one that still compiles
+SIZES = ((4, 3), (5, 6))  # tokens per rank; the second time they become dynamic shapes
 
 
 def model(c, x, ids, weights, mine):
-    """The same exchange twice, and two that overlap on two channels."""
+    """The same exchange twice, and two that overlap on two channels; experts that are quickly compiled."""
+
+    def opened(channel):
+        return functional.dispatch(c, x, ids, weights, channel=channel)
+
+    def returned(received, exchange):
+        y = (received.rows @ mine.sum(0)).float() * received.topk_weights.sum(1, keepdim=True)
+        return functional.combine(c, torch.tanh(y), exchange)
+
     # Equal calls: a compiler that took them for functions would make one of them, or drop the second.
-    x = layer(c, x, ids, weights, mine) + layer(c, x, ids, weights, mine)
-    opened = [functional.dispatch(c, x, ids, weights, channel=channel) for channel in (0, 1)]
-    total = x
-    for received, exchange in opened:
-        y = run_experts(mine, received.rows, received.topk_ids, received.topk_weights)
-        total = total + functional.combine(c, y, exchange)
-    return total
+    x = returned(*opened(0)) + returned(*opened(0)) + x
+    first, second = opened(0), opened(1)
+    return returned(*first) * returned(*second)
 
 
-def compiled_job(rank, group, layout, backend, payload):
-    cfg = config(layout=layout, num_experts=3, num_channels=2, payload=payload, timeout_s=COMPILE_S)
+def compiled_job(rank, group, backend, layout, payload, sizes):
+    cfg = config(layout=layout, num_channels=2, payload=payload, timeout_s=COMPILE_S)
     found = []
     with (
         torch._dynamo.config.patch(capture_dynamic_output_shape_ops=layout == "compact"),
         functional.TrainingCommunicator(group, cfg) as c,
     ):
         compiled = torch.compile(model, fullgraph=True, backend=backend)
-        # Other numbers of tokens, which differ among ranks, make dynamic shapes of them.
-        for tokens in ((4, 3), (5, 6)):
+        for tokens in sizes:
             inputs, matrices = make_inputs(cfg, tokens, sum(tokens))
             for function in (model, compiled):
                 x, ids, weights, toward, mine = leaves(c, inputs, matrices)
@@ -44,17 +47,18 @@ def compiled_job(rank, group, layout, backend, payload):
 
 
 @pytest.mark.parametrize(
-    ("backend", "payload", "tolerance"),
+    ("backend", "layout", "payload", "sizes", "tolerance"),
     [
-        ("aot_eager", torch.float32, 1e-6),
-        ("inductor", torch.float32, 1e-4),
-        ("inductor", torch.bfloat16, 0.05),
+        ("aot_eager", "compact", torch.float32, SIZES, 1e-6),
+        ("aot_eager", "rank_major", torch.bfloat16, SIZES, 1e-6),
+        ("inductor", "compact", torch.float32, SIZES[:1], 1e-4),
+        ("inductor", "rank_major", torch.float32, SIZES[:1], 1e-4),
     ],
 )
-@LAYOUTS
-def test_compiled_equals_eager(layout, backend, payload, tolerance):
-    for found in ranks(2).run(compiled_job, layout, backend, payload, timeout=COMPILE_S):
-        for eager, compiled in (found[:2], found[2:]):
+def test_compiled_equals_eager(backend, layout, payload, sizes, tolerance):
+    results = ranks(2).run(compiled_job, backend, layout, payload, sizes, timeout=COMPILE_S)
+    for found in results:
+        for eager, compiled in zip(found[::2], found[1::2], strict=True):
             for want, got in zip(eager, compiled, strict=True):
                 assert got.dtype == want.dtype
                 assert float((got - want).abs().max()) <= tolerance * float(want.abs().max())
@@ -88,6 +92,6 @@ def operators_job(rank, group, layout):
     return True
 
 
-@LAYOUTS
+@pytest.mark.parametrize("layout", ["rank_major", "compact"])
 def test_operators(layout):
     assert all(ranks(1).run(operators_job, layout))
