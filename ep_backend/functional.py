@@ -60,7 +60,9 @@ def dispatch(
     ranks: in those of ``topk_weights``, whatever stands where the received id is ``pad_id`` does not count.
     """
     if not isinstance(communicator, TrainingCommunicator):
-        raise EpArgumentError(f"communicator is a {type(communicator).__name__}; a TrainingCommunicator was wanted")
+        raise EpArgumentError(
+            f"communicator is a {type(communicator).__name__}; a TrainingCommunicator was wanted"
+        )
     config = communicator.config
     slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
     compact = config.layout == "compact"
@@ -99,8 +101,8 @@ def combine(communicator: TrainingCommunicator, y: Tensor, exchange: Exchange) -
 
 
 # The operators. What their shape functions need is among their arguments, so that a compiled graph is guarded
-# by it. ``name``: of the communicator. Which exchange is open is known on the host, so no CUDA graph may replay
-# them.
+# by it. ``name``: of the communicator. Which exchange is open is known on the host, so no CUDA graph may
+# replay them.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -118,8 +120,8 @@ def _dispatch(
 ) -> list[Tensor]:
     """``num_rows``: that will be received, None if unknown. ``num_local``: experts whose rows are counted.
 
-    A list, not a tuple: torch 2.13's Inductor loses sight of a number of rows that only the run knows where an
-    operator with effects returns a tuple.
+    A list, not a tuple: torch 2.13's Inductor loses sight of a number of rows that only the run knows where
+    an operator with effects returns a tuple.
     """
     got, number = communicator(name).dispatch(x, topk_ids, topk_weights, slots, channel)
     assert got.topk_ids is not None
@@ -244,9 +246,7 @@ def _keep_for_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _gradients_of_combine(ctx: Any, out: Tensor) -> tuple[Any, ...]:
     topk_ids, number = ctx.saved_tensors
-    of_y = _combine_backward(
-        out, topk_ids, number, ctx.name, ctx.slots, ctx.channel, ctx.num_rows, ctx.dtype
-    )
+    of_y = _combine_backward(out, topk_ids, number, ctx.name, ctx.slots, ctx.channel, ctx.num_rows, ctx.dtype)
     return of_y, None, None, None, None, None, None
 
 

@@ -35,11 +35,11 @@ def communicator(name: str) -> TrainingCommunicator:
 class TrainingCommunicator:
     """The communicators that ``functional.dispatch`` and ``combine`` use, forward and backward.
 
-    Made by all ranks of ``group`` together; ``group``, ``config`` and ``device`` as for ``Communicator``, with
-    a float payload that is not quantised and the layout "rank_major" or "compact". ``gradient_dtype``: number
-    format in which gradients of rows travel and are summed. None: those of the rows, ``config.payload``
-    towards the experts and ``config.wire_dtype`` back, through the same windows; another format has windows
-    of its own. Gradients of top-k weights travel in float32, through small windows of their own. Raises
+    Made by all ranks of ``group`` together; ``group``, ``config`` and ``device`` as for ``Communicator``,
+    with a float payload that is not quantised and the layout "rank_major" or "compact". ``gradient_dtype``:
+    number format in which gradients of rows travel and are summed. None: those of the rows,
+    ``config.payload`` towards the experts and ``config.wire_dtype`` back, through the same windows; another
+    format has windows of its own. Gradients of top-k weights travel in float32, through small windows of their own. Raises
     EpConfigError on every rank if any rank cannot start or has other arguments.
     """
 
@@ -54,7 +54,6 @@ class TrainingCommunicator:
         rendezvous.together(group, lambda: _check(config, gradient_dtype))
         self.config = config
         formats = {config.payload, config.result_dtype, config.sum_dtype}
-        gradients = {name: gradient_dtype for name in ("payload", "out_dtype", "wire_dtype")}
         weights = replace(
             config,
             hidden_size=-(-config.top_k // WEIGHT_ROW_MULTIPLE) * WEIGHT_ROW_MULTIPLE,
@@ -68,7 +67,10 @@ class TrainingCommunicator:
             self._forward = made.enter_context(Communicator(group, config, device=device))
             self._backward = self._forward
             if gradient_dtype is not None and formats != {gradient_dtype}:
-                own = Communicator(group, replace(config, **gradients), device=device)
+                gradients = replace(
+                    config, payload=gradient_dtype, out_dtype=gradient_dtype, wire_dtype=gradient_dtype
+                )
+                own = Communicator(group, gradients, device=device)
                 self._backward = made.enter_context(own)
             self._weights = made.enter_context(Communicator(group, weights, device=device))
             self._made = made.pop_all()
@@ -139,9 +141,9 @@ class TrainingCommunicator:
     ) -> torch.Tensor:
         """The gradient of ``dispatch``'s x: the sum of the gradients of a token's rows, a combine.
 
-        ``gradient``: [R, hidden] of the payload's dtype. Returns [M, hidden] of it. Where ``combine_backward``
-        left no exchange open (the rows went to no ``combine``, or the channel was used in between), rows of
-        zeros are dispatched first.
+        ``gradient``: [R, hidden] of the payload's dtype. Returns [M, hidden] of it. Where
+        ``combine_backward`` left no exchange open (the rows went to no ``combine``, or the channel was used
+        in between), rows of zeros are dispatched first.
         """
         handle = _of(self._open_gradients, channel, number)
         if handle is None:
@@ -159,7 +161,7 @@ class TrainingCommunicator:
         what stands where they are ``pad_id`` does not count.
         """
         top_k, width = self.config.top_k, self._weights.config.hidden_size
-        received, handle = self._weights.dispatch(
+        _, handle = self._weights.dispatch(
             gradient.new_zeros(ids.shape[0], width), ids, _no_weights(ids), tokens_per_rank=slots
         )
         rows = gradient.new_zeros(gradient.shape[0], width)

@@ -62,10 +62,12 @@ def batches(options: Options) -> Iterator[torch.Tensor]:
 def train(
     options: Options, shares: int, group: dist.ProcessGroup | None = None, device: str = "cpu"
 ) -> list[float]:
-    """Train for ``options.steps`` steps; return the loss of each. ``group``: the ranks, None for one alone."""
+    """Train for ``options.steps`` steps; return the loss of each. ``group``: the ranks, None for one."""
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if shares % world or options.batch_tokens // options.sequence % shares:
-        raise SystemExit(f"{shares} shares of a batch do not suit {world} ranks, or its sequences do not suit them")
+        raise SystemExit(
+            f"{shares} shares of a batch do not suit {world} ranks, or its sequences do not suit them"
+        )
     torch.manual_seed(options.seed)
     model = make_model(options, PreTrainedTokenizerFast.from_pretrained(HERE))
     communicator = None

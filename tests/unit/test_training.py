@@ -68,7 +68,7 @@ def weights_job(rank, group, more):
 
 @LAYOUTS
 def test_gradcheck(layout):
-    """Numerical and analytical Jacobians. Rows in float64 are no payload: float32, and steps so large that its
+    """Numerical and analytical Jacobians. float64 is no payload: float32, and steps so large that its
     rounding does not count, which is exact for maps that are linear in each input."""
     assert all(ranks(2).run(gradcheck_job, layout, timeout=120))
 
@@ -131,7 +131,8 @@ def alive_job(rank, group, layout, channels):
         for _ in range(3):
             if channels == 1:
                 states = [
-                    layer(c, h, part[1], w, mine) + h for h, part, w in zip(states, parts, weights, strict=True)
+                    layer(c, h, part[1], w, mine) + h
+                    for h, part, w in zip(states, parts, weights, strict=True)
                 ]
                 continue
             received = [
@@ -241,7 +242,9 @@ def refused_job(rank, group):
     inputs, matrices = make_inputs(config(), (4, 4), 4)
     with functional.TrainingCommunicator(group, config()) as c:
         x, ids, weights, toward, mine = leaves(c, inputs, matrices)
-        assert "TrainingCommunicator" in refused(ep.EpArgumentError, functional.dispatch, None, x, ids, weights)
+        assert "TrainingCommunicator" in refused(
+            ep.EpArgumentError, functional.dispatch, None, x, ids, weights
+        )
         assert "channel" in refused(ep.EpArgumentError, functional.dispatch, c, x, ids, weights, channel=1)
         out = layer(c, x, ids, weights, mine)
         received, exchange = functional.dispatch(c, x, ids, weights)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from gradients import config, leaves, make_inputs
 from harness import ranks
+from torch._dynamo.backends.common import aot_autograd
 
 from ep_backend import functional
 
@@ -21,7 +23,7 @@ def model(c, x, ids, weights, mine):
         y = (received.rows @ mine.sum(0)).float() * received.topk_weights.sum(1, keepdim=True)
         return functional.combine(c, torch.tanh(y), exchange)
 
-    # Equal calls: a compiler that took them for functions would make one of them, or drop the second.
+    # Equal calls, which a compiler that took them for functions would make once.
     x = returned(*opened(0)) + returned(*opened(0)) + x
     first, second = opened(0), opened(1)
     return returned(*first) * returned(*second)
@@ -62,6 +64,37 @@ def test_compiled_equals_eager(backend, layout, payload, sizes, tolerance):
             for want, got in zip(eager, compiled, strict=True):
                 assert got.dtype == want.dtype
                 assert float((got - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+def order_job(rank, group):
+    """Names of the operators in the graphs of the forward and of the backward pass, in their order."""
+    names = []
+
+    def keep(graph, inputs):
+        effects = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.with_effects]
+        names.append([str(n.args[1]).removeprefix("ep_backend.training_") for n in effects])
+        return make_boxed_func(graph.forward)
+
+    cfg = config(num_experts=3, num_channels=2)
+    inputs, matrices = make_inputs(cfg, (4,), 1)
+    with functional.TrainingCommunicator(group, cfg) as c:
+        x, ids, weights, toward, mine = leaves(c, inputs, matrices)
+        compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+        compiled(c, x, ids, weights, mine).backward(toward)
+    return names
+
+
+def test_order_of_a_compiled_graph():
+    """Every exchange of the program is there, in its order, and in the opposite one on the way back."""
+    forward, backward = ranks(1).run(order_job, timeout=COMPILE_S)[0]
+    opened, returned = "dispatch.default", "combine.default"
+    wanted = [opened, returned] * 2 + [opened] * 2 + [returned] * 2
+    assert forward == wanted
+    back = {
+        returned: ["combine_backward.default"],
+        opened: ["dispatch_backward.default", "weights_backward.default"],
+    }
+    assert backward == [name for each in reversed(wanted) for name in back[each]]
 
 
 def operators_job(rank, group, layout):
