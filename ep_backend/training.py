@@ -39,8 +39,8 @@ class TrainingCommunicator:
     with a float payload that is not quantised and the layout "rank_major" or "compact". ``gradient_dtype``:
     number format in which gradients of rows travel and are summed. None: those of the rows,
     ``config.payload`` towards the experts and ``config.wire_dtype`` back, through the same windows; another
-    format has windows of its own. Gradients of top-k weights travel in float32, through small windows of their own. Raises
-    EpConfigError on every rank if any rank cannot start or has other arguments.
+    format has windows of its own. Gradients of top-k weights travel in float32, through small windows of
+    their own. Raises EpConfigError on every rank if any rank cannot start or has other arguments.
     """
 
     def __init__(
