@@ -3,8 +3,8 @@
 usage: sanitized.py own|bulk|mixed|short
 
 own: as the kernels divide tokens themselves; bulk: by bulk copies; mixed: some ranks write into each other's
-GPU memory and others into memory of the host; short: combine is given memory that is too short for its result,
-which a memory checker must notice.
+GPU memory and others into memory of the host; short: combine is given memory that is too short for its
+result, which a memory checker must notice.
 """
 
 import sys
