@@ -16,8 +16,9 @@ from ep_backend.communicator import Communicator, Handle
 from ep_backend.config import FLOATS, EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError
 from ep_backend.transports.base import Received
+from ep_backend.transports.gpu import BLOCKS_PER_SM, sms
 
-WEIGHT_ROW_MULTIPLE = 8  # elements; what GPU transports want of a row
+WEIGHT_ROW_MULTIPLE = 4  # elements of float32: rows are multiples of 16 bytes
 WEIGHT_SMS = 8  # rows of some 32 bytes fill no more
 
 _numbers = itertools.count()
@@ -53,6 +54,7 @@ class TrainingCommunicator:
     ) -> None:
         rendezvous.together(group, lambda: _check(config, gradient_dtype))
         self.config = config
+        where = torch.device(device or "cpu")
         formats = {config.payload, config.result_dtype, config.sum_dtype}
         weights = replace(
             config,
@@ -63,13 +65,17 @@ class TrainingCommunicator:
             num_channels=1,
             num_sms=WEIGHT_SMS,
         )
+        own_format = gradient_dtype if formats != {gradient_dtype} else None
+        if config.num_sms is None and where.type == "cuda":
+            # All channels of all three must find room on the GPU at once.
+            room = BLOCKS_PER_SM * sms(where) - WEIGHT_SMS
+            each = room // (config.num_channels * (1 if own_format is None else 2))
+            config = replace(config, num_sms=max(1, min(each, sms(where))))
         with contextlib.ExitStack() as made:
             self._forward = made.enter_context(Communicator(group, config, device=device))
             self._backward = self._forward
-            if gradient_dtype is not None and formats != {gradient_dtype}:
-                gradients = replace(
-                    config, payload=gradient_dtype, out_dtype=gradient_dtype, wire_dtype=gradient_dtype
-                )
+            if own_format is not None:
+                gradients = replace(config, payload=own_format, out_dtype=own_format, wire_dtype=own_format)
                 own = Communicator(group, gradients, device=device)
                 self._backward = made.enter_context(own)
             self._weights = made.enter_context(Communicator(group, weights, device=device))

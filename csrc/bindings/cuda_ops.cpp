@@ -42,16 +42,6 @@ T* pointer(const Tensor& t) {
     return static_cast<T*>(t.data_ptr());
 }
 
-// Mapped until the tensor's memory is let go of.
-Tensor bytes_at(const cuda::SharedMemory& memory, int64_t device, int64_t bytes) {
-    const int64_t step = 1, mapped = memory.bytes;
-    return torch::stable::from_blob(
-        memory.address, {&bytes, 1}, {&step, 1},
-        {torch::headeronly::DeviceType::CUDA, static_cast<torch::stable::accelerator::DeviceIndex>(device)},
-        ScalarType::Byte,
-        [mapped](void* address) { cuda::unmap_shared_memory(static_cast<char*>(address), mapped); });
-}
-
 cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
     cuda::ReceivedSlots s{};
     s.ids = pointer<int32_t>(ids);
@@ -126,11 +116,21 @@ void cuda_host_unregister(int64_t address) {
 
 std::tuple<Tensor, int64_t> gpu_memory_make(int64_t device, int64_t bytes) {
     const cuda::SharedMemory made = cuda::make_shared_memory(static_cast<int>(device), bytes);
-    return {bytes_at(made, device, bytes), made.descriptor};
+    const int64_t step = 1, mapped = made.bytes;
+    Tensor tensor = torch::stable::from_blob(
+        made.address, {&bytes, 1}, {&step, 1},
+        {torch::headeronly::DeviceType::CUDA, static_cast<torch::stable::accelerator::DeviceIndex>(device)},
+        ScalarType::Byte,
+        [mapped](void* address) { cuda::unmap_shared_memory(static_cast<char*>(address), mapped); });
+    return {std::move(tensor), made.descriptor};
 }
-Tensor gpu_memory_map(int64_t device, int64_t descriptor, int64_t bytes) {
-    return bytes_at(cuda::map_shared_memory(static_cast<int>(device), static_cast<int>(descriptor), bytes),
-                    device, bytes);
+std::tuple<int64_t, int64_t> gpu_memory_map(int64_t device, int64_t descriptor, int64_t bytes) {
+    const cuda::SharedMemory theirs =
+        cuda::map_shared_memory(static_cast<int>(device), static_cast<int>(descriptor), bytes);
+    return {reinterpret_cast<int64_t>(theirs.address), theirs.bytes};
+}
+void gpu_memory_unmap(int64_t address, int64_t bytes) {
+    cuda::unmap_shared_memory(reinterpret_cast<char*>(address), bytes);
 }
 
 void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,

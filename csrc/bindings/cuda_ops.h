@@ -27,8 +27,10 @@ void cuda_host_unregister(int64_t address);
 // Bytes of a GPU that other processes can map, zeroed, and the descriptor to give them, which the caller
 // closes.
 std::tuple<Tensor, int64_t> gpu_memory_make(int64_t device, int64_t bytes);
-// A peer's bytes, for kernels of this device; the tensor's own device is a label.
-Tensor gpu_memory_map(int64_t device, int64_t descriptor, int64_t bytes);
+// A peer's bytes for kernels of this device: address and size of the mapping. No tensor, since this process
+// may not see the peer's GPU.
+std::tuple<int64_t, int64_t> gpu_memory_map(int64_t device, int64_t descriptor, int64_t bytes);
+void gpu_memory_unmap(int64_t address, int64_t bytes);
 // The fields of ErrorWord in order.
 std::vector<int64_t> cuda_exchange_error(int64_t exchange);
 int64_t cuda_exchange_max_epoch(int64_t exchange);

@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def("cuda_host_register(int address, int bytes) -> int");
     m.def("cuda_host_unregister(int address) -> ()");
     m.def("gpu_memory_make(int device, int bytes) -> (Tensor, int)");
-    m.def("gpu_memory_map(int device, int descriptor, int bytes) -> Tensor");
+    m.def("gpu_memory_map(int device, int descriptor, int bytes) -> (int, int)");
+    m.def("gpu_memory_unmap(int address, int bytes) -> ()");
     m.def("cuda_exchange_error(int exchange) -> int[]");
     m.def("cuda_exchange_max_epoch(int exchange) -> int");
     m.def("cuda_exchange_recover(int exchange, int epoch) -> ()");
@@ -58,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("cuda_host_unregister", TORCH_BOX(&ep::ops::cuda_host_unregister));
     m.impl("gpu_memory_make", TORCH_BOX(&ep::ops::gpu_memory_make));
     m.impl("gpu_memory_map", TORCH_BOX(&ep::ops::gpu_memory_map));
+    m.impl("gpu_memory_unmap", TORCH_BOX(&ep::ops::gpu_memory_unmap));
     m.impl("cuda_exchange_error", TORCH_BOX(&ep::ops::cuda_exchange_error));
     m.impl("cuda_exchange_max_epoch", TORCH_BOX(&ep::ops::cuda_exchange_max_epoch));
     m.impl("cuda_exchange_recover", TORCH_BOX(&ep::ops::cuda_exchange_recover));

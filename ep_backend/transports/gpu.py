@@ -31,6 +31,7 @@ from ep_backend.transports.cpu import CpuTransport
 
 FLAGS_PER_SOURCE = 1024  # chunks that a call is divided into at most
 MAX_TILES = 256  # csrc/kernels/cuda/layouts.h
+BLOCKS_PER_SM = 2  # of dispatch and combine, as registers allow (csrc/kernels/cuda/types.h)
 LAYOUT_BLOCKS_PER_SM = 8  # as many as there is room for: copying needs many loads under way
 
 
@@ -94,9 +95,13 @@ class GpuTransport(Transport):
             raise EpConfigError(
                 f"wire_dtype is {config.sum_dtype}; on a GPU {config.result_dtype} or float32 was wanted"
             )
-        if config.hidden_size % 8:
-            raise EpConfigError(f"hidden_size is {config.hidden_size}; on a GPU a multiple of 8 was wanted")
-        return torch.cuda.get_device_properties(self._device).multi_processor_count
+        elements = 16 // config.result_dtype.itemsize
+        if config.hidden_size % elements:
+            raise EpConfigError(
+                f"hidden_size is {config.hidden_size}; on a GPU a multiple of {elements} was wanted, "
+                f"16 bytes of {config.result_dtype}"
+            )
+        return sms(self._device)
 
     @abstractmethod
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
@@ -343,6 +348,11 @@ def _free(exchange: int, windows: Windows) -> None:
 def window_bytes(config: EpConfig, world: int) -> int:
     """Of a rank's window."""
     return int(ops.window_layout(config.window_shape(world, FLAGS_PER_SOURCE))[0])
+
+
+def sms(device: torch.device) -> int:
+    """Of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def local_numbers(expert_ranks: Sequence[int], rank: int) -> list[int]:

@@ -9,6 +9,7 @@ not do alike.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -40,17 +41,15 @@ class MixedTransport(HostTransport):
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
         mapped = self._share_host_windows(group)
-        windows = self._share_part(group)
+        own, windows = self._share_part(group)
         addresses = list(mapped.addresses)
-        for rank, window in zip(self._part, windows, strict=True):
-            if rank != self._rank:
-                addresses[rank] = window.data_ptr()
-        own = windows[self._part.index(self._rank)]
+        for rank, window in windows.items():
+            addresses[rank] = window.address
         return Windows(addresses, own, direct=self._part, keep=(mapped, windows), release=mapped.release)
 
-    def _share_part(self, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-        """The part's windows in GPU memory, as bytes, in the part's order. Collective over all ranks; zeroed
-        on return."""
+    def _share_part(self, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, dict[int, PeerMemory]]:
+        """This rank's window in GPU memory, as bytes, and those of the part's other ranks. Collective over
+        all ranks; zeroed on return."""
         place, index = self._part.index(self._rank), self._device.index
 
         def make() -> tuple[torch.Tensor, DescriptorShare]:
@@ -59,15 +58,25 @@ class MixedTransport(HostTransport):
 
         (own, share), addresses = rendezvous.together(group, make, lambda made: made[1].address)
 
-        def map_part() -> list[torch.Tensor]:
+        def map_part() -> dict[int, PeerMemory]:
             descriptors = share.fetch([addresses[rank] for rank in self._part])
             try:
-                return [
-                    own if n == place else ops.gpu_memory_map(index, descriptor, self.window_bytes)
-                    for n, descriptor in enumerate(descriptors)
-                ]
+                return {
+                    rank: PeerMemory(index, descriptor, self.window_bytes)
+                    for rank, descriptor in zip(self._part, descriptors, strict=True)
+                    if rank != self._rank
+                }
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
 
-        return rendezvous.together(group, map_part)[0]
+        return own, rendezvous.together(group, map_part)[0]
+
+
+class PeerMemory:
+    """Memory of another GPU, mapped until nobody has this any more. Raises RuntimeError if the driver
+    refuses."""
+
+    def __init__(self, device: int, descriptor: int, size: int) -> None:
+        self.address, mapped = ops.gpu_memory_map(device, descriptor, size)
+        weakref.finalize(self, ops.gpu_memory_unmap, self.address, mapped)

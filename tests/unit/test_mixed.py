@@ -1,6 +1,7 @@
 """What of transport ``mixed`` can be seen without a GPU: whose windows a rank gets. Files stand for memory of
 GPUs, as both are shared by descriptors."""
 
+import ctypes
 import gc
 import mmap
 import os
@@ -26,7 +27,7 @@ class FileOps:
     """``refuse``: mapping fails."""
 
     def __init__(self, refuse):
-        self.refuse = refuse
+        self.refuse, self.mapped = refuse, {}
 
     def gpu_memory_make(self, device, size):
         descriptor = os.memfd_create("stands for a GPU's memory")
@@ -36,7 +37,13 @@ class FileOps:
     def gpu_memory_map(self, device, descriptor, size):
         if self.refuse:
             raise RuntimeError("made up by a test")
-        return memory(descriptor)
+        mapped = memory(descriptor)
+        self.mapped[mapped.data_ptr()] = mapped
+        return mapped.data_ptr(), size
+
+    def gpu_memory_unmap(self, address, size):
+        assert size == SIZE
+        del self.mapped[address]
 
 
 def share(rank, group, parts, refusing=None):
@@ -66,13 +73,11 @@ def windows_job(rank, group, parts):
     direct = [r for r, address in enumerate(windows.addresses) if address != r]
     assert direct == [r for r in windows.direct if r != rank]
     others = windows.keep[1]
-    for window in others:
-        window[rank] = 1 + rank
+    for address in [windows.own.data_ptr(), *(window.address for window in others.values())]:
+        ctypes.memset(address + rank, 1 + rank, 1)
     dist.barrier(group)
     found = [r for r in range(SIZE) if windows.own[r]]
-    addresses = [windows.addresses[r] for r in direct]
-    mapped = [window.data_ptr() for window in others]
-    assert [a for a in mapped if a != windows.own.data_ptr()] == addresses
+    assert {r: window.address for r, window in others.items()} == {r: windows.addresses[r] for r in direct}
     windows.release()
     assert released == [1]
     return tuple(windows.direct), found, files

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ep_backend import Communicator, Handle, Received
-from ep_backend.compat.deep_ep.pool import BLOCKS_PER_SM, MARKER_BYTES, Agreement, Member, Pool, sms
+from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Agreement, Member, Pool
 from ep_backend.config import MAX_TOP_K
 from ep_backend.errors import EpArgumentError
+from ep_backend.transports.gpu import BLOCKS_PER_SM, sms
 
 LARGEST_SHARE = 0.45
 """Blocks of a communicator for each SM of the GPU, at most: those of low-latency mode need room, too."""

@@ -15,9 +15,8 @@ from ep_backend.config import MAX_EXPERTS, MAX_TOKENS
 from ep_backend.engines.pool import no_defaults_of_a_model
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.host_sum import HostSum
+from ep_backend.transports.gpu import BLOCKS_PER_SM, sms
 
-BLOCKS_PER_SM = 2
-"""Blocks of the kernels that an SM holds at once (csrc/kernels/cuda/types.h)."""
 MARKER_BYTES = 16
 """The shortest row there is: of exchanges that only tell who has which expert."""
 
@@ -118,11 +117,6 @@ class Pool:
         del self._members[key]
         member.alive = False
         member.communicator.destroy()
-
-
-def sms(device: torch.device) -> int:
-    """Of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _blocks(config: EpConfig) -> int:
