@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ep_backend import rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
+from ep_backend.errors import EpConfigError
 from ep_backend.transports.gpu import Windows
 from ep_backend.transports.host import HostTransport
 from ep_backend.transports.shm import DescriptorShare
@@ -74,9 +75,15 @@ class MixedTransport(HostTransport):
 
 
 class PeerMemory:
-    """Memory of another GPU, mapped until nobody has this any more. Raises RuntimeError if the driver
+    """Memory of another GPU, mapped until nobody has this any more. Raises EpConfigError if the driver
     refuses."""
 
     def __init__(self, device: int, descriptor: int, size: int) -> None:
-        self.address, mapped = ops.gpu_memory_map(device, descriptor, size)
+        try:
+            self.address, mapped = ops.gpu_memory_map(device, descriptor, size)
+        except RuntimeError as error:
+            raise EpConfigError(
+                f"a peer's GPU memory cannot be mapped ({error}); EP_BACKEND_TRANSPORT=host sends all rows "
+                "through host memory"
+            ) from error
         weakref.finalize(self, ops.gpu_memory_unmap, self.address, mapped)

@@ -95,6 +95,6 @@ def refused_job(rank, group, parts):
 def test_memory_that_cannot_be_mapped():
     test_gpus.needs(2)
     for said in ranks(2).run(refused_job, ((0, 1),), timeout=60):
-        assert "rank 1 cannot start: made up by a test" in said
+        assert "rank 1 cannot start: a peer's GPU memory cannot be mapped (made up by a test)" in said
     answers = ranks(2).run(divided_job, "same_bits_job", ((0, 1),), "mixed", {}, timeout=120)
     assert answers == [[]] * 2

@@ -109,5 +109,5 @@ def refused_job(rank, group):
 
 def test_memory_that_one_rank_cannot_map_stops_all():
     for said, files in ranks(4).run(refused_job):
-        assert "rank 3 cannot start: made up by a test" in said
+        assert "rank 3 cannot start: a peer's GPU memory cannot be mapped (made up by a test)" in said
         assert files <= 0
