@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -11,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-from ep_backend import _native, rendezvous
+from ep_backend import _native, env, rendezvous
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, nodes, parts, unchecked
@@ -112,6 +113,8 @@ class Communicator:
         self, group: dist.ProcessGroup | None, config: EpConfig, *, device: torch.device | str | None = None
     ) -> None:
         self.config = config
+        for sentence in env.misspelt():
+            warnings.warn(sentence, stacklevel=2)
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise EpConfigError("this process is not in the group; one of its ranks was wanted")

@@ -129,7 +129,7 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_TRANSPORT",
         "str",
         "auto",
-        "Transport to use: auto lets the profile decide; cpu, collective, ... force one.",
+        "Transport to use: auto lets the profile decide; cpu, peer, host, mixed, collective, hier force one.",
     ),
     _read(
         "EP_BACKEND_PROFILE",

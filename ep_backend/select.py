@@ -291,14 +291,17 @@ def _transport(
         wishes = ("host",) if facts.several_gpus else ("peer", "host")  # one alone has no peers to reach
     if profile is not None:
         wishes = profile.transport.inside if together else profile.transport.across
-    passed: list[str] = []
-    for wish in (*wishes, "collective"):  # which every group can use
+    passed: dict[str, str] = {}
+    for wish in dict.fromkeys((*wishes, "collective")):  # collective needs nothing of a group's machines
         obstacle = _obstacle(wish, records, facts, available)
         if not obstacle:
-            passed_over = f"; passed over: {'; '.join(passed)}" if passed else ""
+            over = [f"{other}, because {why}" for other, why in passed.items()]
+            passed_over = f"; passed over: {'; '.join(over)}" if over else ""
             return wish, f"Transport {wish}: {place}{passed_over}."
-        passed.append(f"{wish}, because {obstacle}")
-    raise EpConfigError(f"no transport can serve this group {place}: {'; '.join(dict.fromkeys(passed))}")
+        passed[wish] = obstacle
+    of_reason = {why: [name for name, other in passed.items() if other == why] for why in passed.values()}
+    reasons = [f"{' and '.join(names)}, because {why}" for why, names in of_reason.items()]
+    raise EpConfigError(f"no transport can serve this group {place}: {'; '.join(reasons)}")
 
 
 def _ways(records: Sequence[Record], transport: str) -> list[str]:
@@ -306,9 +309,12 @@ def _ways(records: Sequence[Record], transport: str) -> list[str]:
     if transport != "mixed":
         return []
     numbers = {gpu.uuid: str(number) for number, gpu in enumerate(records[0].gpus)}
+    found = islands(records)
+    if len(found) == 1:
+        return ["All rows go from GPU to GPU."]
     together = [
         f"between GPUs {', '.join(numbers.get(uuid, uuid) for uuid in island)}"
-        for island in islands(records)
+        for island in found
         if len(island) > 1
     ]
     return [f"Rows go from GPU to GPU {' and '.join(together)}, and through host memory everywhere else."]
@@ -358,6 +364,8 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         for rank, record in enumerate(records):
             if record.device and record.device != "cpu":
                 return f"it moves CPU tensors and rank {rank} computes on {record.device}"
+        if facts.gpus != "none":
+            return "it moves CPU tensors and the ranks compute on GPUs"
     if transport in OF_GPUS and facts.gpus == "none":
         return "it moves GPU tensors and no rank computes on a GPU"
     if facts.gpus != "none" and (old := _old_driver(records)):

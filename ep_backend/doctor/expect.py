@@ -69,7 +69,8 @@ def _ways(
     elif transport == "cpu" and copy_bytes_per_s is not None:
         yield _cpu(copy_bytes_per_s, record.cpus or 1)
     elif not record.used_gpus() or transport != "collective":
-        yield _Way(transport, None, f"no expectation: there is no formula for {transport}")
+        unmeasured = "; nothing was measured" if transport == "mixed" else ""
+        yield _Way(transport, None, f"no expectation: there is no formula for {transport}{unmeasured}")
     all_reduces = warm_up.times(ranks)
     more = f"; {NO_FORMULA}" if transport == "collective" else ""
     if all_reduces is not None:

@@ -40,7 +40,7 @@ def find(
     """Everything that can be said, what is wrong first. ``decision`` None: there is none, because of
     ``undecided``. ``kernels``: this build has CUDA kernels."""
     found = [
-        *_environment(environ, undecided),
+        *_environment(record, environ, undecided),
         *_driver(record, decision, kernels),
         *_peer_access(record, decision),
         *_nccl_over_broken_links(record, decision, environ),
@@ -62,7 +62,7 @@ def gpu_names(record: Record) -> dict[str, str]:
     return {gpu.uuid: f"GPU {number}" for number, gpu in enumerate(record.gpus)}
 
 
-def _environment(environ: Mapping[str, str], undecided: str) -> Iterable[Finding]:
+def _environment(record: Record, environ: Mapping[str, str], undecided: str) -> Iterable[Finding]:
     for sentence in env.misspelt(environ):
         yield Finding(
             what=sentence,
@@ -78,12 +78,14 @@ def _environment(environ: Mapping[str, str], undecided: str) -> Iterable[Finding
         yield Finding(
             what=undecided,
             why="no profile and transport can be chosen, so nothing starts",
-            next="correct or unset the variable that is named, then ep-backend doctor again",
+            next="correct or unset the variable that is named, then ep-backend doctor again"
+            if env.PREFIX in undecided
+            else "do what the other findings say, then ep-backend doctor again",
         )
-    if environ.get("EP_BACKEND_PEER_ACCESS", "").strip() == "0":
+    if record.used_gpus() and environ.get("EP_BACKEND_PEER_ACCESS", "").strip() == "0":
         yield Finding(
             what="EP_BACKEND_PEER_ACCESS=0: every pair of GPUs counts as if the data check had failed",
-            why="transport peer is not used, and NCCL is told to do without peer access",
+            why="transports peer and mixed are not used, and NCCL is told to do without peer access",
             next="unset EP_BACKEND_PEER_ACCESS, unless you mean it",
             wrong=False,
         )

@@ -219,9 +219,7 @@ PLACES = {
         links=_WITHOUT_P2P, note=f"{_AS_IF_NONE}: the peer access that some pairs have is not used"
     ),
     "pcie_blackwell": Place(links=_WITHOUT_P2P, usual=3),
-    "pcie_rdma": Place(
-        links=(), why="no number for a network is known here, and transport hier is not in it"
-    ),
+    "pcie_rdma": Place(links=(), why="no number for a network is known here"),
     "cpu": Place(links=(), most_gpus=1 << 20),
 }
 

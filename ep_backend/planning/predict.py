@@ -123,9 +123,13 @@ def _ways(model: Model, profile: Profile, link: Link | None, gpus: int, tokens: 
     for name in transports:
         if name == "mixed":
             continue  # no formula: planned as if no pair reached each other, which the place's note says
+        if name == "hier":
+            continue  # not for GPUs in this version
         if name == "host" and link is not None and link.staging is None:
             continue  # peers reach each other; host is what the profile falls back on if they do not
-        add(f"EP over {name}", direct, *_transport(name, shape, profile, link, gpus, tokens, dtype))
+        # On GPUs collective sends whole blocks, T slots to every rank.
+        sent = gathered if name == "collective" and profile.name != "cpu" else direct
+        add(f"EP over {name}", sent, *_transport(name, shape, profile, link, gpus, tokens, dtype))
     if profile.name == "cpu":
         return found
     all_reduces = None if link is None else hardware.all_reduces_of(link, gpus)
@@ -156,9 +160,7 @@ def _transport(
         seconds = plan.cpu_s(shape, gpus, tokens, dtype, copy_bytes_per_s=rate, cpus=gpus)
         return seconds, f"{MODEL}; a core per rank that copies 10 GB/s"
     if name == "collective":
-        return None, NO_COLLECTIVE
-    if name not in OF_GPUS:
-        return None, "not in this version, no formula"
+        return None, "no formula" if profile.name == "cpu" else NO_COLLECTIVE
     number = None
     if link is not None:
         number = link.stores if name == "peer" else hardware.host_rate(link, gpus)

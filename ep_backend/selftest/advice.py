@@ -35,7 +35,10 @@ def _ours(phase: str, device: str) -> list[str]:
             "If GPUs cannot rightly reach each other's memory, do without: EP_BACKEND_PEER_ACCESS=0, then "
             "run this again."
         )
-    steps.append("Exchange through torch.distributed: EP_BACKEND_TRANSPORT=collective, then run this again.")
+    if device == "cpu" or phase != "local":  # on GPUs the kernels are the same
+        steps.append(
+            "Exchange through torch.distributed: EP_BACKEND_TRANSPORT=collective, then run this again."
+        )
     if device == "cpu" and phase == "node":
         steps.append("In a container: start all ranks in one, or with --ipc=host --network=host.")
     return steps

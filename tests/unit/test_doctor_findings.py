@@ -187,6 +187,9 @@ def test_no_transport_works_with_an_older_driver(name):
     report = examined(record)
     assert report.decision is None
     assert any("driver 570.1 is too old" in finding.what for finding in wrong(report))
+    [undecided] = [f for f in report.findings if "no transport can serve this group" in f.what]
+    assert undecided.what.count("570.1") == 1
+    assert "variable" not in undecided.next
 
 
 @pytest.mark.parametrize(

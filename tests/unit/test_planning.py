@@ -391,7 +391,9 @@ def test_between_machines_there_are_bytes_and_no_times():
         found = predict.make(model.read("qwen3-30b-a3b"), PROFILES[profile], [], gpus, [8], ["bf16"])
         assert found.rows
         assert all(row.seconds is None and row.sent_bytes > 0 for row in found.rows)
-        assert {row.way for row in found.rows} >= {"EP over hier", "EP over NCCL"}
+        ways = {row.way for row in found.rows}
+        assert ways >= {"EP over collective", "EP over NCCL"}
+        assert "EP over hier" not in ways
         assert found.advice == (words.best(found.model, found.rows, set())[0],)
 
 

@@ -81,6 +81,16 @@ def test_a_build_without_kernels_has_nothing_for_gpus():
         decide(gpu_machine(8), available=frozenset({"cpu", "collective", "hier"}))
 
 
+def test_transport_cpu_is_not_for_a_machine_whose_gpus_are_used():
+    # Doctor's record does not say where ranks compute.
+    asked = [
+        msgspec.structs.replace(record, device="", environment={"EP_BACKEND_TRANSPORT": "cpu"})
+        for record in gpu_machine(2)
+    ]
+    with pytest.raises(EpConfigError, match="it moves CPU tensors and the ranks compute on GPUs"):
+        decide(asked, available=EVERYTHING)
+
+
 def test_nvswitch_with_a_build_that_has_everything():
     machine = gpu_machine(8)
     assert decide(machine, available=EVERYTHING).transport == "peer"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from dataclasses import replace
 from unittest import mock
 
@@ -140,6 +141,22 @@ def test_placement_beyond_the_group(transport):
     for message in ranks(3).run(placement_job, transport):
         assert "names rank 3" in message
         assert "0 to 2" in message
+
+
+def misspelt_job(rank, group):
+    with (
+        mock.patch.dict(os.environ, {"EP_BACKEND_TRANSPROT": "cpu"}),
+        warnings.catch_warnings(record=True) as seen,
+    ):
+        warnings.simplefilter("always")
+        with ep.Communicator(group, CONFIG):
+            pass
+    return [str(one.message) for one in seen]
+
+
+def test_a_misspelt_variable_is_named():
+    for said in ranks(2).run(misspelt_job):
+        assert any("EP_BACKEND_TRANSPROT" in text and "EP_BACKEND_TRANSPORT" in text for text in said)
 
 
 def transport_job(rank, group, names):
