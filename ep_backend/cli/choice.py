@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -24,6 +25,11 @@ def available() -> frozenset[str]:
                 return AVAILABLE if content.find(b"cuda_dispatch(") >= 0 else AVAILABLE - OF_GPUS
         except (OSError, ValueError):  # an empty file cannot be mapped
             return AVAILABLE
+
+
+def cpu_ranks() -> int:
+    """How many ranks a command takes on a machine without GPUs if it is not told."""
+    return 4 if len(os.sched_getaffinity(0)) >= 4 else 2
 
 
 def status(item: EnvValue, environ: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ep_backend.bench import pictures
 from ep_backend.bench.arguments import output_file, whole
-from ep_backend.bench.exchange import CPU_RANKS
+from ep_backend.cli.choice import cpu_ranks
 from ep_backend.doctor import picture, report, shapes, text, warmup
 from ep_backend.errors import EpConfigError
 
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="one JSON object to FILE beside the text, or alone to standard output",
     )
-    ranks = f"GPUs to use (all that this process may); without GPUs, processes ({CPU_RANKS})"
+    ranks = f"GPUs to use (all that this process may); without GPUs, processes ({cpu_ranks()})"
     parser.add_argument("--ranks", type=whole(1), metavar="N", help=ranks)
     parser.add_argument(
         "--plot",
@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         pictures.check_matplotlib()
     try:
         wanted = shapes.chosen(args)
-        found = report.collect(wanted, args.tokens, args.ranks, CPU_RANKS, args.deadline, _note)
+        if args.json not in (None, STDOUT):
+            _check_writable(args.json)
+        found = report.collect(wanted, args.tokens, args.ranks, cpu_ranks(), args.deadline, _note)
     except EpConfigError as error:
         print(f"ep-backend doctor: {error}", file=sys.stderr)
         return USAGE
@@ -76,8 +78,16 @@ def run(args: argparse.Namespace) -> int:
     return found.status
 
 
+def _check_writable(path: Path) -> None:
+    """Before anything that takes long. Raises EpConfigError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise EpConfigError(f"--json {path} cannot be written: {error.strerror}") from error
+
+
 def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
     print(f"wrote {path}", file=sys.stderr)
 

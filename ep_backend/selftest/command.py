@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ep_backend import env, profiles
 from ep_backend.bench.arguments import whole
+from ep_backend.cli.choice import cpu_ranks
 from ep_backend.errors import EpConfigError
 
 if TYPE_CHECKING:
@@ -119,8 +120,7 @@ def _options(args: argparse.Namespace, joined: bool) -> Options:
             raise _UsageError(f"phase {args.phase} starts its own ranks: run it without torchrun")
         ranks = world
     else:
-        cores = len(os.sched_getaffinity(0))
-        ranks = args.ranks or (gpus if device == "cuda" else 4 if cores >= 4 else 2)
+        ranks = args.ranks or (gpus if device == "cuda" else cpu_ranks())
         if device == "cuda" and ranks > gpus:
             raise _UsageError(f"--ranks {ranks}, but PyTorch finds {gpus} GPUs here; each rank takes one")
     transport, known = args.transport or env.get("EP_BACKEND_TRANSPORT"), ("auto", *profiles.TRANSPORTS)

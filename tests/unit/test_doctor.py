@@ -161,6 +161,12 @@ def test_a_transport_without_a_formula_says_so():
 # --- the command ---
 
 
+def test_a_file_that_cannot_be_written_is_noticed_first(doctor):
+    status, out, err, warm_ups = doctor(gpus(2), "--json", "/proc/nowhere/found.json")
+    assert (status, out, warm_ups) == (2, "", [])
+    assert "--json /proc/nowhere/found.json cannot be written" in err
+
+
 def test_the_command_on_a_made_up_machine(doctor):
     status, out, err, [(ranks, environ, deadline_s)] = doctor(gpus(4), "--deadline", "7", "--tokens", "3,1")
     assert (status, ranks, deadline_s) == (0, 4, 7)
