@@ -25,6 +25,9 @@ from ep_backend.errors import EpArgumentError
 from ep_backend.training import TrainingCommunicator, communicator
 from ep_backend.transports.base import Received
 
+# Inductor of PyTorch 2.14.1 was seen to call exchanges in another order on one rank than on the other.
+_COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
+
 __all__ = ["Exchange", "TrainingCommunicator", "combine", "dispatch"]
 
 
@@ -58,10 +61,16 @@ def dispatch(
     memory of their own; rank-major rows without a local expert are 0; ``rows_per_expert`` is None if
     rank-major. Gradients of ``rows`` and ``topk_weights`` reach ``x`` and ``topk_weights`` of the tokens'
     ranks: in those of ``topk_weights``, whatever stands where the received id is ``pad_id`` does not count.
+    Raises EpArgumentError where torch.compile does not keep the order of exchanges.
     """
     if not isinstance(communicator, TrainingCommunicator):
         raise EpArgumentError(
             f"communicator is a {type(communicator).__name__}; a TrainingCommunicator was wanted"
+        )
+    if torch.compiler.is_compiling() and not _COMPILES:
+        raise EpArgumentError(
+            f"exchanges cannot be compiled with PyTorch {torch.__version__}, which does not keep their "
+            "order; 2.11 and 2.13 were seen to. Keep them out: torch.compiler.disable"
         )
     config = communicator.config
     slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank

@@ -128,3 +128,30 @@ def operators_job(rank, group, layout):
 @pytest.mark.parametrize("layout", ["rank_major", "compact"])
 def test_operators(layout):
     assert all(ranks(1).run(operators_job, layout))
+
+
+def refused_job(rank, group):
+    """As with a release of torch that does not keep the order of exchanges."""
+    cfg = config(layout="rank_major", num_channels=2)
+    inputs, matrices = make_inputs(cfg, (4,), 1)
+    kept, functional._COMPILES = functional._COMPILES, False
+    said = ""
+    try:
+        with functional.TrainingCommunicator(group, cfg) as c:
+            x, ids, weights, _, mine = leaves(c, inputs, matrices)
+            try:
+                torch.compile(model, fullgraph=True, backend="eager")(c, x, ids, weights, mine)
+            except Exception as error:
+                said = str(error)
+            torch._dynamo.reset()
+            broken = torch.compile(model, backend="eager")(c, x, ids, weights, mine)
+            same = torch.equal(broken, model(c, x, ids, weights, mine))
+    finally:
+        functional._COMPILES = kept
+    return said, same
+
+
+def test_a_release_that_does_not_keep_the_order():
+    ((said, same),) = ranks(1).run(refused_job, timeout=COMPILE_S)
+    assert "exchanges cannot be compiled with PyTorch" in said
+    assert same
