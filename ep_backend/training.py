@@ -70,7 +70,8 @@ class TrainingCommunicator:
             # All channels of all three must find room on the GPU at once.
             room = BLOCKS_PER_SM * sms(where) - WEIGHT_SMS
             each = room // (config.num_channels * (1 if own_format is None else 2))
-            config = replace(config, num_sms=max(1, min(each, sms(where))))
+            if each < sms(where):  # else the profile's budget holds, or all of them
+                config = replace(config, num_sms=max(1, each))
         with contextlib.ExitStack() as made:
             self._forward = made.enter_context(Communicator(group, config, device=device))
             self._backward = self._forward

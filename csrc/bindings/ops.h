@@ -14,7 +14,7 @@ namespace ep::ops {
 using torch::stable::Tensor;
 
 // shape: the fields of ExchangeShape in order. Returns {total bytes, first channel, bytes of a channel,
-// scales, rows}.
+// scales, rows, bytes of a GPU's copy of a channel}.
 std::vector<int64_t> window_layout(std::vector<int64_t> shape);
 // The fields of WindowLayout::Blocks in order, each {at, pitch, bytes}.
 std::vector<int64_t> window_blocks(std::vector<int64_t> shape, int64_t channel, int64_t slots,

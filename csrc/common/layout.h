@@ -126,7 +126,8 @@ struct WindowLayout {
         return channel(c) + scales + slot * shape.scale_bytes;
     }
     EP_HD int64_t row(int64_t c, int64_t slot) const { return channel(c) + rows + slot * shape.row_bytes; }
-    // What one source has of `slots` tokens in `num_chunks` chunks.
+
+    // What one source has of `slots` tokens in `chunks` chunks.
     struct Blocks {
         SourceBlock dispatch_flags, headers, ids, weights, scales, rows, combine_flags, combine_rows;
     };
