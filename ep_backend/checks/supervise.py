@@ -204,15 +204,22 @@ class _Worker:
         assert self._process.stdout is not None
         self._out = self._process.stdout
         self._unread = b""
+        self._late = False  # what was last read came after its time
         self._ended = False
 
     def line(self, until: float) -> str | None:
-        """The next line; None at the end. Raises TimeoutError at ``until``, a time of the monotonic clock."""
+        """The next line; None at the end. Raises TimeoutError at ``until``, a time of the monotonic clock.
+
+        What lies ready then is still read once, for this process itself may have been late, but not a second
+        time: a worker that talks without end has no more time than one that is silent.
+        """
         with selectors.DefaultSelector() as ready:
             ready.register(self._out, selectors.EVENT_READ)
             while b"\n" not in self._unread and not self._ended:
-                if not ready.select(max(until - time.monotonic(), 0.0)):
+                left = until - time.monotonic()
+                if (left <= 0 and self._late) or not ready.select(max(left, 0.0)):
                     raise TimeoutError
+                self._late = left <= 0
                 more = os.read(self._out.fileno(), 1 << 16)
                 self._ended = not more
                 self._unread = (self._unread + more)[-_LONGEST_LINE:]
