@@ -32,12 +32,13 @@ def by_expert(received, factors):
 
 
 def results(rank, group, config, sizes, channels):
-    """The result of one exchange, and for each size of the windows the result in pieces and what was counted."""
+    """The result of one exchange; for each size of the windows the result in pieces and what was counted."""
     call = make_call(config, WORLD, rank, step(TOKENS, seed=5))
+    inputs = (call.x, call.topk_ids, call.topk_weights)
     experts = by_expert if config.layout == "expert_major" else weighted
     with ep.Communicator(group, config) as c:
         factors = torch.tensor([1.0 + e for e in c.local_experts])
-        received, handle = c.dispatch(call.x, call.topk_ids, call.topk_weights, scales=call.scales)
+        received, handle = c.dispatch(*inputs, scales=call.scales)
         whole, all_bytes = c.combine(experts(received, factors), handle), c.window_bytes
     pieces = []
     for size in sizes:
@@ -49,15 +50,7 @@ def results(rank, group, config, sizes, channels):
 
         small = replace(config, max_tokens_per_rank=size, num_channels=channels)
         with ep.Communicator(group, small) as c:
-            out = run_experts(
-                c,
-                counted,
-                call.x,
-                call.topk_ids,
-                call.topk_weights,
-                scales=call.scales,
-                tokens_per_rank=SLOTS,
-            )
+            out = run_experts(c, counted, *inputs, scales=call.scales, tokens_per_rank=SLOTS)
             pieces.append((out, calls, c.window_bytes))
     return whole, all_bytes, pieces
 
@@ -70,11 +63,11 @@ def test_pieces_give_the_bits_of_the_whole(layout, channels):
         ranks(WORLD).run(results, replace(WHOLE, layout=layout), sizes, channels)
     ):
         assert whole.shape == (TOKENS[rank], 128)
-        for size, (out, calls, window_bytes) in zip(sizes, pieces, strict=True):
+        for size, (out, calls, small_bytes) in zip(sizes, pieces, strict=True):
             assert torch.equal(out.view(torch.int16), whole.view(torch.int16))
             starts = range(0, SLOTS, size)
             assert calls == [[min(size, max(0, count - start)) for count in TOKENS] for start in starts]
-            assert size == SLOTS or window_bytes < channels * all_bytes / 2
+            assert size == SLOTS or small_bytes < channels * all_bytes / 2
 
 
 def test_rows_with_scales_go_in_pieces():
@@ -120,13 +113,8 @@ def test_the_documented_sizes_of_windows():
     for world, *shown in rows:
         wanted = []
         for slots in map(int, tokens):
+            config = ep.EpConfig(num_experts=256, top_k=8, hidden_size=7168, max_tokens_per_rank=slots)
             for quantization in (None, "fp8_block128"):
-                config = ep.EpConfig(
-                    num_experts=256,
-                    top_k=8,
-                    hidden_size=7168,
-                    max_tokens_per_rank=slots,
-                    quantization=quantization,
-                )
-                wanted.append(f"{window_bytes(config, int(world)) / mib:.0f}")
+                size = window_bytes(replace(config, quantization=quantization), int(world))
+                wanted.append(f"{size / mib:.0f}")
         assert shown == wanted, world
