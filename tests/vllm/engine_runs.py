@@ -57,17 +57,19 @@ def log_of_a_stalled_rank(folder, stalled, max_tokens):
             except ServerError as error:
                 failures.append(error)
 
-        for attempt in range(20):
+        for attempt in range(10):
             asking = threading.Thread(target=ask)
             asking.start()
             time.sleep(0.3 + 0.037 * attempt)
             os.kill(worker, signal.SIGSTOP)
-            asking.join(15)
+            asking.join(25)  # the deadline, and the time that the engine takes to end
             if failures:
                 break
             os.kill(worker, signal.SIGCONT)
             asking.join(60)
             assert not asking.is_alive(), "the request must go on when the rank does"
+            if failures:  # it came late
+                break
         assert failures, "the request must fail, not hang"
         deadline = time.monotonic() + 60
         while "EngineDeadError" not in (log := server.session.log.read_text(errors="replace")):
