@@ -331,15 +331,16 @@ def _sms(
     """
     if asked is not None:
         return asked, "", ()
-    limit: int = env.get("EP_BACKEND_NUM_SMS", records[0].environment)
-    if limit >= 0:
-        return limit or None, f"SMs of an exchange: {limit or 'no limit'}, by EP_BACKEND_NUM_SMS.", ()
+    wanted: int = env.get("EP_BACKEND_NUM_SMS", records[0].environment)
+    if wanted >= 0:
+        sms = wanted or None
+        return sms, f"SMs of an exchange: {tuned.limit(sms)}, by EP_BACKEND_NUM_SMS.", ()
     budget = profile.sm_budget.sms if profile and profile.sm_budget else None
     if shape is None or transport not in OF_GPUS or (wished and wished.sm_budget):
         return budget, "", ()
     problems = tuple(dict.fromkeys(record.tuned_problem for record in records if record.tuned_problem))
     found = [tuned.find(record.tuned_sms, shape, transport) for record in records]
-    said = ["nothing" if e is None else "no limit" if e.num_sms is None else str(e.num_sms) for e in found]
+    said = ["nothing" if entry is None else tuned.limit(entry.num_sms) for entry in found]
     if len(set(said)) > 1:
         sides = [
             f"{text} on {_ranks(r for r, t in enumerate(said) if t == text)}" for text in dict.fromkeys(said)

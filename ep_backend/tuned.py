@@ -54,6 +54,14 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     num_sms: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None
     date: str
 
+    def __str__(self) -> str:
+        of = self.shape
+        return (
+            f"SMs: {limit(self.num_sms)} ({self.date}) for {self.transport}, {of.ranks} ranks, hidden "
+            f"{of.hidden}, {of.experts} experts, top-{of.topk}, rows of {of.row_bytes} bytes and "
+            f"{of.wire_row_bytes} back, {of.layout}, up to {of.tokens} tokens"
+        )
+
     def suits(self, shape: Shape, transport: str) -> bool:
         """Whether it was measured for this. It holds for fewer tokens too: no measured number was slow."""
         alike = msgspec.structs.replace(shape, tokens=self.shape.tokens) == self.shape
@@ -63,6 +71,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 class _File(msgspec.Struct, frozen=True, kw_only=True):
     identity: str
     entries: tuple[Entry, ...]
+
+
+def limit(num_sms: int | None) -> str:
+    """A number of SMs in words."""
+    return "no limit" if num_sms is None else str(num_sms)
 
 
 def load(gpus: Sequence[Gpu], driver: str, environ: Mapping[str, str]) -> tuple[tuple[Entry, ...], str]:

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from ep_backend import Communicator, rendezvous
+from ep_backend import Communicator, rendezvous, tuned
 from ep_backend.bench import contenders, report, workload
 from ep_backend.bench.contenders import Contender
 from ep_backend.bench.gpus import QUEUE_CYCLES, Runner, anywhere, exchanges_in_a_graph
@@ -74,11 +74,11 @@ class Measurement:
         exchange_s = _of_slowest(runner.times.seconds["round_trip"])
         lost_s = self._products.lost(runner, size, exchange_s)
         if anywhere(not (correct and runner.times.correct)):
-            raise EpError(f"transport {self._transport}: a result was wrong with {num_sms or 'all'} SMs")
+            raise EpError(f"transport {self._transport}: a result was wrong, SMs: {tuned.limit(num_sms)}")
         sample = Sample(num_sms, tokens, exchange_s * 1e6, lost_s * 1e6)
-        limit = "no limit" if num_sms is None else f"{num_sms} SMs"
         self._note(
-            f"{limit}, {tokens} tokens: exchange {report.microseconds(sample.exchange_us)} us, products lose "
+            f"SMs: {tuned.limit(num_sms)}, {tokens} tokens: exchange "
+            f"{report.microseconds(sample.exchange_us)} us, products lose "
             f"{report.microseconds(sample.lost_us)} us"
         )
         return sample

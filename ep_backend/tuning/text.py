@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ep_backend import tuned
 from ep_backend.bench import curves, pictures
 from ep_backend.bench.report import median, microseconds
 
@@ -14,10 +15,6 @@ def heading(settings: Mapping[str, Any]) -> str:
     tokens = ", ".join(map(str, settings["tokens"]))
     title = curves.title({"settings": settings})
     return f"tuning {title}, {settings['dtype']}, {settings['layout']}; tokens {tokens}"
-
-
-def limit(num_sms: int | None) -> str:
-    return "no limit" if num_sms is None else str(num_sms)
 
 
 def table(document: Mapping[str, Any]) -> str:
@@ -29,7 +26,7 @@ def table(document: Mapping[str, Any]) -> str:
         pairs = [times[one["num_sms"], t] for t in tokens]
         rows.append(
             [
-                limit(one["num_sms"]),
+                tuned.limit(one["num_sms"]),
                 *(f"{microseconds(exchange)} + {microseconds(lost)}" for exchange, lost in pairs),
                 f"{one['cost']:.3f}",
                 f"{one['slowest']:.3f}",
@@ -52,7 +49,7 @@ def chosen(document: Mapping[str, Any]) -> str:
             f"cost {one['cost']:.3f} of the default's; an exchange takes at most {one['slowest']:.3f} times "
             "as long as by default"
         )
-    return f"chosen: {limit(one['num_sms'])} ({why}); stored in {document['stored']}"
+    return f"chosen: {tuned.limit(one['num_sms'])} ({why}); stored in {document['stored']}"
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:

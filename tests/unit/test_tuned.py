@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from machines import EVERYTHING, gpu_machine
 
 import ep_backend as ep
-from ep_backend import communicator, probe, profiles, tuned
+from ep_backend import cli, communicator, probe, profiles, tuned
 from ep_backend.checks import cache
+from ep_backend.cli import env as cli_env
 from ep_backend.nvml import Gpu
 from ep_backend.select import decide, select
 
@@ -193,7 +194,19 @@ def test_every_rank_decides_alike(numbers):
     assert (decision.sms in numbers) or numbers[0] != numbers[1] or numbers == [0, 0]
 
 
-# --- the probe and the communicator ---
+# --- the probe, the command env and the communicator ---
+
+
+def test_env_shows_what_was_tuned(monkeypatch, capsys):
+    (first, _) = machine(24, 24, tuned_problem="tuned.json cannot be used")
+    monkeypatch.setattr(cli_env, "probe", lambda: first)
+    monkeypatch.setattr(cli_env.choice, "available", lambda: EVERYTHING)
+    cli.main(["env"])
+    out = capsys.readouterr().out
+    assert (
+        "tuned        SMs: 24 (2026-11-28) for peer, 2 ranks, hidden 7168, 256 experts, top-8, rows of" in out
+    )
+    assert "note         tuned.json cannot be used" in out
 
 
 def test_the_probe_reads_the_file(monkeypatch, folder):
