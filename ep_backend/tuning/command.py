@@ -128,6 +128,7 @@ def _rank(note: processes.Note, settings: Settings, weight: float) -> dict[str, 
     from ep_backend.transports.gpu import sms
     from ep_backend.tuning import measure
 
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.ranks))
     torch.cuda.set_device(dist.get_rank())
     # In this process alone: the default is measured, not what somebody has tuned or set before.
     os.environ["EP_BACKEND_NUM_SMS"] = "0"

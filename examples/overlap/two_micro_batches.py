@@ -201,12 +201,14 @@ class Rank:
     def run(self, mode: str) -> None:
         """One pass through all layers, with a range of the profiler around each action."""
         for batch in self._batches:
-            with batch.on(self._streams.get("dense")):
+            with batch.on(self._streams.get(COMPUTING[0])):
                 batch.begin()
         for action, number in order(self._options.layers, mode):
             batch = self._batches[number]
             arguments = (self._layers,) if action in COMPUTING else ()
-            with record_function(f"{action} {NAMES[number]}"), batch.on(self._streams.get(action)):
+            # On a stream of their own, A's exchanges would overlap with B's computation in any order.
+            stream = self._streams.get(action if mode == MODES[1] else COMPUTING[0])
+            with record_function(f"{action} {NAMES[number]}"), batch.on(stream):
                 getattr(batch, action)(*arguments)
 
     def timed(self, mode: str) -> float:
