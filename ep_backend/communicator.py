@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-from ep_backend import _native, env, rendezvous
+from ep_backend import _native, env, rendezvous, tuned
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, nodes, parts, unchecked
@@ -135,10 +135,17 @@ class Communicator:
             _, records = rendezvous.together(
                 group, lambda: probe(self.device, neighbours=group_gpus), lambda record: record
             )
-        self.decision: Decision = decide(records, config.transport, available=available(self.device))
+        self.decision: Decision = decide(
+            records,
+            config.transport,
+            available=available(self.device),
+            shape=tuned.Shape.of(config, self.world_size),
+            num_sms=config.num_sms,
+        )
+        for sentence in self.decision.warnings if self.rank == 0 else ():
+            warnings.warn(sentence, stacklevel=2)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
-        if config.num_sms is None:
-            config = replace(config, num_sms=self.decision.sms)
+        config = replace(config, num_sms=self.decision.sms)
         self._transport = TRANSPORTS[self.decision.transport](group, config, self.device, records)
         self._handles: list[Handle | None] = [None] * config.num_channels
         self._alive = True

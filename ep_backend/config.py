@@ -62,7 +62,8 @@ class EpConfig:
     num_channels: int = 1
     """Exchanges that may be open at once, each with windows of its own."""
     num_sms: int | None = None
-    """SMs of a GPU that an exchange may use. None: all of them."""
+    """SMs of a GPU that an exchange may use. None: EP_BACKEND_NUM_SMS, else the budget of a profile that was
+    named, else what `ep-backend tune` has chosen for this shape on this machine, else all of them."""
     timeout_s: float | None = None
     """Seconds a rank waits for a peer. None: EP_BACKEND_TIMEOUT_S."""
     transport: str = "auto"

@@ -145,6 +145,14 @@ VARIABLES: tuple[Variable, ...] = (
         choices=("auto", "0"),
     ),
     _read(
+        "EP_BACKEND_NUM_SMS",
+        "int",
+        -1,
+        "SMs of a GPU that an exchange may use; 0: no limit; -1: what was tuned here, or a profile says.",
+        minimum=-1,
+        maximum=1024,
+    ),
+    _read(
         "EP_BACKEND_CUDA",
         "str",
         "auto",

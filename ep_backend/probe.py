@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ep_backend import __version__, checks, devices, env, nvml, profiles, surroundings
+from ep_backend import __version__, checks, devices, env, nvml, profiles, surroundings, tuned
 from ep_backend.errors import EpConfigError
 
 DEADLINE_S = 5.0  # for questions to the driver
@@ -56,6 +56,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}  # registered variables that steer the choice, as the user has set them
     applied: dict[str, str] = {}  # and those that ep_backend itself has set before, here or in a parent
     profiles_digest: str = ""  # of the profile files this rank would read
+    tuned_sms: tuple[tuned.Entry, ...] = ()  # what `ep-backend tune` has chosen on this machine
+    tuned_problem: str = ""  # why that cannot be read; empty: nothing is wrong
     problems: tuple[str, ...] = ()
 
     def used_gpus(self) -> tuple[str, ...]:
@@ -105,6 +107,9 @@ def probe(
         answer = {"device": wanted} if wanted else _use((), Path(root), environ, torch_version, problems)
         checks = "never"
     found.update(answer)
+    if found.get("visible") and found.get("device") != "cpu":
+        known = tuned.load(found.get("gpus", ()), found.get("driver", ""), environ)
+        found["tuned_sms"], found["tuned_problem"] = known
     return _with_checks(
         Record(**found, problems=tuple(problems)), checks, checks_deadline_s, neighbours, environ
     )
@@ -241,6 +246,7 @@ def _choices(root: Path, environ: Mapping[str, str], problems: list[str]) -> dic
         "EP_BACKEND_PROFILE",
         "EP_BACKEND_TRANSPORT",
         "EP_BACKEND_PEER_ACCESS",
+        "EP_BACKEND_NUM_SMS",
     }
     ours = env.applied(environ)
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ep_backend import env, profiles
+from ep_backend import env, profiles, tuned
 from ep_backend.errors import EpConfigError
 from ep_backend.facts import Facts, gather, islands, nodes, short_of_shared_memory, uneven, unmet, word
 from ep_backend.probe import Record
@@ -45,7 +45,8 @@ class Argument(msgspec.Struct, frozen=True):
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit.
-    ``misfit``: why a profile that was asked for would not have been chosen."""
+    ``misfit``: why a profile that was asked for would not have been chosen. ``warnings``: what a user should
+    be told unasked, a sentence each."""
 
     profile: str | None
     transport: str
@@ -54,6 +55,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     engine: tuple[Argument, ...] = ()
     sms: int | None = None
     misfit: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Conflict(msgspec.Struct, frozen=True):
@@ -79,13 +81,16 @@ def decide(
     *,
     requested_profile: str | None = None,
     available: frozenset[str] = AVAILABLE,
+    shape: tuned.Shape | None = None,
+    num_sms: int | None = None,
 ) -> Decision:
     """Load the profiles and `select`. All ranks get the same answer, or the same error, from equal records.
 
     ``records``: one per rank, in order of rank. ``requested_transport``: the communicator's own wish; "auto"
     leaves it to EP_BACKEND_TRANSPORT, then to the profile. ``requested_profile``: in place of
-    EP_BACKEND_PROFILE. Raises EpConfigError: ranks disagree, a profile file is wrong, or what was asked for
-    cannot be had.
+    EP_BACKEND_PROFILE. ``shape``: of the exchanges, where that is known; nothing tuned is used otherwise.
+    ``num_sms``: the communicator's own wish. Raises EpConfigError: ranks disagree, a profile file is wrong,
+    or what was asked for cannot be had.
     """
     check_agreement(records)
     wish = requested_profile
@@ -95,7 +100,7 @@ def decide(
     known, name, forced = profiles.load(wish)
     return select(
         records, known, requested_transport, profile=name, forced=forced, asked_by=asked_by,
-        available=available,
+        available=available, shape=shape, num_sms=num_sms,
     )  # fmt: skip
 
 
@@ -108,12 +113,14 @@ def select(
     forced: bool = True,
     asked_by: str = "EP_BACKEND_PROFILE",
     available: frozenset[str] = AVAILABLE,
+    shape: tuned.Shape | None = None,
+    num_sms: int | None = None,
 ) -> Decision:
     """Choose profile, transport and environment for a group. Pure.
 
     ``known``: profiles, tried in the order given by `profiles.in_order`. ``requested``: a transport or
     "auto". ``profile``: a profile's name or alias, or "auto". ``forced``: use it whatever the machine is;
-    else it only goes before the others. Raises EpConfigError.
+    else it only goes before the others. ``shape``, ``num_sms``: as for `decide`. Raises EpConfigError.
     """
     check_agreement(records)
     refused = env.get("EP_BACKEND_PEER_ACCESS", records[0].environment) == "0"
@@ -122,6 +129,8 @@ def select(
     chosen, why_profile = _profile(known, facts, profile, forced, asked_by)
     transport, why_transport = _transport(records, facts, chosen, requested, available)
     environment, engine = _settings(chosen, facts)
+    wished = chosen if profile != "auto" and chosen is profiles.find(profile, known) else None
+    sms, why_sms, doubts = _sms(records, chosen, wished, transport, shape, num_sms)
     return Decision(
         profile=chosen.name if chosen else None,
         transport=transport,
@@ -131,6 +140,7 @@ def select(
                 why_profile,
                 why_transport,
                 *_ways(records, transport),
+                *([why_sms] if why_sms else []),
                 *_remarks(facts, transport, refused, why_transport),
             ]
         ),
@@ -139,8 +149,9 @@ def select(
             for e in profiles.ENGINES
             for n, s in sorted(engine[e].items())
         ),
-        sms=chosen.sm_budget.sms if chosen and chosen.sm_budget else None,
+        sms=sms,
         misfit=tuple(unmet(chosen.recognition.require, facts)) if chosen and chosen.recognition else (),
+        warnings=doubts,
     )
 
 
@@ -302,6 +313,44 @@ def _transport(
     of_reason = {why: [name for name, other in passed.items() if other == why] for why in passed.values()}
     reasons = [f"{' and '.join(names)}, because {why}" for why, names in of_reason.items()]
     raise EpConfigError(f"no transport can serve this group {place}: {'; '.join(reasons)}")
+
+
+def _sms(
+    records: Sequence[Record],
+    profile: Profile | None,
+    wished: Profile | None,
+    transport: str,
+    shape: tuned.Shape | None,
+    asked: int | None,
+) -> tuple[int | None, str, tuple[str, ...]]:
+    """How many SMs an exchange may use, None for no limit; why, where the reader may wonder; and warnings.
+
+    ``wished``: ``profile``, if somebody named it. In this order: the communicator's own configuration,
+    EP_BACKEND_NUM_SMS, the budget of a profile that was named, what was tuned, the budget of one that was
+    recognised. The number steers how a call is cut into chunks, so all ranks must have the same.
+    """
+    if asked is not None:
+        return asked, "", ()
+    wanted: int = env.get("EP_BACKEND_NUM_SMS", records[0].environment)
+    if wanted >= 0:
+        sms = wanted or None
+        return sms, f"SMs of an exchange: {tuned.limit(sms)}, by EP_BACKEND_NUM_SMS.", ()
+    budget = profile.sm_budget.sms if profile and profile.sm_budget else None
+    if shape is None or transport not in OF_GPUS or (wished and wished.sm_budget):
+        return budget, "", ()
+    problems = tuple(dict.fromkeys(record.tuned_problem for record in records if record.tuned_problem))
+    found = [tuned.find(record.tuned_sms, shape, transport) for record in records]
+    said = ["nothing" if entry is None else tuned.limit(entry.num_sms) for entry in found]
+    if len(set(said)) > 1:
+        sides = [
+            f"{text} on {_ranks(r for r, t in enumerate(said) if t == text)}" for text in dict.fromkeys(said)
+        ]
+        why = f"The ranks differ in what was tuned for SMs ({', '.join(sides)}), so none of it is used."
+        return budget, why, (*problems, why)
+    if found[0] is None:
+        return budget, "", problems
+    why = f"SMs of an exchange: {said[0]}, tuned on this machine for this shape on {found[0].date}."
+    return found[0].num_sms, why, problems
 
 
 def _ways(records: Sequence[Record], transport: str) -> list[str]:

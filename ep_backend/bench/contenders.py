@@ -89,7 +89,7 @@ class Ours:
 
     def details(self) -> dict[str, Any]:
         details = {"layout": self._settings.layout, "window_bytes": self.window_bytes}
-        num_sms = self._settings.num_sms if self.name in OF_GPUS else None
+        num_sms = self._comm.decision.sms if self.name in OF_GPUS else None
         return details if num_sms is None else {**details, "num_sms": num_sms}
 
     def destroy(self) -> None:

@@ -79,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
     add("--transports", type=list_of(str), metavar="A[,B...]", help=transports)
     peers = "what others do, to compare with (nccl, on cpu gloo); also flashinfer, or none"
     add("--peers", type=list_of(str), metavar="A[,B...]", help=peers)
-    sms = "SMs that transports peer, mixed and host may use (all); each number is measured"
+    sms = "SMs that peer, mixed and host may use (as a communicator chooses); each number is measured"
     add("--num-sms", type=list_of(whole(1)), metavar="N[,N...]", help=sms)
     add("--routing", choices=ROUTINGS, default="uniform", help="how tokens choose experts")
     add("--warmup", type=whole(0), default=8, metavar="N", help="exchanges before the timed ones")
@@ -117,7 +117,7 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
         raise EpConfigError(f"--ranks {args.ranks}, but {world} ranks have been started")
     ranks = world or args.ranks
     if args.device == "cuda":
-        gpus = _gpus()
+        gpus = usable_gpus()
         if world is None and ranks is not None and ranks > gpus:
             raise EpConfigError(f"--ranks {ranks}, but PyTorch finds {gpus} GPUs here; each rank takes one")
         ranks = ranks or gpus
@@ -173,15 +173,13 @@ def _peers(asked: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, 
     return () if asked == ("none",) else asked
 
 
-def _gpus() -> int:
-    """How many GPUs this process can use, at least one. Raises EpConfigError."""
+def usable_gpus(or_else: str = "; --device cpu measures CPUs") -> int:
+    """How many GPUs this process can use, at least one. Raises EpConfigError, which ends with ``or_else``."""
     import torch
 
     found = torch.cuda.device_count()
     if not found:
-        raise EpConfigError(
-            f"--device cuda, but PyTorch {torch.__version__} finds no GPU here; --device cpu measures CPUs"
-        )
+        raise EpConfigError(f"--device cuda, but PyTorch {torch.__version__} finds no GPU here{or_else}")
     return found
 
 
@@ -192,7 +190,7 @@ def _join(runs: Sequence[Settings], explicit: frozenset[str]) -> dict[str, Any]:
     gpu = None
     if runs[0].device == "cuda":
         gpu = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-        if gpu >= (gpus := _gpus()):
+        if gpu >= (gpus := usable_gpus()):
             raise EpConfigError(f"local rank {gpu}, but PyTorch finds {gpus} GPUs here; each rank takes one")
     dist.init_process_group("gloo")
     try:

@@ -46,7 +46,7 @@ class Gpus:
         least: LeastBytes,
         step: Step,
     ) -> tuple[list[Times], float | None]:
-        runners = [_Runner(contender, inputs, settings) for contender in contenders]
+        runners = [Runner(contender, inputs, settings) for contender in contenders]
         graph_size = exchanges_in_a_graph(inputs[0].tokens)
         warmup, replays = divide(settings.warmup, graph_size), divide(settings.iters, graph_size)
         bursts = divide(settings.iters, BURST)
@@ -61,7 +61,7 @@ class Gpus:
         return [runner.times for runner in runners], self._write_rate
 
 
-class _Runner:
+class Runner:
     """A contender with its captured graph and its times."""
 
     def __init__(self, contender: Contender, inputs: Sequence[Inputs], settings: Settings) -> None:
@@ -82,12 +82,12 @@ class _Runner:
         self._contender.dispatch(number)
         self._contender.combine(self._outs[number if out is None else out])
 
-    def _untimed(self) -> None:
+    def untimed(self) -> None:
         """The ranks are aligned by an exchange that is not timed."""
         self._exchange(0, out=INPUT_SETS)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        self._untimed()
+        self.untimed()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -95,19 +95,23 @@ class _Runner:
                 self._exchange(number)
         return graph
 
+    def launch(self) -> None:
+        """Queue all exchanges of the graph on the current stream."""
+        assert self.graph is not None
+        self.graph.replay()
+
     def replay(self, *, timed: bool) -> None:
         """One sample of the round trip: the graph's time by the exchanges in it."""
-        assert self.graph is not None
-        self._forget()
+        self.forget()
         dist.barrier()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(ALIGN_CYCLES)
-        self._untimed()
+        self.untimed()
         start.record()
-        self.graph.replay()
+        self.launch()
         end.record()
         end.synchronize()
-        self._check()
+        self.check()
         if timed:
             self.times.seconds["round_trip"].append(start.elapsed_time(end) / 1e3 / self._graph_size)
 
@@ -115,11 +119,11 @@ class _Runner:
         """BURST samples of the phases; of the round trip too, if there is no graph."""
         marks = self._queue()
         # On all ranks together: one that waited for its host has kept the others waiting.
-        while _anywhere(marks is None):
+        while anywhere(marks is None):
             self._queue_cycles *= 2
             marks = self._queue()
         assert marks is not None
-        self._check()
+        self.check()
         for start, between, end in marks:
             phases = (start, between), (between, end), (start, end)
             for phase, (since, until) in zip(report.PHASES, phases, strict=True):
@@ -129,11 +133,11 @@ class _Runner:
     def _queue(self) -> list[list[torch.cuda.Event]] | None:
         """Events before, in the middle and after each of BURST exchanges; None if the GPU had to wait for the
         host, which would be counted."""
-        self._forget()
+        self.forget()
         marks = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(BURST)]
         dist.barrier()
         torch.cuda._sleep(self._queue_cycles)
-        self._untimed()
+        self.untimed()
         for number, (start, between, end) in enumerate(marks):
             start.record()
             self._contender.dispatch(number % INPUT_SETS)
@@ -146,16 +150,19 @@ class _Runner:
         may_be_late = not self._contender.capturable or self._queue_cycles >= MOST_QUEUE_CYCLES
         return None if late and not may_be_late else marks
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Nothing that stands in the results may pass for what comes."""
         for out in self._outs:
             out.fill_(torch.nan)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Look at the results of both input sets, after the GPU has ended."""
         for number, out in enumerate(self._outs[:INPUT_SETS]):
             self.times.correct &= self._contender.accepts(number, out)
 
 
-def _anywhere(flag: bool) -> bool:
+def anywhere(flag: bool) -> bool:
+    """Whether ``flag`` holds on any rank. Collective."""
     found = torch.tensor(int(flag))
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found)

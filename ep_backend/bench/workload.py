@@ -35,7 +35,7 @@ class Settings:
     routing: str
     contenders: tuple[str, ...]
     num_sms: int | None
-    """SMs that transport peer may use; None: all of them."""
+    """SMs that an exchange may use; None: as a communicator chooses."""
     warmup: int
     iters: int
     seed: int

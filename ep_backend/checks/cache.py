@@ -56,8 +56,7 @@ class Cache:
 
     def __init__(self, folder: Path | None, gpus: Sequence[Gpu], identity: str) -> None:
         self.identity = identity
-        machine = hashlib.sha256("\n".join(sorted(gpu.uuid for gpu in gpus)).encode()).hexdigest()[:16]
-        self._file = None if folder is None else folder / f"checks-{machine}.json"
+        self._file = None if folder is None else file_of(folder, "checks", gpus)
 
     def load(self) -> Entry:
         """What is remembered of this machine as it is; an empty entry if nothing is, or nothing usable."""
@@ -65,27 +64,16 @@ class Cache:
         if self._file is None:
             return empty
         try:
-            descriptor = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            with open(descriptor, "rb") as file:
-                if os.fstat(file.fileno()).st_uid != os.geteuid():
-                    return empty  # somebody else's word is not taken
-                entry = msgspec.json.decode(file.read(_LARGEST_FILE), type=Entry)
+            entry = msgspec.json.decode(read(self._file), type=Entry)
         except (OSError, msgspec.DecodeError):
             return empty
         return entry if entry.identity == self.identity else empty
 
     def save(self, entry: Entry) -> None:
-        """Replace the file in one step, so that nobody reads half of it."""
         if self._file is None:
             return
         with contextlib.suppress(OSError):
-            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=".checks-")
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(msgspec.json.encode(entry))
-                os.replace(name, self._file)
-            except OSError:
-                os.unlink(name)
+            write(self._file, msgspec.json.encode(entry))
 
     @contextlib.contextmanager
     def locked(self, until: float) -> Iterator[bool]:
@@ -116,6 +104,33 @@ def _lock(descriptor: int, until: float) -> bool:
             time.sleep(_POLL_S)
         except OSError:  # a file system without locks
             return True
+
+
+def file_of(folder: Path, kind: str, gpus: Sequence[Gpu]) -> Path:
+    """Where something of ``kind`` is remembered of the machine with these GPUs."""
+    machine = hashlib.sha256("\n".join(sorted(gpu.uuid for gpu in gpus)).encode()).hexdigest()[:16]
+    return folder / f"{kind}-{machine}.json"
+
+
+def read(file: Path) -> bytes:
+    """A file of the user's own. Raises OSError."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as opened:
+        if os.fstat(opened.fileno()).st_uid != os.geteuid():
+            raise PermissionError(f"{file} is not ours")  # somebody else's word is not taken
+        return opened.read(_LARGEST_FILE)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Replace a file in one step, so that nobody reads half of it. Raises OSError."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-")
+    try:
+        with open(descriptor, "wb") as opened:
+            opened.write(content)
+        os.replace(name, file)
+    except OSError:
+        os.unlink(name)
+        raise
 
 
 def folder(environ: Mapping[str, str]) -> Path | None:

@@ -93,7 +93,8 @@ def _text(record: Record, decision: Decision, conflicts: tuple[Conflict, ...]) -
         f"versions     {choice.versions(record)}",
         *choice.chosen(decision),
     ]
-    lines += [f"note         {problem}" for problem in record.problems]
+    lines += [f"tuned        {entry}" for entry in record.tuned_sms]
+    lines += [f"note         {problem}" for problem in (*record.problems, record.tuned_problem) if problem]
     lines += ["", *choice.settings(decision, conflicts, os.environ)]
     lines += ["", "Read by ep_backend:"]
     for variable in (v for v in env.VARIABLES if v.kind == "read"):

@@ -50,12 +50,14 @@ class Communicators:
                 f"CUDA graphs cannot capture transport {communicator.transport}: {self._without_graphs}. "
                 f"{communicator.decision.reason}"
             )
+        sms = communicator.decision.sms
         self._log.info(
-            "ep_backend: rank %d of %d, transport %s, windows %.1f MiB "
+            "ep_backend: rank %d of %d, transport %s%s, windows %.1f MiB "
             "(%d experts, top-%d, hidden %d, %s, at most %d tokens per rank), deadline of a wait %g s",
             communicator.rank,
             communicator.world_size,
             communicator.transport,
+            "" if sms is None else f", at most {sms} SMs",
             communicator.window_bytes / 2**20,
             config.num_experts,
             config.top_k,
