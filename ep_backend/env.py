@@ -145,6 +145,14 @@ VARIABLES: tuple[Variable, ...] = (
         choices=("auto", "0"),
     ),
     _read(
+        "EP_BACKEND_TRAFFIC_CLASS",
+        "int",
+        None,
+        "Traffic class of what transport collective sends through NCCL; on InfiniBand its service level.",
+        minimum=0,
+        maximum=255,
+    ),
+    _read(
         "EP_BACKEND_CUDA",
         "str",
         "auto",
