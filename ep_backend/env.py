@@ -147,10 +147,18 @@ VARIABLES: tuple[Variable, ...] = (
     _read(
         "EP_BACKEND_NUM_SMS",
         "int",
-        -1,
-        "SMs of a GPU that an exchange may use; 0: no limit; -1: what was tuned here, or a profile says.",
-        minimum=-1,
+        None,
+        "SMs of a GPU that an exchange may use; 0: no limit. Not set: what was tuned here, or a profile says.",
+        minimum=0,
         maximum=1024,
+    ),
+    _read(
+        "EP_BACKEND_TRAFFIC_CLASS",
+        "int",
+        None,
+        "Traffic class of what transport collective sends through NCCL; on InfiniBand its service level.",
+        minimum=0,
+        maximum=255,
     ),
     _read(
         "EP_BACKEND_CUDA",

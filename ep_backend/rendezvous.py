@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ep_backend import env
 from ep_backend.errors import EpConfigError
 
 T = TypeVar("T")
@@ -82,7 +83,8 @@ def part(group: dist.ProcessGroup | None, ranks: Sequence[int], timeout_s: float
 
 def nccl(group: dist.ProcessGroup | None) -> Any:
     """A ProcessGroupNCCL of the ranks of ``group`` that torch.distributed does not know of. Collective;
-    connects when it is first used.
+    connects when it is first used. Its traffic on the network has the class EP_BACKEND_TRAFFIC_CLASS, if that
+    is set.
 
     Its own deadlines must never pass: torch ends the whole process then.
     """
@@ -91,6 +93,9 @@ def nccl(group: dist.ProcessGroup | None) -> Any:
     def make() -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = NEVER
+        traffic_class = env.get("EP_BACKEND_TRAFFIC_CLASS")
+        if traffic_class is not None:
+            options.config.traffic_class = traffic_class  # type: ignore[attr-defined]  # torch's stubs lack it
         return dist.ProcessGroupNCCL(store, dist.get_rank(group), dist.get_world_size(group), options)
 
     return together(group, make)[0]

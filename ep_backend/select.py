@@ -331,8 +331,8 @@ def _sms(
     """
     if asked is not None:
         return asked, "", ()
-    wanted: int = env.get("EP_BACKEND_NUM_SMS", records[0].environment)
-    if wanted >= 0:
+    wanted: int | None = env.get("EP_BACKEND_NUM_SMS", records[0].environment)
+    if wanted is not None:
         sms = wanted or None
         return sms, f"SMs of an exchange: {tuned.limit(sms)}, by EP_BACKEND_NUM_SMS.", ()
     budget = profile.sm_budget.sms if profile and profile.sm_budget else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from exchange import Runner, make_call, step
-from networks import LINK
+from networks import LINK, link_bytes
 
 import ep_backend as ep
 
@@ -18,13 +18,6 @@ CONFIG = ep.EpConfig(
     num_experts=16, top_k=4, hidden_size=1024, max_tokens_per_rank=32, payload=torch.float32, timeout_s=20.0
 )
 STEPS = [step([32, 17, 0, 29], seed=seed) for seed in range(6)]
-
-
-def link_bytes():
-    """Bytes that have left this node through the link, with all headers."""
-    with open("/proc/self/net/dev") as lines:
-        fields = next(line for line in lines if line.strip().startswith(f"{LINK}:")).split(":")[1].split()
-    return int(fields[8])
 
 
 def count(comm):

@@ -99,7 +99,7 @@ def _text(record: Record, decision: Decision, conflicts: tuple[Conflict, ...]) -
     lines += ["", "Read by ep_backend:"]
     for variable in (v for v in env.VARIABLES if v.kind == "read"):
         found = os.environ.get(variable.name, "")
-        default = f"{variable.default} (default)" if variable.default != "" else "(not set)"
+        default = "(not set)" if variable.default in (None, "") else f"{variable.default} (default)"
         shown = found if found.strip() else default
         lines += [f"  {variable.name} = {shown}", f"      {variable.help} Wanted: {variable.wanted}."]
     return "\n".join(lines)

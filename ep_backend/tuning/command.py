@@ -193,8 +193,8 @@ def _publish(args: argparse.Namespace, settings: Settings, record: Record, measu
 
 def _goes_first(record: Record) -> str:
     """A sentence where something here goes before what was tuned; else an empty text."""
-    limit = record.environment.get("EP_BACKEND_NUM_SMS", "-1")
-    if limit.strip() != "-1":
+    limit = record.environment.get("EP_BACKEND_NUM_SMS", "").strip()
+    if limit:
         return f"EP_BACKEND_NUM_SMS={limit} is set here and goes before it."
     named = record.environment.get("EP_BACKEND_PROFILE", "auto")
     if named.strip() != "auto" and (budget := decide([record]).sms) is not None:

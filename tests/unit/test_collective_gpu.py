@@ -1,11 +1,14 @@
-"""What transport collective for GPUs finds out with tensors alone."""
+"""What transport collective for GPUs does without one."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import fresh_ranks, ranks
 
+from ep_backend import rendezvous
 from ep_backend.transports.collective_gpu import find_places
 from ep_backend.transports.wires import GlooWire
 
@@ -82,3 +85,26 @@ def late_job(rank, group):
 def test_gloo_has_a_deadline():
     with fresh_ranks(2) as group:
         assert 0.9 < group.run(late_job)[0] < 3
+
+
+class Nccl:
+    """Stands in for ProcessGroupNCCL."""
+
+    def __init__(self, store, rank, world, options):
+        self.config = vars(options.config)
+
+    @staticmethod
+    def Options():  # noqa: N802
+        return SimpleNamespace(config=SimpleNamespace())
+
+
+def traffic_class_job(rank, group, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+        patch.setenv("EP_BACKEND_TRAFFIC_CLASS", value)
+        return rendezvous.nccl(group).config
+
+
+def test_its_communicator_has_a_traffic_class_of_its_own():
+    assert ranks(2).run(traffic_class_job, "96") == [{"traffic_class": 96}] * 2
+    assert ranks(2).run(traffic_class_job, "") == [{}] * 2

@@ -18,6 +18,9 @@ BF16_GAP = 0.25
 """Largest gap between the two best logits at which bfloat16 may choose differently. vLLM on one rank, without
 ep_backend, and transformers were seen to differ at gaps up to this with this model."""
 
+AGREED = "ep_backend: the data-parallel ranks agree on each step through shared memory"
+"""What the log says if they do."""
+
 ALONE = {"data_parallel_size": 1, "expert_parallel": False}
 SCALED = {"environ": (("EP_BACKEND_TEST_SCALE_COMBINE", "0.5"),)}
 
@@ -30,14 +33,19 @@ def serving(**changes):
 def generate(folder, prompts, **changes):
     """Per prompt: new tokens, and the gap between the two best logits at each. Also the server's log."""
     with Server(serving(**changes), folder, print) as server:
-        choices = server.complete(prompts, NEW_TOKENS, ignore_eos=True, return_token_ids=True, logprobs=2)
-        log = server.session.log.read_text(errors="replace")
+        records = continue_greedily(server, prompts)
+        return records, server.session.log.read_text(errors="replace")
+
+
+def continue_greedily(server, prompts):
+    """The records of `generate` from a server that runs."""
+    choices = server.complete(prompts, NEW_TOKENS, ignore_eos=True, return_token_ids=True, logprobs=2)
     records = []
     for choice in choices:
         best_two = [sorted(step.values())[-2:] for step in choice["logprobs"]["top_logprobs"]]
         records.append({"tokens": choice["token_ids"], "gaps": [b - a for a, b in best_two]})
     assert all(len(record["tokens"]) == NEW_TOKENS for record in records)
-    return records, log
+    return records
 
 
 def log_of_a_stalled_rank(folder, stalled, max_tokens):
@@ -79,9 +87,12 @@ def log_of_a_stalled_rank(folder, stalled, max_tokens):
 
 
 def went_through_ep_backend(log, world=2):
-    exchanged = [f"ep_backend: rank {rank} of {world}, transport" in log for rank in range(world)]
-    agreed = "ep_backend: the data-parallel ranks agree on each step through shared memory" in log
-    return all(exchanged) and agreed
+    return exchanged(log, world) and AGREED in log
+
+
+def exchanged(log, world, transport=""):
+    """Whether every rank has a communicator, of ``transport`` if it is named."""
+    return all(f"ep_backend: rank {rank} of {world}, transport {transport}" in log for rank in range(world))
 
 
 def first_difference(got, want):
