@@ -148,7 +148,7 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_NUM_SMS",
         "int",
         None,
-        "SMs of a GPU that an exchange may use; 0: no limit. Not set: what was tuned here, or a profile says.",
+        "SMs of a GPU that an exchange may use; 0: no limit. Not set: what was tuned, or a profile says.",
         minimum=0,
         maximum=1024,
     ),
