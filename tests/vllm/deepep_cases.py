@@ -87,6 +87,18 @@ def make_layer(mode, quant_config, routing_tables=None):
     return manager, layer
 
 
+def make_v2_layer(rank, group):
+    """vLLM makes it only where it finds a new NCCL. The buffer, and what prepares and finalizes."""
+    import deep_ep
+
+    module = importlib.import_module(f"{LAYERS}.prepare_finalize.deepep_v2")
+    buffer = deep_ep.ElasticBuffer(
+        group, num_max_tokens_per_rank=MOST, hidden=HIDDEN, num_topk=TOP_K, explicitly_destroy=True
+    )
+    first = rank * EXPERTS // WORLD
+    return buffer, module.DeepEPV2PrepareAndFinalize(buffer, WORLD, 1, first, EXPERTS, TOP_K)
+
+
 def quant_config(block_fp8):
     from vllm.model_executor.layers.fused_moe import config
 
@@ -138,18 +150,20 @@ def run_halves(module, prepare, finish):
             finish(*opened[half])
 
 
-def high_throughput(rank, group, fp8, tokens):
+def high_throughput(rank, group, mode, fp8, tokens):
     """Two layers, then two halves of a batch."""
     from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
     from ep_backend import reference
 
     config = quant_config(fp8)
-    manager, layer = make_layer("ht", config)
-    manager.set_num_sms(16)
-    assert make_layer("ht", config)[1].buffer is not layer.buffer, "one for each manager"
-    assert manager.get_handle({}) is layer.buffer
-    module = importlib.import_module(f"{LAYERS}.prepare_finalize.deepep_ht")
+    if mode == "ht":
+        maker, layer = make_layer(mode, config)
+        maker.set_num_sms(16)
+        assert maker.get_handle({}) is layer.buffer, "one for all layers"
+    else:
+        maker, layer = make_v2_layer(rank, group)
+    module = importlib.import_module(f"{LAYERS}.prepare_finalize.deepep_{mode}")
 
     def prepare(seed):
         x, ids, weights = inputs(rank, tokens[rank], seed)
@@ -172,7 +186,7 @@ def high_throughput(rank, group, fp8, tokens):
     for seed in range(2):
         finish(*prepare(seed))
     run_halves(module, prepare, finish)
-    manager.destroy()
+    maker.destroy()
 
 
 def low_latency(rank, group, fp8, tokens, exponents, physical):
@@ -218,8 +232,9 @@ def low_latency(rank, group, fp8, tokens, exponents, physical):
 
 @pytest.mark.parametrize("tokens", [(9, 5), (0, 16), (0, 0)])
 @pytest.mark.parametrize("fp8", [False, True])
-def test_high_throughput(ranks, fp8, tokens):
-    ranks.run(high_throughput, fp8, tokens)
+@pytest.mark.parametrize("mode", ["ht", "v2"])
+def test_high_throughput(ranks, mode, fp8, tokens):
+    ranks.run(high_throughput, mode, fp8, tokens)
 
 
 @pytest.mark.parametrize(
