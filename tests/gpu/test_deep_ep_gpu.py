@@ -1,4 +1,4 @@
-"""The stand-in for DeepEP on GPUs: the jobs of tests/deep_ep, and CUDA graphs."""
+"""The stand-in for DeepEP on GPUs: the jobs of tests/compat, and CUDA graphs."""
 
 import deep_ep_cases as cases
 import elastic_cases
