@@ -12,6 +12,7 @@ from ep_backend.errors import EpConfigError, EpError
 
 NAME = "deep_ep"
 _PACKAGE = f"{__name__}.{NAME}"
+STANDS_IN = f"ep_backend stands in for the module {NAME} in this process"
 
 
 def provide_deep_ep() -> None:
@@ -26,7 +27,7 @@ def provide_deep_ep() -> None:
     where = getattr(present, "__file__", None)
     if present is None:
         found = importlib.util.find_spec(NAME)
-        if found is None:
+        if found is None or found.origin is None:  # a folder of that name, without a module in it
             for part in ("", ".buffer", ".utils"):
                 sys.modules[NAME + part] = importlib.import_module(_PACKAGE + part)
             return
@@ -37,11 +38,18 @@ def provide_deep_ep() -> None:
     )
 
 
-def provide_if_asked(log: logging.Logger) -> None:
-    """`provide_deep_ep` if EP_BACKEND_PROVIDE_DEEP_EP is 1. For the engines' plug-ins, which must not raise:
-    what is wrong becomes an error in ``log``, and the engine then does without, or with DeepEP itself."""
+def provide_if_asked(log: logging.Logger) -> bool:
+    """`provide_deep_ep` if EP_BACKEND_PROVIDE_DEEP_EP is 1; whether it is in place then.
+
+    For the engines' plug-ins, which must not raise. ``log`` gets a warning, which is seen before an engine
+    has set its logging up, or an error that says what is wrong: the engine then does without, or with DeepEP
+    itself.
+    """
     try:
         if env.get("EP_BACKEND_PROVIDE_DEEP_EP") == "1":
             provide_deep_ep()
+            log.warning(STANDS_IN)
+            return True
     except (EpError, ImportError) as error:
         log.error("ep_backend: %s", error)
+    return False

@@ -1,6 +1,7 @@
-"""The stand-in for DeepEP on GPUs: the jobs of tests/unit/test_deep_ep.py, and CUDA graphs."""
+"""The stand-in for DeepEP on GPUs: the jobs of tests/compat, and CUDA graphs."""
 
 import deep_ep_cases as cases
+import elastic_cases
 import pytest
 import torch
 from harness import ranks
@@ -48,3 +49,17 @@ def test_the_same_bits_every_time(world):
 def test_refusals(world):
     for names, said in ranks(world).run(cases.refusals, "cuda", timeout=PATIENCE_S):
         assert sorted(said) == names
+
+
+@pytest.mark.parametrize("events", [False, True])
+@pytest.mark.parametrize(("fp8", "alignment"), [(False, 1), (False, 128), (True, 128)])
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+def test_elastic(world, routing, fp8, alignment, events):
+    tokens = [max(0, elastic_cases.MOST - 21 * rank) for rank in range(world)]
+    job = elastic_cases.dispatch_and_combine
+    ranks(world).run(job, "cuda", tokens, routing, fp8, alignment, events, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("job", [elastic_cases.small_things, elastic_cases.refusals])
+def test_details_of_elastic(world, job):
+    ranks(world).run(job, "cuda", timeout=PATIENCE_S)

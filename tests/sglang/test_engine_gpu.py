@@ -16,6 +16,7 @@ from served_tokens import FP8_LIMIT, LIMIT, differences, groups_of_prompts, serv
 
 from ep_backend import reference
 from ep_backend.bench.engines.sglang import FIRST_PORT, PORT_BLOCK, serve_command, serve_environment
+from ep_backend.compat import STANDS_IN
 from ep_backend.launch.server import Session
 
 GPUS = torch.cuda.device_count()
@@ -36,9 +37,16 @@ WITHOUT_DEEPGEMM = (("SGLANG_ENABLE_JIT_DEEPGEMM", "0"),)
 OVERLAP = ("--enable-two-batch-overlap",)
 COPIES = ("--enable-eplb", "--ep-num-redundant-experts", "4")
 SPLIT = "a batch is computed as two overlapping halves"
+# SGLang's own mode for DeepEP, for which it wants DeepGEMM; ranks wait for each other while that compiles.
+DEEPEP = {
+    "of": {**DP, "model": "fp8", "runner": "deep_gemm"},
+    "backend": "deepep",
+    "environ": (("EP_BACKEND_PROVIDE_DEEP_EP", "1"), ("EP_BACKEND_TIMEOUT_S", "300")),
+    "says": STANDS_IN,
+}
 
-# ``of``: options of both servers; ``extra``: of ours, because stock does not know them or need not;
-# ``transport``: ours, peer if not given.
+# ``of``: options of both servers; ``extra``, ``environ``: of ours, because stock does not know them or need
+# not; ``transport``: ours, peer if not given.
 CASES = {
     "dp attention": {"of": DP},
     "dp attention, without graphs": {"of": DP, "extra": ("--disable-cuda-graph",)},
@@ -71,6 +79,19 @@ CASES = {
     },
     "bf16, deep_gemm": {"of": {**DP, "runner": "deep_gemm"}},
     "trained, dp attention": {"of": {**DP, "model": "trained"}},
+    "deepep, normal": {**DEEPEP, "extra": ("--deepep-mode", "normal")},
+    # Prompts take the same way: as many tokens as SGLang dispatches in this mode.
+    "deepep, low_latency": {
+        **DEEPEP,
+        "extra": ("--deepep-mode", "low_latency", "--chunked-prefill-size", "128"),
+    },
+    "deepep, auto": {**DEEPEP, "extra": ("--deepep-mode", "auto")},
+    "deepep, auto, two-batch overlap": {**DEEPEP, "extra": OVERLAP},
+    "deepep, auto, bf16": {
+        **DEEPEP,
+        "of": {**DP, "runner": "deep_gemm"},
+        "extra": ("--deepep-dispatcher-output-dtype", "bf16"),
+    },
     "dp attention on groups of ranks": {"of": DP_AND_TP},
     "dp attention on groups of ranks, two-batch overlap": {"of": DP_AND_TP, "extra": OVERLAP, "says": SPLIT},
 }
@@ -133,11 +154,13 @@ def test_tokens_are_those_of_stock(tmp_path, model, stock, name):
     if ranks > GPUS:
         pytest.skip(f"needs {ranks} GPUs")
     folder, prompts = model(kind)
-    transport = case.get("transport", "peer")
-    environ = (*options.get("environ", ()), ("EP_BACKEND_TRANSPORT", transport))
+    transport, backend = case.get("transport", "peer"), case.get("backend", "ep_backend")
+    environ = (*options.get("environ", ()), *case.get("environ", ()), ("EP_BACKEND_TRANSPORT", transport))
     ours = {**options, "environ": environ, "extra": case.get("extra", ())}
-    got, log = served(tmp_path, prompts, model=folder, backend="ep_backend", **ours)
-    assert all(f"ep_backend: rank {rank} of {ranks}, transport {transport}" in log for rank in range(ranks))
+    got, log = served(tmp_path, prompts, model=folder, backend=backend, **ours)
+    if backend == "ep_backend":
+        said = f"ep_backend: rank {{}} of {ranks}, transport {transport}"
+        assert all(said.format(rank) in log for rank in range(ranks))
     assert "NOT AVAILABLE" not in log
     assert case.get("says", "") in log
     want = stock(kind, **options)

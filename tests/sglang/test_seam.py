@@ -27,7 +27,8 @@ def needed_of_triton(name):
 @pytest.mark.seam
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "cases", ["launcher_cases.py", "scheduler_cases.py", "exchange_cases.py", "overlap_cases.py"]
+    "cases",
+    ["launcher_cases.py", "scheduler_cases.py", "exchange_cases.py", "overlap_cases.py", "deepep_cases.py"],
 )
 @pytest.mark.parametrize("version", RELEASES)
 def test_seam_of_the_sources_of(version, cases):

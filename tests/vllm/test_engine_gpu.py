@@ -17,6 +17,8 @@ from engine_runs import (
     went_through_ep_backend,
 )
 
+from ep_backend.compat import STANDS_IN
+
 GPUS = torch.cuda.device_count()
 WORLD = 4 if GPUS >= 4 else 2
 
@@ -124,6 +126,8 @@ NO_DEEP_GEMM = (("VLLM_USE_DEEP_GEMM", "0"),)
 # DeepGEMM compiles a kernel when it is first needed; compiling all that might be takes minutes.
 DEEP_GEMM = (("VLLM_DEEP_GEMM_WARMUP", "skip"),)
 FLOAT_SCALES = (("VLLM_USE_DEEP_GEMM_E8M0", "0"),)
+# vLLM's own modes for DeepEP; ranks wait for each other while they compile.
+STAND_IN = (("EP_BACKEND_PROVIDE_DEEP_EP", "1"), ("EP_BACKEND_TIMEOUT_S", "300"))
 RANDOM = {
     "bfloat16": {"format": "torch.bfloat16"},
     "shared experts": {"architecture": "qwen1.5-moe-a2.7b", "dtype": "float32", "format": "torch.float32"},
@@ -152,6 +156,23 @@ RANDOM = {
         "experts_of_the_other": "triton",  # its scratch memory is too small for CUTLASS
         "format": "torch.uint8",
     },
+    "deepep_high_throughput": {"backend": "deepep_high_throughput", "environ": STAND_IN},
+    "deepep_low_latency": {"backend": "deepep_low_latency", "environ": STAND_IN},
+    "deepep_high_throughput, block fp8": {
+        "backend": "deepep_high_throughput",
+        "fp8": "block",
+        "environ": (*STAND_IN, *NO_DEEP_GEMM),
+    },
+    "deepep_low_latency, block fp8": {
+        "backend": "deepep_low_latency",
+        "fp8": "block",
+        "environ": (*STAND_IN, *NO_DEEP_GEMM),
+    },
+    "deepep_low_latency, two-batch overlap": {
+        "backend": "deepep_low_latency",
+        "environ": STAND_IN,
+        "extra": OVERLAP,
+    },
 }
 
 
@@ -162,24 +183,25 @@ def test_tokens_equal_those_of_allgather_reducescatter(tmp_path, name):
     case = RANDOM[name]
     dtype, architecture = case.get("dtype", "bfloat16"), case.get("architecture", "qwen3-30b-a3b")
     model = random_models.write(tmp_path / "model", architecture, case.get("fp8"))
-    ours = case.get("experts", "auto")
+    ours, experts = case.get("backend", "ep_backend"), case.get("experts", "auto")
     answers = {}
-    for backend, experts in (
-        ("ep_backend", ours),
-        ("allgather_reducescatter", case.get("experts_of_the_other", ours)),
+    for backend, moe_backend in (
+        (ours, experts),
+        ("allgather_reducescatter", case.get("experts_of_the_other", experts)),
     ):
         extra = (
             *compiled(0, "FULL_DECODE_ONLY"),
             "--max-num-batched-tokens",
             "512",
             "--moe-backend",
-            experts,
+            moe_backend,
+            *(case.get("extra", ()) if backend == ours else ()),
         )
         environ = (*EXACT, *case.get("environ", ()))
         options = on_gpus(model=model, dtype=dtype, backend=backend, extra=extra, environ=environ)
         answers[backend], log = generate(tmp_path / backend, random_models.prompts(), **options)
         assert went_through_ep_backend(log, WORLD) == (backend == "ep_backend")
-        if backend == "ep_backend":
-            assert f"{case['format']}, at most" in log
+        if backend == ours:
+            assert (f"{case['format']}, at most" if "format" in case else STANDS_IN) in log
     differences = differences_fp32 if dtype == "float32" else differences_bf16
-    assert differences(answers["ep_backend"], answers["allgather_reducescatter"]) == []
+    assert differences(answers[ours], answers["allgather_reducescatter"]) == []

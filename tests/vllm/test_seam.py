@@ -13,12 +13,11 @@ HERE = Path(__file__).parent
 RELEASES = ("0.26.0", "0.33.0")
 
 
-def run_cases(first_on_path: str | None) -> None:
-    environ = dict(os.environ)
-    if first_on_path is not None:
-        environ["PYTHONPATH"] = os.pathsep.join([first_on_path, *filter(None, [environ.get("PYTHONPATH")])])
+def run_cases(first_on_path: str | None, cases: str = "seam_cases.py") -> None:
+    path = [first_on_path, os.environ.get("PYTHONPATH"), str(HERE.parent)]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    command.append(str(HERE / "seam_cases.py"))
+    command.append(str(HERE / cases))
     with tempfile.TemporaryDirectory() as sockets:  # vLLM leaves those of its message queues behind
         environ["TMPDIR"] = sockets
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
@@ -35,3 +34,10 @@ def test_seam_of_the_installed_release():
 @pytest.mark.parametrize("version", RELEASES)
 def test_seam_of_the_sources_of(version):
     run_cases(str(fetch(version)))
+
+
+@pytest.mark.seam
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("version", RELEASES)
+def test_deepep_modes_of_the_sources_of(version):
+    run_cases(str(fetch(version)), "deepep_cases.py")

@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from ep_backend.compat.deep_ep.checks import (
     check,
+    check_bias,
     check_flags,
     check_halves,
+    check_rows,
     check_whole,
     no_cost_stats,
     no_masks,
@@ -233,12 +235,8 @@ class Buffer:
         ``expert_alignment`` (empty with ``num_worst_tokens``), the handle, and the event. With ``handle``
         only the first and the last. Raises EpArgumentError, EpTimeoutError, EpProtocolError.
         """
-        rows, scales = x if isinstance(x, tuple) else (x, None)
-        check("x", rows, (None, None), (torch.bfloat16 if scales is None else torch.float8_e4m3fn,))
+        rows, scales = check_rows(x)
         tokens = len(rows)
-        if scales is not None:
-            shape = (tokens,) if scales.dim() == 1 else (tokens, None)
-            check("the scales of x", scales, shape, (torch.float32, torch.int32))
         num_sms = self._sms_of(config)
         order: dict[str, Any] = {
             "previous_event": previous_event,
@@ -249,7 +247,7 @@ class Buffer:
             if topk_idx is not None or topk_weights is not None:
                 raise EpArgumentError("a dispatch with a handle takes no topk_idx and no topk_weights")
             routing = _routing(handle)
-            again, event = self._streams.run(
+            (again, _), event = self._streams.run(
                 lambda: self._normal.dispatch_again(rows, scales, routing, num_sms),
                 [rows, scales, routing.ids, routing.places],
                 **order,
@@ -282,6 +280,7 @@ class Buffer:
                 scales,
                 ids=ids,
                 weights=weights,
+                num_experts=len(per_expert),
                 in_rank=in_rank,
                 per_expert=per_expert,
                 alignment=expert_alignment,
@@ -315,11 +314,7 @@ class Buffer:
         check("x", x, (len(routing.places), None), (torch.bfloat16,))
         if topk_weights is not None:
             check("topk_weights", topk_weights, (len(x), None), (torch.float32,))
-        biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-        if len(biases) > 2:
-            raise EpArgumentError(f"bias is {len(biases)} tensors; at most 2 were wanted")
-        for tensor in biases:
-            check("bias", tensor, (len(routing.ids), x.shape[1]), (torch.bfloat16,))
+        biases = check_bias(bias, len(routing.ids), x.shape[1])
         (summed, weights), event = self._streams.run(
             lambda: self._normal.combine(x, topk_weights, biases, routing, num_sms),
             [x, topk_weights, biases, routing.ids, routing.places],

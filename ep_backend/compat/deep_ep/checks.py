@@ -28,6 +28,27 @@ def check(name: str, t: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.
         raise EpArgumentError(f"{name} is {list(t.shape)} {t.dtype}; {wanted} was wanted")
 
 
+def check_rows(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``x`` of a dispatch of normal mode: [M, hidden] bfloat16, or that as float8_e4m3fn with scales, [M, n]
+    or [M] of float32 or int32. Returns rows and scales."""
+    rows, scales = x if isinstance(x, tuple) else (x, None)
+    check("x", rows, (None, None), (torch.bfloat16 if scales is None else torch.float8_e4m3fn,))
+    if scales is not None:
+        shape = (len(rows),) if scales.dim() == 1 else (len(rows), None)
+        check("the scales of x", scales, shape, (torch.float32, torch.int32))
+    return rows, scales
+
+
+def check_bias(bias: Any, tokens: int, hidden: int) -> tuple[torch.Tensor, ...]:
+    """``bias`` of a combine: None, one or two [tokens, hidden] bfloat16. Returns those there are."""
+    biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+    if len(biases) > 2:
+        raise EpArgumentError(f"bias is {len(biases)} tensors; at most 2 were wanted")
+    for tensor in biases:
+        check("bias", tensor, (tokens, hidden), (torch.bfloat16,))
+    return biases
+
+
 def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):

@@ -89,16 +89,19 @@ class Normal:
         *,
         ids: torch.Tensor | None,
         weights: torch.Tensor | None,
-        in_rank: torch.Tensor | None,
-        per_expert: torch.Tensor,
+        num_experts: int,
+        in_rank: torch.Tensor | None = None,
+        per_expert: torch.Tensor | None = None,
         alignment: int,
         worst: int,
         num_sms: int,
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, list[int], DispatchHandle]:
-        """As ``Buffer.dispatch`` without a handle, without the event."""
-        num_experts, counts = len(per_expert), []
+        """As ``Buffer.dispatch`` without a handle, without the event. With ``ids`` and ``weights`` nothing
+        else need be given."""
+        here, counts = num_experts // self._world, []
         if ids is None:
             assert in_rank is not None
+            assert per_expert is not None
             counts = per_expert.tolist()
             ids, num_experts = self._ranks_as_ids(in_rank), self._world
         if worst:
@@ -127,10 +130,8 @@ class Normal:
             in_rank = token_in_rank(ids, num_experts, self._world)
         handle = DispatchHandle(prefix, None, None, (routing.places % slots).int(), in_rank, routing)
         rows = self._rows(received, routing, x, scales)
-        here = num_experts // self._world
         if weights is None:
-            mine = len(per_expert) // self._world
-            counts = counts[self._rank * mine : (self._rank + 1) * mine]
+            counts = counts[self._rank * here : (self._rank + 1) * here]
             return rows, None, None, _aligned([] if worst else counts, alignment), handle
         ids = received.topk_ids.index_select(0, routing.places).long()
         if not worst:
@@ -139,12 +140,23 @@ class Normal:
         return rows, ids, weights, _aligned(counts, alignment), handle
 
     def dispatch_again(
-        self, x: torch.Tensor, scales: torch.Tensor | None, routing: Routing, num_sms: int
-    ) -> Any:
-        """Other rows to where those of an earlier dispatch went; nothing is counted or agreed on."""
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        routing: Routing,
+        num_sms: int,
+        weights: torch.Tensor | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Other rows to where those of an earlier dispatch went, and other weights if there are any; nothing
+        is counted or agreed on."""
         if len(x) != len(routing.ids):
             raise EpArgumentError(f"x has {len(x)} tokens; the {len(routing.ids)} of the handle were wanted")
-        return self._rows(self._exchange(x, scales, routing, None, num_sms), routing, x, scales)
+        received = self._exchange(x, scales, routing, weights, num_sms)
+        rows = self._rows(received, routing, x, scales)
+        if weights is None:
+            return rows, None
+        assert received.topk_weights is not None
+        return rows, received.topk_weights.index_select(0, routing.places)
 
     def combine(
         self,

@@ -23,10 +23,12 @@ MARKER_BYTES = 16
 
 @dataclass
 class Member:
-    """A communicator of the pool. ``pending``: calls of which the second half is still to come."""
+    """A communicator of the pool. ``pending``: calls of which the second half is still to come. ``captured``:
+    a CUDA graph holds calls of it, which will be replayed."""
 
     communicator: Communicator
     pending: int = 0
+    captured: bool = False
     alive: bool = True
     _channel: int = 0
     _zeros: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
@@ -56,12 +58,14 @@ class Pool:
 
     All ranks make the same calls in the same order, so all make, enlarge and give up the same communicators
     at the same time. Those of a GPU share the blocks that it can hold at once: where a new one finds too few,
-    the ones that were used the longest time ago are given up.
+    the ones that were used the longest time ago are given up. Those that a CUDA graph holds stay until
+    ``destroy``.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._members: dict[Any, Member] = {}
+        self._outgrown: list[Member] = []
         self._alive = True
 
     def get(self, device: torch.device, tokens: int, **fields: Any) -> Member:
@@ -90,22 +94,26 @@ class Pool:
                 member = Member(Communicator(self.group, config, device=device))
         self._members.pop(key, None)  # the last one is the one that was used last
         self._members[key] = member
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            member.captured = True
         return member
 
     def destroy(self) -> None:
         """Give everything back. Not collective."""
         self._alive = False
-        for member in self._members.values():
+        for member in (*self._members.values(), *self._outgrown):
             member.alive = False
             member.communicator.destroy()
         self._members.clear()
+        self._outgrown.clear()
 
     def _make_room(self, device: torch.device, config: EpConfig) -> None:
         room = BLOCKS_PER_SM * sms(device) - _blocks(config)
         for key, member in list(self._members.items()):
-            if sum(_blocks(m.communicator.config) for m in self._members.values()) <= room:
+            living = (*self._members.values(), *self._outgrown)
+            if sum(_blocks(m.communicator.config) for m in living) <= room:
                 return
-            if not member.pending:
+            if not member.pending and not member.captured:
                 self._give_up(key)
 
     def _give_up(self, key: Any) -> None:
@@ -115,6 +123,9 @@ class Pool:
                 "a call with more tokens per rank came before the hook of an earlier one; call that first"
             )
         del self._members[key]
+        if member.captured:
+            self._outgrown.append(member)
+            return
         member.alive = False
         member.communicator.destroy()
 

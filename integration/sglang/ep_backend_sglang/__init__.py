@@ -20,9 +20,7 @@ def register() -> None:
     """Make the name selectable. Idempotent; never raises, because SGLang would swallow it: one line says why
     the name is missing."""
     if "EP_BACKEND_PROVIDE_DEEP_EP" in os.environ:  # only then is the library loaded here
-        from ep_backend.compat import provide_if_asked
-
-        provide_if_asked(logger)
+        _provide_deep_ep()
     try:
         from . import seam
 
@@ -35,3 +33,15 @@ def register() -> None:
             type(error).__name__,
             " ".join(str(error).split()),
         )
+
+
+def _provide_deep_ep() -> None:
+    from ep_backend.compat import provide_if_asked
+
+    from .deepep import DISPATCHER, hand_over
+
+    if provide_if_asked(logger):
+        try:
+            hand_over()
+        except (AttributeError, ImportError) as error:
+            logger.error("ep_backend: deep_ep could not be handed to %s: %s", DISPATCHER, error)

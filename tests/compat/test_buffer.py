@@ -12,6 +12,7 @@ from harness import fresh_ranks, ranks
 
 import ep_backend as ep
 from ep_backend.compat import deep_ep
+from ep_backend.compat.deep_ep.pool import Pool
 
 WORLDS = (2, 4)
 
@@ -35,6 +36,25 @@ def _on_two_machines(rank, group):
     with pytest.raises(ep.EpArgumentError, match="hier has none"):
         handle[0]
     buffer.destroy()
+
+
+def held_by_a_graph(rank, group):
+    """A communicator that a CUDA graph would replay, outgrown by a later call."""
+    fields = {"num_experts": 4, "top_k": 1, "hidden_size": 8, "payload": torch.bfloat16}
+    pool = Pool(group)
+    held = pool.get(torch.device("cpu"), 4, **fields)
+    held.captured = True
+    grown = pool.get(torch.device("cpu"), 100, **fields)
+    assert grown is not held
+    assert pool.get(torch.device("cpu"), 4, **fields) is grown
+    x, ids = torch.ones(4, 8, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.int64)
+    for member in (held, grown):
+        received, handle = member.communicator.dispatch(x, ids, torch.ones(4, 1))
+        assert torch.equal(member.communicator.combine(received.rows, handle), x)
+    pool.destroy()
+    for member in (held, grown):
+        with pytest.raises(ep.EpError, match="destroyed"):
+            member.communicator.dispatch(x, ids, torch.ones(4, 1))
 
 
 def spread(world, *tokens):
@@ -93,6 +113,10 @@ def test_between_machines():
 
 def test_the_same_bits_every_time():
     ranks(2).run(cases.many_repetitions, "cpu", 30)
+
+
+def test_what_a_graph_holds_stays():
+    ranks(2).run(held_by_a_graph)
 
 
 def test_what_is_refused_says_what_was_wanted():
@@ -154,6 +178,13 @@ def run_python(text, **environ):
 
 def test_it_stands_in_for_the_module():
     done = run_python(ASKED + PROVIDED, EP_BACKEND_PROVIDE_DEEP_EP="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_of_the_name_is_not_the_module(tmp_path):
+    (tmp_path / "deep_ep").mkdir()
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    done = run_python(before + ASKED + PROVIDED, EP_BACKEND_PROVIDE_DEEP_EP="1")
     assert done.returncode == 0, done.stderr
 
 
