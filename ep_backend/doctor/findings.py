@@ -9,10 +9,9 @@ import msgspec
 from ep_backend import checks, env
 from ep_backend.checks import Direction
 from ep_backend.doctor import nccl
-from ep_backend.doctor.nccl import P2P_CURE
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import LEAST_SHARED_MEMORY, gather, reaches, short_of_shared_memory
+from ep_backend.facts import LEAST_SHARED_MEMORY, gather, short_of_shared_memory
 from ep_backend.probe import Record
 from ep_backend.profiles import version
 from ep_backend.select import Decision
@@ -42,7 +41,7 @@ def find(
     found = [
         *_environment(record, environ, undecided),
         *_driver(record, decision, kernels),
-        *_peer_access(record, decision),
+        *_peer_access(record, decision, environ),
         *_nccl_over_broken_links(record, decision, environ),
         *_memory(record, decision),
         *_forced(decision),
@@ -134,7 +133,7 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
         )
 
 
-def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]:
+def _peer_access(record: Record, decision: Decision | None, environ: Mapping[str, str]) -> Iterable[Finding]:
     directions, names = used_directions(record), gpu_names(record)
     broken = [one for one in directions if one.broken]
     if broken:
@@ -142,11 +141,12 @@ def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]
             f"{names.get(d.source, d.source)} -> {names.get(d.target, d.target)}" for d in broken
         )
         said = next((f" ({one.problem})" for one in broken if one.problem), "")
-        given = [i for i in decision.env if i.name.startswith("NCCL_P2P_")] if decision else []
-        cure = P2P_CURE
-        if given:
-            settings = " ".join(f"{item.name}={item.value}" for item in given)
-            cure = f"engines with this library's plug-in get {settings}; for other programs: {P2P_CURE}"
+        wanted = [i for i in decision.env if i.name.startswith("NCCL_P2P_")] if decision else []
+        cure = nccl.less_access(record, directions)
+        # A value of the user's own stays, and may reach what is broken.
+        if wanted and all(environ.get(item.name, item.value) == item.value for item in wanted):
+            settings = " ".join(f"{item.name}={item.value}" for item in wanted)
+            cure = f"engines with this library's plug-in get {settings}; for other programs: {cure}"
         used = f"uses transport {decision.transport} here" if decision else "does not use transport peer here"
         hint = ""
         if record.iommu == "translated":
@@ -187,10 +187,8 @@ def _nccl_over_broken_links(
     record: Record, decision: Decision | None, environ: Mapping[str, str]
 ) -> Iterable[Finding]:
     """The user's own values win. These ones break something."""
-    broken = {frozenset((one.source, one.target)) for one in used_directions(record) if one.broken}
     level = environ.get("NCCL_P2P_LEVEL", "").strip()
-    reached = any(frozenset((link.a, link.b)) in broken and reaches(level, link) for link in record.links)
-    if reached and environ.get("NCCL_P2P_DISABLE") != "1":
+    if nccl.reaches_broken(level, record, used_directions(record)) and environ.get("NCCL_P2P_DISABLE") != "1":
         yield Finding(
             what=f"NCCL_P2P_LEVEL={level} makes NCCL use peer access between GPUs where it does not work",
             why="NCCL hangs or sums wrong data",

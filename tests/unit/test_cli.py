@@ -113,7 +113,7 @@ def test_env_reports_a_switch_that_makes_a_level_meaningless(capsys, monkeypatch
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     _, out, _ = run(capsys, "env", "--profile", "pcie_p2p")
     assert "NCCL_P2P_LEVEL=PHB  [conflict]" in out
-    assert "conflict: NCCL_P2P_DISABLE=1 is kept as it was found; the profile would set NCCL_P2P_LEVEL" in out
+    assert "conflict: NCCL_P2P_DISABLE=1 is kept as it was found; ep_backend would set NCCL_P2P_LEVEL" in out
     _, out, _ = run(capsys, "env", "--shell", "--profile", "pcie_p2p")
     assert "export NCCL_P2P_LEVEL" not in out
     assert "# conflict: NCCL_P2P_DISABLE=1 is kept" in out

@@ -1,5 +1,7 @@
 """What doctor finds wrong, and what it advises: from made-up machines and numbers."""
 
+import re
+
 import msgspec
 import pytest
 from doctor_machines import (
@@ -47,13 +49,43 @@ def test_nothing_is_wrong_with_a_machine_of_each_profile(name):
 def test_broken_peer_access_names_the_pairs_and_the_cure():
     record = gpus(4, nvlink=none, works=lambda a, b: (a, b) != (2, 1), ancestor="PHB", iommu="translated")
     finding = only(examined(record), "the data check of peer access failed: GPU 2 -> GPU 1 (what arrived")
-    assert "NCCL_P2P_LEVEL=PIX" in finding.next
+    assert "plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export NCCL_P2P_LEVEL=PIX" in finding.next
     assert "NCCL_P2P_DISABLE=1" in finding.next
     assert "iommu=pt" in finding.next
     mended = only(examined(gpus(2, nvlink=none, works=none)), "failed").next
     assert "iommu" not in mended
     assert "engines with this library's plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export" in mended
     assert finding.why.endswith("ep_backend uses transport mixed here")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        gpus(4, nvlink=bridges, works=lambda a, b: not bridges(a, b)),
+        gpus(8, works=lambda a, b: {a, b} != {0, 1}),
+        gpus(2, nvlink=none, works=none, ancestor="PIX"),
+        gpus(2, nvlink=none, works=none, ancestor="LOC"),
+        gpus(4, nvlink=none, works=none, ancestor="PHB", environment={"EP_BACKEND_PROFILE": "pcie_p2p"}),
+        gpus(4, nvlink=none, works=bridges, ancestor="SYS"),
+    ],
+    ids=["NVLink pairs", "NVSwitch", "one switch", "one board", "forced", "partial"],
+)
+def test_no_cure_of_broken_peer_access_reaches_it(record):
+    """Neither what an engine with the plug-in gets, nor what other programs are told to export first."""
+    [finding] = [one for one in examined(record).findings if "data check of peer access failed" in one.what]
+    named = re.findall(r"NCCL_P2P_LEVEL=(\w+)", finding.next)
+    assert named[0] == "LOC"
+    for level in named:
+        again = examined(record, environ={"NCCL_P2P_LEVEL": level}).findings
+        assert not [one for one in again if f"NCCL_P2P_LEVEL={level} makes NCCL use" in one.what], level
+    assert ("PIX" in named) == (record.links[0].ancestor in ("PHB", "SYS"))
+    assert "NCCL_P2P_DISABLE=1" in finding.next
+
+
+def test_a_value_of_the_users_own_is_not_called_what_engines_get():
+    record = gpus(2, nvlink=none, works=none, ancestor="PHB")
+    report = examined(record, environ={"NCCL_P2P_LEVEL": "SYS"})
+    assert not any("plug-in get" in one.next for one in report.findings)
 
 
 def test_pairs_that_are_not_used_do_not_matter():
@@ -282,7 +314,8 @@ def test_a_failed_warm_up_without_peer_access_has_another_cause(outcome):
     ("name", "environ", "said"),
     [
         ("pcie_p2p", {}, "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or"),
-        ("nvswitch", {}, "export NCCL_P2P_LEVEL=PIX"),
+        ("nvswitch", {}, "export NCCL_P2P_DISABLE=1"),  # PIX keeps NVLink, so it would change nothing
+        ("nvlink_pairs", {"NCCL_P2P_LEVEL": "SYS"}, "export NCCL_P2P_LEVEL=PIX"),
         ("pcie_p2p", {"NCCL_P2P_LEVEL": "PIX"}, "export NCCL_P2P_DISABLE=1"),
         ("nvlink_pairs", {}, "export NCCL_P2P_DISABLE=1"),  # at level NVL, which PIX would loosen
         ("pcie_p2p", {"NCCL_P2P_DISABLE": "1"}, "peer access is not the cause"),
