@@ -102,7 +102,12 @@ def decide(
     asked_by = "the command line"
     if wish is None:
         wish, asked_by = records[0].environment.get("EP_BACKEND_PROFILE", "auto"), "EP_BACKEND_PROFILE"
-    known, name, forced = profiles.load(wish)
+    try:
+        known, name, forced = profiles.load(wish)
+    except EpConfigError as error:
+        if requested_profile is not None or wish == "auto":
+            raise
+        raise EpConfigError(f"{asked_by}: {error}") from error
     return select(
         records, known, requested_transport, profile=name, forced=forced, asked_by=asked_by,
         available=available,

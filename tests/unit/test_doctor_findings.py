@@ -182,12 +182,16 @@ def test_the_environment():
         ("EP_BACKEND_TRANSPORT", "per", "did you mean 'peer'"),
         ("EP_BACKEND_TRANSPORT", "cpu", "it moves CPU tensors"),
         ("EP_BACKEND_PROFILE", "nvswich", "did you mean 'nvswitch'"),
+        ("EP_BACKEND_PROFILE", "/nonexistent/own.toml", "there is no such file"),
+        ("EP_BACKEND_PROFILE", __file__, "not valid TOML"),
     ],
 )
 def test_a_choice_that_cannot_be_made(name, value, words):
     record = gpus(2, environment={name: value}, device="GPU-0000")
     report = examined(record, SKIPPED, environ={name: value})
-    only(report, words)
+    finding = only(report, words)
+    assert finding.what.startswith(name)
+    assert finding.next == "correct or unset the variable that is named, then ep-backend doctor again"
     assert report.decision is None
     assert not report.expected
 
