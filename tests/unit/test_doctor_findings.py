@@ -22,6 +22,7 @@ from ep_backend import env, facts, nvml
 from ep_backend.doctor import advice, expect, plan
 from ep_backend.doctor.plan import AllReduces, Expected
 from ep_backend.doctor.warmup import WarmUp
+from ep_backend.planning import memory, model
 
 
 def wrong(report):
@@ -500,6 +501,49 @@ def test_host_memory_is_that_of_the_slowest_pcie_link():
 def test_host_is_called_checked_on_h200_with_the_same_pcie_link_only(gpu, kept):
     report = examined(gpus(2, nvlink=none, access=none, gpu={"nvlinks": 18, **gpu}), shapes=(LARGE,))
     assert {one.basis.startswith(plan.CHECKED) for one in report.expected if one.way == "host"} == {kept}
+
+
+def said_of(name, machine, **more):
+    report = examined(machine, shapes=(model.read(name),), tokens=(8,), **more)
+    return [one for one in report.advice if name in one or "was not compared" in one]
+
+
+@pytest.mark.parametrize(
+    ("count", "left_out"),
+    [
+        (3, ["TP 3 left out: 32 attention heads cannot be split evenly over 3 GPUs.",
+             "TP x PP 2 left out: 3 GPUs have no two equal halves."]),
+        (6, ["TP 6 left out: 32 attention heads cannot be split evenly over 6 GPUs.",
+             "TP 3 x PP 2 left out: 32 attention heads cannot be split evenly over 3."]),
+    ],
+)  # fmt: skip
+def test_ways_of_tp_that_the_heads_forbid_are_left_out(count, left_out):
+    assert said_of("qwen3-30b-a3b", gpus(count)) == [f"qwen3-30b-a3b: {line}" for line in left_out]
+    heads = [one.split(" for qwen3")[0] for one in said_of("qwen3-30b-a3b", gpus(4))]
+    assert heads == ["EP is faster than TP 4", "EP is faster than TP 2 x PP 2"]
+
+
+def test_a_model_that_does_not_fit_is_not_compared():
+    size, memory_bytes = model.read("deepseek-v3"), 141 << 30
+    taken = {d: memory.expert_parallel(size, 2, d).total / 1e9 for d in plan.DTYPES}
+    assert said_of("deepseek-v3", gpus(2)) == [
+        "deepseek-v3 does not fit here with EP: on each GPU weights alone take "
+        f"{taken['bf16']:.1f} GB in bf16 and {taken['fp8']:.1f} GB in fp8, and it has "
+        f"{memory_bytes / 1e9:.1f} GB (10^9 bytes). No way of TP fits either.",
+        "EP was not compared with TP: no model fits with EP.",
+    ]
+    first, *compared = said_of("deepseek-v3", gpus(8))
+    assert first.startswith(
+        "deepseek-v3 fits here with EP in fp8 only: on each GPU weights alone take 190.2 GB"
+    )
+    assert [one.split(" for deepseek")[0] for one in compared] == [
+        "EP is faster than TP 8", "EP is faster than TP 4 x PP 2",
+    ]  # fmt: skip
+    # Attention is whole on each GPU with EP, and split with TP.
+    small = gpus(8, gpu={"memory_bytes": int(90e9)})
+    assert said_of("deepseek-v3", small)[0].endswith("It fits with TP 4 x PP 2 and TP 8.")
+    unknown = said_of("deepseek-v3", gpus(2, gpu={"memory_bytes": None}))
+    assert [one.split(" for deepseek")[0] for one in unknown] == ["EP is faster than TP 2"]
 
 
 def test_engines_and_containers():
