@@ -161,10 +161,25 @@ def test_a_transport_without_a_formula_says_so():
 # --- the command ---
 
 
-def test_a_file_that_cannot_be_written_is_noticed_first(doctor):
-    status, out, err, warm_ups = doctor(gpus(2), "--json", "/proc/nowhere/found.json")
+@pytest.mark.parametrize(
+    ("option", "file"),
+    [("--json", "/proc/nowhere/found.json"), ("--json", "/proc/x.json"), ("--plot", "/proc/x.png")],
+)
+def test_a_file_that_cannot_be_written_is_noticed_first(doctor, monkeypatch, option, file):
+    monkeypatch.setattr(command.pictures, "check_matplotlib", lambda: None)
+    status, out, err, warm_ups = doctor(gpus(2), option, file)
     assert (status, out, warm_ups) == (2, "", [])
-    assert "--json /proc/nowhere/found.json cannot be written" in err
+    assert f"{option} {file} cannot be written" in err
+
+
+def test_wrong_usage_leaves_no_file_and_keeps_what_was_there(doctor, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.pictures, "check_matplotlib", lambda: None)
+    there = tmp_path / "found.json"
+    there.write_text("kept")
+    files = ("--json", str(there), "--plot", str(tmp_path / "new.png"))
+    assert doctor(gpus(2), "--ranks", "3", *files)[0] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["found.json"]
+    assert there.read_text() == "kept"
 
 
 def test_the_command_on_a_made_up_machine(doctor):
@@ -317,8 +332,8 @@ def test_what_the_lines_of_a_picture_mean():
 
 def test_no_matplotlib_is_one_sentence(doctor, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    status, _, err, _ = doctor(cpus(), "--plot", "x.svg")
-    assert status == 1
+    status, out, err, _ = doctor(cpus(), "--plot", "x.svg")
+    assert (status, out) == (2, "")
     assert "pip install matplotlib" in err
 
 
