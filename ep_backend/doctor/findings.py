@@ -38,9 +38,11 @@ def find(
 ) -> tuple[Finding, ...]:
     """Everything that can be said, what is wrong first. ``decision`` None: there is none, because of
     ``undecided``. ``kernels``: this build has CUDA kernels."""
+    causes = [*_driver(record, decision, kernels)]
     found = [
-        *_environment(record, environ, undecided),
-        *_driver(record, decision, kernels),
+        *_environment(record, environ),
+        *_undecided(environ, undecided, any(one.wrong for one in causes)),
+        *causes,
         *_peer_access(record, decision, environ),
         *_nccl_over_broken_links(record, decision, environ),
         *_memory(record, decision),
@@ -61,25 +63,16 @@ def gpu_names(record: Record) -> dict[str, str]:
     return {gpu.uuid: f"GPU {number}" for number, gpu in enumerate(record.gpus)}
 
 
-def _environment(record: Record, environ: Mapping[str, str], undecided: str) -> Iterable[Finding]:
+def _environment(record: Record, environ: Mapping[str, str]) -> Iterable[Finding]:
     for sentence in env.misspelt(environ):
         yield Finding(
             what=sentence,
             why="the setting that was meant has no effect",
             next="correct the name, or unset it; ep-backend env lists all names",
         )
-    wrong = env.wrong_values(environ)
-    for sentence in wrong:
+    for sentence in env.wrong_values(environ):
         yield Finding(
             what=sentence, why="every communicator refuses to start", next="correct the value, or unset it"
-        )
-    if undecided and not any(undecided in sentence for sentence in wrong):
-        yield Finding(
-            what=undecided,
-            why="no profile and transport can be chosen, so nothing starts",
-            next="correct or unset the variable that is named, then ep-backend doctor again"
-            if env.PREFIX in undecided
-            else "do what the other findings say, then ep-backend doctor again",
         )
     if record.used_gpus() and environ.get("EP_BACKEND_PEER_ACCESS", "").strip() == "0":
         yield Finding(
@@ -101,6 +94,20 @@ def _environment(record: Record, environ: Mapping[str, str], undecided: str) -> 
                 )
 
 
+def _undecided(environ: Mapping[str, str], undecided: str, explained: bool) -> Iterable[Finding]:
+    """Why nothing can be chosen, unless another finding says it. ``explained``: one about driver or build."""
+    named = env.PREFIX in undecided
+    if any(undecided in sentence for sentence in env.wrong_values(environ)) or (explained and not named):
+        return
+    if undecided:
+        step = "correct or unset the variable that is named" if named else "mend what is named"
+        yield Finding(
+            what=undecided,
+            why="no profile and transport can be chosen, so nothing starts",
+            next=f"{step}, then ep-backend doctor again",
+        )
+
+
 def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterable[Finding]:
     torch = record.versions.get("torch", "")
     if record.gpus and torch.endswith("+cpu"):
@@ -120,7 +127,8 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
     if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
         yield Finding(
             what=f"NVIDIA driver {record.driver} is too old: it serves CUDA {record.cuda_driver}",
-            why="the kernels of all transports for GPUs need CUDA 13.0, that is driver 580 or newer",
+            why="the kernels of all transports for GPUs need CUDA 13.0, that is driver 580 or newer, so no "
+            "transport can be chosen",
             next="install driver 580 or newer",
             wrong=True,
         )

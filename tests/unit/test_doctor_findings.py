@@ -20,6 +20,7 @@ from doctor_machines import (
 
 from ep_backend import env, facts, nvml
 from ep_backend.doctor import advice, expect, plan
+from ep_backend.doctor.findings import find
 from ep_backend.doctor.plan import AllReduces, Expected
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.planning import memory, model
@@ -223,10 +224,21 @@ def test_no_transport_works_with_an_older_driver(name):
     record = msgspec.structs.replace(PROFILES[name][0], cuda_driver="12.8", driver="570.1")
     report = examined(record)
     assert report.decision is None
-    assert any("driver 570.1 is too old" in finding.what for finding in wrong(report))
-    [undecided] = [f for f in report.findings if "no transport can serve this group" in f.what]
-    assert undecided.what.count("570.1") == 1
-    assert "variable" not in undecided.next
+    finding = only(report, "driver 570.1 is too old")
+    assert finding.next == "install driver 580 or newer"
+    assert finding.why.endswith("so no transport can be chosen")
+    asked = {"EP_BACKEND_TRANSPORT": "host"}
+    first, second, *_ = wrong(examined(msgspec.structs.replace(record, environment=asked), environ=asked))
+    assert first.what.startswith(
+        "EP_BACKEND_TRANSPORT asks for transport 'host', but rank 0 has NVIDIA driver"
+    )
+    assert second.what == finding.what
+
+
+def test_what_nothing_else_explains_is_a_finding_with_a_step_of_its_own():
+    [finding] = find(cpus(), None, SKIPPED, {}, undecided="no hardware profiles at /x")
+    assert finding.what == "no hardware profiles at /x"
+    assert finding.next == "mend what is named, then ep-backend doctor again"
 
 
 @pytest.mark.parametrize(
