@@ -181,6 +181,15 @@ def test_profiles_show_a_file(capsys, monkeypatch, tmp_path):
     assert "own.toml: description: must not be empty" in err
 
 
+def test_an_sm_budget_is_shown(capsys, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN + '[sm_budget]\nsms = 16\nsource = "me"\n')
+    _, out, _ = run(capsys, "env", "--profile", str(file))
+    assert "\nSM budget    16; num_sms of a communicator goes first\n" in out
+    assert json.loads(run(capsys, "env", "--json", "--profile", str(file))[1])["sms"] == 16
+    assert "SM budget" not in run(capsys, "env")[1]
+
+
 @pytest.mark.parametrize(("more", "here"), [("", "cpu"), (RECOGNISED, "mine")])
 def test_profiles_list_has_a_users_own_file(capsys, monkeypatch, tmp_path, more, here):
     file = tmp_path / "own.toml"
