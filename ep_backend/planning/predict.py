@@ -25,6 +25,10 @@ MODEL = "model, not measured on such hardware with this shape"
 NO_NCCL = "EP over NCCL and TP left out: NCCL needs GPUs"
 SHARED = f"each of more than two GPUs gets {hardware.HOST_SHARED:.2f} of the rate of host memory"
 UNSURE = "measure EP over host before you choose it; it may be much slower than planned, see the link."
+NOT_WEIGHED = (
+    "Whether the weights fit was not looked at: with --memory GB, what one GPU has, ways that do not fit are "
+    "not chosen."
+)
 NO_COLLECTIVE = f"no formula: {plan.COLLECTIVE}"
 
 
@@ -75,6 +79,8 @@ def make(
                     if link.unsure:
                         said = [f"{link.name}: {UNSURE}", *advice.if_host(said, "EP over host")]
             words += said
+    if memory_bytes is None and any(row.seconds is not None for row in rows):
+        words.append(NOT_WEIGHED)
     return Plan(
         model=model,
         profile=profile.name,

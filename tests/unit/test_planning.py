@@ -341,8 +341,8 @@ def test_what_is_in_doubt_of_consumer_boards_is_said_first_and_in_every_sentence
     for name, link in LINKS.items():
         assert bool(link.unsure) == name.startswith("consumer")
     found = planned("qwen3-30b-a3b", "pcie_blackwell", 4, [1, 64], links=["consumer"])
-    first, *others = found.advice
-    assert first == f"consumer: {predict.UNSURE}"
+    first, *others, last = found.advice
+    assert (first, last) == (f"consumer: {predict.UNSURE}", predict.NOT_WEIGHED)
     assert len(others) == 3
     assert all(line.startswith(advice.IF_HOST) for line in others)
     assert ": choose EP over host at 1, 64 tokens" in others[0]
@@ -384,6 +384,16 @@ def test_what_does_not_fit_is_not_chosen():
     nothing = planned("deepseek-v3", "pcie_blackwell", 4, [8], memory_bytes=1e9)
     assert len(nothing.links) == 3
     assert [one.split(":")[0] for one in nothing.advice] == ["No choice"]
+
+
+def test_without_a_size_of_memory_the_advice_says_that_nothing_was_weighed():
+    """deepseek-v3 in bf16 takes 190 GB on each of eight GPUs, and an H200 has 141."""
+    found = planned("deepseek-v3", "nvswitch", 8, [8])
+    assert found.advice[0].startswith("Choose EP over peer")
+    assert found.advice[-1] == predict.NOT_WEIGHED
+    weighed = planned("deepseek-v3", "nvswitch", 8, [8], memory_bytes=141e9)
+    assert weighed.advice[0].startswith("No choice")
+    assert predict.NOT_WEIGHED not in weighed.advice
 
 
 def test_between_machines_there_are_bytes_and_no_times():
