@@ -528,6 +528,7 @@ def test_what_is_left_is_said_and_each_basis_names_its_link_and_tokens(run):
         (("--profile", "auto"), "here a profile is named: nvl72"),
         (("--model", "/nonesuch"), "neither a known model"),
         (("--profile", "dgy"), "there is no hardware profile"),
+        (("--profile", "./own.toml"), "--profile ./own.toml: a file is not taken here"),
         (("--gpus", "1"), "whole number from 2 on"),
         (("--gpus", "5000"), "at most 1024"),
         (("--batch", "0"), "whole number from 1 on"),
