@@ -29,7 +29,7 @@ NOT_WEIGHED = (
     "Whether the weights fit was not looked at: with --memory GB, what one GPU has, ways that do not fit are "
     "not chosen."
 )
-NO_COLLECTIVE = f"no formula: {plan.COLLECTIVE}"
+NO_COLLECTIVE = f"no time, because {plan.COLLECTIVE}"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,7 +166,7 @@ def _transport(
         seconds = plan.cpu_s(shape, gpus, tokens, dtype, copy_bytes_per_s=rate, cpus=gpus)
         return seconds, f"{MODEL}; a core per rank that copies 10 GB/s"
     if name == "collective":
-        return None, "no formula" if profile.name == "cpu" else NO_COLLECTIVE
+        return None, "no time, because it has no formula" if profile.name == "cpu" else NO_COLLECTIVE
     number = None
     if link is not None:
         number = link.stores if name == "peer" else hardware.host_rate(link, gpus)

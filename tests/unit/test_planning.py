@@ -468,6 +468,16 @@ def test_the_command(run, tmp_path):
         assert "mixtral: hidden 4096, 8 experts, top-2, 32 of 32 layers" in out
 
 
+def test_a_way_without_a_time_is_one_line_and_no_row_of_times(run):
+    _, out, _ = run(*H200, "--batch", "8")
+    sent, times = out.split("Communication of one layer")
+    assert "EP over collective, bf16" in sent
+    assert "EP over collective, bf16" not in times
+    assert f"EP over collective: no time, because {plan.COLLECTIVE}" in times
+    _, out, _ = run("--model", "qwen3-30b-a3b", "--gpus", "16", "--profile", "dgx", "--batch", "8")
+    assert re.search(r"Communication of one layer.*\n.*\n +EP over collective, bf16 +-\n", out)
+
+
 def test_the_command_as_json(run):
     status, out, _ = run(*H200, "--batch", "64", "--json", "--link", "nvlink4,nvlink5")
     document = json.loads(out)
