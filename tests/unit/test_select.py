@@ -360,11 +360,13 @@ def machines_with_failures(draw):
 
 @st.composite
 def profiles_and_wishes(draw):
-    """The profiles, perhaps with one of a user's own that sets any level, and the one that is asked for."""
-    setting = {"why": "w", "source": "s"}
+    """The profiles, with one of a user's own that may set any level, and the one that is asked for."""
     own = profiles.loads(OWN.encode(), "own.toml")
-    level = draw(st.sampled_from([None, *env.variable("NCCL_P2P_LEVEL").choices]))
-    environment = {} if level is None else {"NCCL_P2P_LEVEL": profiles.Setting(value=level, **setting)}
+    values = {"NCCL_P2P_LEVEL": env.variable("NCCL_P2P_LEVEL").choices, "NCCL_P2P_DISABLE": ("0", "1")}
+    drawn = {name: draw(st.sampled_from([None, *some])) for name, some in values.items()}
+    environment = {
+        name: profiles.Setting(value=value, why="w", source="s") for name, value in drawn.items() if value
+    }
     known = [*KNOWN, msgspec.structs.replace(own, environment=environment)]
     return known, draw(st.sampled_from(["auto", *(profile.name for profile in known)]))
 
@@ -375,7 +377,8 @@ def test_no_decision_lets_nccl_reach_a_pair_whose_data_check_failed(records, wis
     decision = select(records, known, profile=name)
     found = {item.name: item.value for item in decision.env}
     failed = [link for record in records for link in record.links if link.peer_works is False]
-    if failed:
+    disabled = found.get("NCCL_P2P_DISABLE") == "1"
+    if failed and not disabled:
         assert not [link for link in failed if reaches(found["NCCL_P2P_LEVEL"], link)]
     # Nothing else is changed of what the profile asks for, and that only where it must be.
     wanted = {}
@@ -383,7 +386,7 @@ def test_no_decision_lets_nccl_reach_a_pair_whose_data_check_failed(records, wis
         for block in (profile, *(one for one in profile.conditional if not unmet(one.when, gather(records)))):
             wanted |= {key: setting.value for key, setting in block.environment.items()}
     level = wanted.get("NCCL_P2P_LEVEL")
-    if failed and (level is None or any(reaches(level, link) for link in failed)):
+    if failed and not disabled and (level is None or any(reaches(level, link) for link in failed)):
         assert found == {**wanted, "NCCL_P2P_LEVEL": "LOC"}
         assert "NCCL_P2P_LEVEL=LOC, because" in decision.reason
     else:
