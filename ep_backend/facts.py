@@ -41,8 +41,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     nccl: str | None
     shares_memory: bool  # all ranks see the same /dev/shm of one kernel
     hosts: int
-    failed_pairs: tuple[tuple[str, str], ...] = ()  # of the group's GPUs: the data check failed
-    closed_pairs: tuple[tuple[str, str], ...] = ()  # of the group's GPUs: the driver offers no peer access
+    failed_links: tuple[Link, ...] = ()  # between the group's GPUs: the data check failed
+    closed_links: tuple[Link, ...] = ()  # between the group's GPUs: the driver offers no peer access
     shared_memory_bytes: int | None = None  # of the smallest /dev/shm
 
 
@@ -71,8 +71,8 @@ def gather(records: Sequence[Record]) -> Facts:
         shared_memory_bytes=min(
             (r.shared_memory_bytes for r in records if r.shared_memory_bytes is not None), default=None
         ),
-        failed_pairs=failed,
-        closed_pairs=closed,
+        failed_links=failed,
+        closed_links=closed,
     )
 
 
@@ -226,23 +226,21 @@ def _worse(a: Link, b: Link) -> Link:
     )
 
 
-def _failed(
-    hosts: Iterable[Pairs], records: Sequence[Record]
-) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """The used pairs without working peer access: where it is broken, and where the driver offers none."""
+def _failed(hosts: Iterable[Pairs], records: Sequence[Record]) -> tuple[tuple[Link, ...], tuple[Link, ...]]:
+    """The used links without working peer access: where it is broken, and where the driver offers none."""
     used = {uuid for record in records for uuid in record.used_gpus()}
     directions = [one for record in records for one in record.directions]
     closed = {frozenset((one.source, one.target)) for one in directions if one.access is False}
     closed -= {frozenset((one.source, one.target)) for one in directions if one.broken}
-    without = sorted(
-        pair
+    without = [
+        link
         for host in hosts
-        for pair, link in host.items()
+        for pair, link in sorted(host.items(), key=lambda item: item[0])
         if link and link.peer_works is False and used.issuperset(pair)
-    )
+    ]
     return (
-        tuple(pair for pair in without if frozenset(pair) not in closed),
-        tuple(pair for pair in without if frozenset(pair) in closed),
+        tuple(link for link in without if frozenset((link.a, link.b)) not in closed),
+        tuple(link for link in without if frozenset((link.a, link.b)) in closed),
     )
 
 

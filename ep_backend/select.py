@@ -14,7 +14,17 @@ import msgspec
 
 from ep_backend import env, profiles, tuned
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import Facts, gather, islands, nodes, short_of_shared_memory, uneven, unmet, word
+from ep_backend.facts import (
+    Facts,
+    gather,
+    islands,
+    nodes,
+    reaches,
+    short_of_shared_memory,
+    uneven,
+    unmet,
+    word,
+)
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
 from ep_backend.transports import OF_GPUS, OLDEST_CUDA
@@ -72,7 +82,7 @@ class Conflict(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         kept = f"{self.name}={self.found} is kept as it was found"
-        return f"{kept}; the profile would set {self.wanted}. {self.why}"
+        return f"{kept}; ep_backend would set {self.wanted}. {self.why}"
 
 
 def decide(
@@ -97,7 +107,12 @@ def decide(
     asked_by = "the command line"
     if wish is None:
         wish, asked_by = records[0].environment.get("EP_BACKEND_PROFILE", "auto"), "EP_BACKEND_PROFILE"
-    known, name, forced = profiles.load(wish)
+    try:
+        known, name, forced = profiles.load(wish)
+    except EpConfigError as error:
+        if requested_profile is not None or wish == "auto":
+            raise
+        raise EpConfigError(f"{asked_by}: {error}") from error
     return select(
         records, known, requested_transport, profile=name, forced=forced, asked_by=asked_by,
         available=available, shape=shape, num_sms=num_sms,
@@ -131,6 +146,7 @@ def select(
     environment, engine = _settings(chosen, facts)
     wished = chosen if profile != "auto" and chosen is profiles.find(profile, known) else None
     sms, why_sms, doubts = _sms(records, chosen, wished, transport, shape, num_sms)
+    why_level = _keep_from_failed(environment, facts, refused)
     return Decision(
         profile=chosen.name if chosen else None,
         transport=transport,
@@ -142,6 +158,7 @@ def select(
                 *_ways(records, transport),
                 *([why_sms] if why_sms else []),
                 *_remarks(facts, transport, refused, why_transport),
+                *why_level,
             ]
         ),
         engine=tuple(
@@ -266,7 +283,7 @@ def _recognise(known: Sequence[Profile], facts: Facts) -> tuple[Profile | None, 
         misses.append(f"{profile.name}: {missing[0]}")
     if one_gpu:
         return None, "No profile: they tell how GPUs reach each other, and one GPU has no other."
-    return None, f"No profile fits this machine ({'; '.join(misses)}), so nothing is set for it."
+    return None, f"No profile fits this machine ({'; '.join(misses)}), so none sets anything for it."
 
 
 def _transport(
@@ -388,14 +405,14 @@ def _remarks(facts: Facts, transport: str, refused: bool, said: str) -> list[str
 def _failure(facts: Facts) -> str:
     """Which pairs of the group's GPUs do not reach each other and why, or an empty text."""
     reasons = (
-        ("the data check of peer access failed", facts.failed_pairs),
-        ("the driver offers no peer access", facts.closed_pairs),
+        ("the data check of peer access failed", facts.failed_links),
+        ("the driver offers no peer access", facts.closed_links),
     )
     said = []
-    for why, pairs in reasons:
-        named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
-        more = f", and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
-        said += [f"{why} between {named}{more}"] if pairs else []
+    for why, links in reasons:
+        named = ", ".join(" and ".join(sorted((link.a, link.b))) for link in links[:3])
+        more = f", and {len(links) - 3} more pairs" if len(links) > 3 else ""
+        said += [f"{why} between {named}{more}"] if links else []
     return ", and ".join(said)
 
 
@@ -466,6 +483,35 @@ def _settings(
             for name in profiles.ENGINES:
                 engine[name].update(getattr(block.engine, name))
     return environment, engine
+
+
+def _keep_from_failed(environment: dict[str, Setting], facts: Facts, refused: bool) -> list[str]:
+    """Put level LOC into ``environment`` where NCCL would else use peer access that failed, and say so.
+
+    A profile is chosen by what most links are, and its level (or none, which leaves NCCL its own) may reach a
+    pair whose data check failed. LOC is never, like NCCL_P2P_DISABLE=1, and a level of the user's own takes
+    its place. ``refused``: the user forbids peer access, so that nothing may be reached; what the links are
+    is not known then.
+    """
+    level, off = environment.get("NCCL_P2P_LEVEL"), environment.get("NCCL_P2P_DISABLE")
+    if not facts.failed_links or (off is not None and off.value == "1"):
+        return []
+    if level is None:
+        who, reached = "NCCL by itself", True
+    else:
+        who, reached = f"level {level.value}", any(reaches(level.value, link) for link in facts.failed_links)
+    why = f"{who} reaches GPUs between which the data check failed"
+    if refused:
+        reached = level is None or level.value != "LOC"
+        why = f"{who} uses peer access, and EP_BACKEND_PEER_ACCESS=0 forbids it"
+    if not reached:
+        return []
+    environment["NCCL_P2P_LEVEL"] = Setting(
+        value="LOC",
+        why=f"Never peer access: {why}.",
+        source="https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-p2p-level",
+    )
+    return [f"NCCL_P2P_LEVEL=LOC, because {why}."]
 
 
 def _ranks(ranks: Iterable[int]) -> str:

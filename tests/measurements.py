@@ -74,7 +74,7 @@ def kept_report(name):
         decision,
         undecided,
         msgspec.convert(document["warm_up"], WarmUp),
-        [of_registry(shape).shape for shape in shapes.DEFAULT],
+        [of_registry(shape) for shape in shapes.DEFAULT],
         shapes.TOKENS,
         document["ranks"],
         environ=record.environment,

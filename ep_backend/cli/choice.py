@@ -70,9 +70,13 @@ def versions(record: Record, others: Mapping[str, str] | None = None) -> str:
 
 
 def chosen(decision: Decision) -> list[str]:
+    budget = (
+        [] if decision.sms is None else [f"SM budget    {decision.sms}; num_sms of a communicator goes first"]
+    )
     return [
         f"profile      {decision.profile or 'none'}",
         f"transport    {decision.transport}",
+        *budget,
         f"reason       {decision.reason}",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.plot is not None:
-        pictures.check_matplotlib()
     try:
         wanted = shapes.chosen(args)
+        if args.plot is not None:
+            pictures.check_matplotlib()
+            _check_writable("--plot", args.plot)
         if args.json not in (None, STDOUT):
-            _check_writable(args.json)
+            _check_writable("--json", args.json)
         found = report.collect(wanted, args.tokens, args.ranks, cpu_ranks(), args.deadline, _note)
     except EpConfigError as error:
         print(f"ep-backend doctor: {error}", file=sys.stderr)
@@ -78,13 +80,17 @@ def run(args: argparse.Namespace) -> int:
     return found.status
 
 
-def _check_writable(path: Path) -> None:
-    """Before anything that takes long. Raises EpConfigError."""
+def _check_writable(option: str, path: Path) -> None:
+    """Before anything that takes long. Leaves no file that was not there. Raises EpConfigError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        if path.is_file() or path.is_dir():  # a pipe would lose its reader
+            path.open("ab").close()
+        elif not os.path.lexists(path):
+            path.touch()
+            path.unlink()
     except OSError as error:
-        raise EpConfigError(f"--json {path} cannot be written: {error.strerror}") from error
+        raise EpConfigError(f"{option} {path} cannot be written: {error.strerror}") from error
 
 
 def _write(path: Path, content: str) -> None:

@@ -18,7 +18,7 @@ from ep_backend.select import Decision
 
 MODEL = "model, not measured"
 FROM_NCCL = f"model of all-gather + reduce-scatter, from the all-reduces measured just now; {plan.NCCL_ERROR}"
-NO_FORMULA = f"transport collective has no formula: {plan.COLLECTIVE}"
+NO_FORMULA = f"transport collective has no expected time: {plan.COLLECTIVE}"
 
 
 class _Way(NamedTuple):

@@ -9,10 +9,9 @@ import msgspec
 from ep_backend import checks, env
 from ep_backend.checks import Direction
 from ep_backend.doctor import nccl
-from ep_backend.doctor.nccl import P2P_CURE
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import LEAST_SHARED_MEMORY, gather, reaches, short_of_shared_memory
+from ep_backend.facts import LEAST_SHARED_MEMORY, gather, short_of_shared_memory
 from ep_backend.probe import Record
 from ep_backend.profiles import version
 from ep_backend.select import Decision
@@ -39,10 +38,12 @@ def find(
 ) -> tuple[Finding, ...]:
     """Everything that can be said, what is wrong first. ``decision`` None: there is none, because of
     ``undecided``. ``kernels``: this build has CUDA kernels."""
+    causes = [*_driver(record, decision, kernels)]
     found = [
-        *_environment(record, environ, undecided),
-        *_driver(record, decision, kernels),
-        *_peer_access(record, decision),
+        *_environment(record, environ),
+        *_undecided(environ, undecided, any(one.wrong for one in causes)),
+        *causes,
+        *_peer_access(record, decision, environ),
         *_nccl_over_broken_links(record, decision, environ),
         *_memory(record, decision),
         *_forced(decision),
@@ -62,25 +63,16 @@ def gpu_names(record: Record) -> dict[str, str]:
     return {gpu.uuid: f"GPU {number}" for number, gpu in enumerate(record.gpus)}
 
 
-def _environment(record: Record, environ: Mapping[str, str], undecided: str) -> Iterable[Finding]:
+def _environment(record: Record, environ: Mapping[str, str]) -> Iterable[Finding]:
     for sentence in env.misspelt(environ):
         yield Finding(
             what=sentence,
             why="the setting that was meant has no effect",
             next="correct the name, or unset it; ep-backend env lists all names",
         )
-    wrong = env.wrong_values(environ)
-    for sentence in wrong:
+    for sentence in env.wrong_values(environ):
         yield Finding(
             what=sentence, why="every communicator refuses to start", next="correct the value, or unset it"
-        )
-    if undecided and not any(undecided in sentence for sentence in wrong):
-        yield Finding(
-            what=undecided,
-            why="no profile and transport can be chosen, so nothing starts",
-            next="correct or unset the variable that is named, then ep-backend doctor again"
-            if env.PREFIX in undecided
-            else "do what the other findings say, then ep-backend doctor again",
         )
     if record.used_gpus() and environ.get("EP_BACKEND_PEER_ACCESS", "").strip() == "0":
         yield Finding(
@@ -102,6 +94,20 @@ def _environment(record: Record, environ: Mapping[str, str], undecided: str) -> 
                 )
 
 
+def _undecided(environ: Mapping[str, str], undecided: str, explained: bool) -> Iterable[Finding]:
+    """Why nothing can be chosen, unless another finding says it. ``explained``: one about driver or build."""
+    named = env.PREFIX in undecided
+    if any(undecided in sentence for sentence in env.wrong_values(environ)) or (explained and not named):
+        return
+    if undecided:
+        step = "correct or unset the variable that is named" if named else "mend what is named"
+        yield Finding(
+            what=undecided,
+            why="no profile and transport can be chosen, so nothing starts",
+            next=f"{step}, then ep-backend doctor again",
+        )
+
+
 def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterable[Finding]:
     torch = record.versions.get("torch", "")
     if record.gpus and torch.endswith("+cpu"):
@@ -121,7 +127,8 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
     if record.cuda_driver and version(record.cuda_driver) < OLDEST_CUDA:
         yield Finding(
             what=f"NVIDIA driver {record.driver} is too old: it serves CUDA {record.cuda_driver}",
-            why="the kernels of all transports for GPUs need CUDA 13.0, that is driver 580 or newer",
+            why="the kernels of all transports for GPUs need CUDA 13.0, that is driver 580 or newer, so no "
+            "transport can be chosen",
             next="install driver 580 or newer",
             wrong=True,
         )
@@ -134,7 +141,7 @@ def _driver(record: Record, decision: Decision | None, kernels: bool) -> Iterabl
         )
 
 
-def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]:
+def _peer_access(record: Record, decision: Decision | None, environ: Mapping[str, str]) -> Iterable[Finding]:
     directions, names = used_directions(record), gpu_names(record)
     broken = [one for one in directions if one.broken]
     if broken:
@@ -142,11 +149,12 @@ def _peer_access(record: Record, decision: Decision | None) -> Iterable[Finding]
             f"{names.get(d.source, d.source)} -> {names.get(d.target, d.target)}" for d in broken
         )
         said = next((f" ({one.problem})" for one in broken if one.problem), "")
-        given = [i for i in decision.env if i.name.startswith("NCCL_P2P_")] if decision else []
-        cure = P2P_CURE
-        if given:
-            settings = " ".join(f"{item.name}={item.value}" for item in given)
-            cure = f"engines with this library's plug-in get {settings}; for other programs: {P2P_CURE}"
+        wanted = [i for i in decision.env if i.name.startswith("NCCL_P2P_")] if decision else []
+        cure = nccl.less_access(record, directions)
+        # A value of the user's own stays, and may reach what is broken.
+        if wanted and all(environ.get(item.name, item.value) == item.value for item in wanted):
+            settings = " ".join(f"{item.name}={item.value}" for item in wanted)
+            cure = f"engines with this library's plug-in get {settings}; for other programs: {cure}"
         used = f"uses transport {decision.transport} here" if decision else "does not use transport peer here"
         hint = ""
         if record.iommu == "translated":
@@ -187,10 +195,8 @@ def _nccl_over_broken_links(
     record: Record, decision: Decision | None, environ: Mapping[str, str]
 ) -> Iterable[Finding]:
     """The user's own values win. These ones break something."""
-    broken = {frozenset((one.source, one.target)) for one in used_directions(record) if one.broken}
     level = environ.get("NCCL_P2P_LEVEL", "").strip()
-    reached = any(frozenset((link.a, link.b)) in broken and reaches(level, link) for link in record.links)
-    if reached and environ.get("NCCL_P2P_DISABLE") != "1":
+    if nccl.reaches_broken(level, record, used_directions(record)) and environ.get("NCCL_P2P_DISABLE") != "1":
         yield Finding(
             what=f"NCCL_P2P_LEVEL={level} makes NCCL use peer access between GPUs where it does not work",
             why="NCCL hangs or sums wrong data",

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from ep_backend import checks
 from ep_backend.checks import Direction
 from ep_backend.doctor.warmup import WarmUp
+from ep_backend.facts import reaches
 from ep_backend.planning.hardware import CONSUMER
 from ep_backend.probe import Record
 from ep_backend.select import Decision
 
 _NEVER = "export NCCL_P2P_DISABLE=1 (never direct access); then ep-backend doctor again"
-P2P_CURE = (
+_PIX_FIRST = (
     "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or if that fails too, " + _NEVER
 )
 CUMEM_HOST = "https://github.com/NVIDIA/nccl/issues/1838"
@@ -22,6 +23,26 @@ MEMCPY = (
     "NCCL_SHM_USE_CUDA_MEMCPY=1 took two RTX 5070 Ti from 1.9 to 12.5 GB/s in all-reduces of 20 MB "
     f"(prefill), and from 39 to 81 us in those of 10 KB (decode): {CONSUMER}"
 )
+
+
+def reaches_broken(level: str, record: Record, directions: Sequence[Direction]) -> bool:
+    """Whether NCCL_P2P_LEVEL=``level`` makes NCCL use one of ``directions`` whose data check failed."""
+    broken = {frozenset((one.source, one.target)) for one in directions if one.broken}
+    return any(frozenset((link.a, link.b)) in broken and reaches(level, link) for link in record.links)
+
+
+def less_access(record: Record, directions: Sequence[Direction]) -> str:
+    """What to export so that NCCL uses less peer access between the GPUs in use: level PIX only where that
+    leaves some out and keeps none that is broken."""
+    used = set(record.used_gpus())
+    closed = {frozenset((one.source, one.target)) for one in directions if one.access is False}
+    farther = any(
+        used.issuperset((link.a, link.b))
+        and frozenset((link.a, link.b)) not in closed
+        and not reaches("PIX", link)
+        for link in record.links
+    )
+    return _PIX_FIRST if farther and not reaches_broken("PIX", record, directions) else _NEVER
 
 
 def cure(
@@ -34,7 +55,8 @@ def cure(
     level = _level(decision, environ)
     reachable = not directions or any(one.access is not False for one in directions)
     if level != "LOC" and reachable:
-        return _NEVER if level in ("NVL", "PIX") else P2P_CURE  # PIX would loosen these
+        # PIX would loosen these.
+        return _NEVER if level in ("NVL", "PIX") else less_access(record, directions)
     size = record.shared_memory_bytes
     found = "size unknown" if size is None else f"{size >> 20} MiB here"
     tries = [f"a larger /dev/shm ({found}; docker run --ipc=host)"]

@@ -43,7 +43,7 @@ NCCL_ERROR = (
     "times as long"
 )
 # Of transport collective on GPUs.
-COLLECTIVE = "few times of NCCL's all-to-all between kernels of its own were measured"
+COLLECTIVE = "too few of NCCL's all-to-alls were measured to fit a formula"
 
 # Transport cpu. With more ranks than cores, ranks wait for each other's turn on a core.
 CPU_WAIT_S = 115e-6

@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 
 from ep_backend.cli import choice
-from ep_backend.doctor import advice, copying, plan, software, warmup
+from ep_backend.doctor import advice, copying, plan, room, software, warmup
 from ep_backend.doctor.expect import expect, on_h200
 from ep_backend.doctor.findings import Finding, find
 from ep_backend.doctor.plan import Expected, Shape
 from ep_backend.doctor.warmup import WarmUp
 from ep_backend.errors import EpConfigError
 from ep_backend.planning import hardware
+from ep_backend.planning.model import Model
 from ep_backend.probe import Record, probe
 from ep_backend.select import AVAILABLE, Conflict, Decision, decide, find_conflicts
 from ep_backend.transports import OF_GPUS
@@ -44,7 +45,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def collect(
-    shapes: Sequence[Shape],
+    shapes: Sequence[Shape | Model],
     tokens: Sequence[int],
     ranks: int | None,
     cpu_ranks: int,
@@ -105,7 +106,7 @@ def examine(
     decision: Decision | None,
     undecided: str,
     warm_up: WarmUp,
-    shapes: Sequence[Shape],
+    shapes: Sequence[Shape | Model],
     tokens: Sequence[int],
     ranks: int,
     *,
@@ -114,7 +115,10 @@ def examine(
     versions: Mapping[str, str] | None = None,
     kernels: bool = True,
 ) -> Report:
-    """The report about a machine of which everything is known. Pure."""
+    """The report about a machine of which everything is known. Pure.
+
+    ``shapes``: of a `Model` more is known than its shape, so that ways that cannot be here are left out.
+    """
     times: list[Expected] = []
     comparisons: list[advice.Comparison] = []
     words = (
@@ -122,23 +126,32 @@ def examine(
     )
     foreign = decision is not None and decision.transport == "host" and not on_h200(record)
     all_reduces = warm_up.times(ranks)
-    for shape in shapes:
+    rooms = [room.of(one, ranks, record) for one in shapes]
+    for one, fits in zip(shapes, rooms, strict=True):
         if decision is None or ranks < 2:
             break
+        shape = one.shape if isinstance(one, Model) else one
         for dtype in plan.DTYPES:
             times += expect(record, decision, warm_up, shape, tokens, ranks, dtype, copy_bytes_per_s)
-        if all_reduces is not None:
+        words += fits.words
+        if all_reduces is not None and fits.ep:
             way = decision.transport if decision.transport in OF_GPUS else "nccl"
-            ours = [one for one in times if (one.shape, one.dtype, one.way) == (shape.name, "bf16", way)]
+            ours = [time for time in times if (time.shape, time.dtype, time.way) == (shape.name, "bf16", way)]
             name = advice.OVER_NCCL if way == "nccl" else "EP"
-            found = advice.compare(shape, ranks, ours, all_reduces, warm_up.times(ranks // 2), name)
+            in_halves = warm_up.times(ranks // 2) if fits.halves else None
+            found = advice.compare(shape, ranks, ours, all_reduces, in_halves, name)
             if foreign and found and not comparisons:
                 words.append(f"{hardware.UNSURE}. Measure before you choose: ep-backend bench.")
             comparisons += found
-            said = advice.sentences(found)
+            said = advice.sentences(found, fits.impossible)
             words += advice.if_host(said, name) if foreign else said
     if ranks > 1 and not comparisons:
-        what = "no all-reduce was measured here" if all_reduces is None else "EP has no expected time here"
+        if all_reduces is None:
+            what = "no all-reduce was measured here"
+        elif any(fits.ep for fits in rooms):
+            what = "EP has no expected time here"
+        else:
+            what = "no model fits with EP"
         words.append(f"EP was not compared with TP: {what}.")
     return Report(
         record=record,

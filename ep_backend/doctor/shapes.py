@@ -9,7 +9,7 @@ from ep_backend.bench.arguments import list_of, whole
 from ep_backend.bench.engines import models
 from ep_backend.doctor.plan import Shape
 from ep_backend.errors import EpConfigError
-from ep_backend.planning.model import MOST_EXPERTS, of_registry
+from ep_backend.planning.model import MOST_EXPERTS, Model, of_registry
 
 DEFAULT = ("qwen3-30b-a3b", "deepseek-v3")
 BOTH = "leave it out, times of bf16 and of fp8 are always shown"
@@ -38,13 +38,13 @@ def add_options(parser: Any) -> None:
     )
 
 
-def chosen(args: argparse.Namespace) -> tuple[Shape, ...]:
-    """Raises EpConfigError if the options do not go together."""
+def chosen(args: argparse.Namespace) -> tuple[Shape | Model, ...]:
+    """Models of the registry, or one shape. Raises EpConfigError if the options do not go together."""
     sizes = {name: getattr(args, name) for name in ("hidden", "experts", "topk")}
     if all(size is None for size in sizes.values()):
         if args.layers is not None:
             raise EpConfigError("--layers goes with --hidden, --experts and --topk; or --shape NAME,layers=N")
-        return tuple(of_registry(text, "--shape", BOTH).shape for text in args.shape or DEFAULT)
+        return tuple(of_registry(text, "--shape", BOTH) for text in args.shape or DEFAULT)
     if args.shape:
         raise EpConfigError("give either --shape or --hidden, --experts and --topk")
     missing = [f"--{name}" for name, size in sizes.items() if size is None]

@@ -95,4 +95,4 @@ def apply_profile(device: str, log: logging.Logger) -> None:
         for conflict in conflicts:
             log.warning("ep_backend: %s", conflict)
         if settings:
-            log.info("ep_backend: profile %s sets %s", decision.profile, " ".join(settings))
+            log.info("ep_backend: profile %s sets %s", decision.profile or "none", " ".join(settings))

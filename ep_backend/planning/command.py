@@ -85,6 +85,11 @@ def run(args: argparse.Namespace) -> int:
                 "--profile auto would look at a machine, as ep-backend doctor does; here a profile is named: "
                 + ", ".join(PLACES)
             )
+        if profiles.is_path(args.profile):
+            raise EpConfigError(
+                f"--profile {args.profile}: a file is not taken here, since links are known for the shipped "
+                f"profiles only: {', '.join(PLACES)}"
+            )
         profile = profiles.find(args.profile, profiles.shipped())
         links = chosen(profile, args.gpus, args.link)
         if args.link is None and not args.json:

@@ -25,7 +25,11 @@ MODEL = "model, not measured on such hardware with this shape"
 NO_NCCL = "EP over NCCL and TP left out: NCCL needs GPUs"
 SHARED = f"each of more than two GPUs gets {hardware.HOST_SHARED:.2f} of the rate of host memory"
 UNSURE = "measure EP over host before you choose it; it may be much slower than planned, see the link."
-NO_COLLECTIVE = f"no formula: {plan.COLLECTIVE}"
+NOT_WEIGHED = (
+    "Whether the weights fit was not looked at: with --memory GB, what one GPU has, ways that do not fit are "
+    "not chosen."
+)
+NO_COLLECTIVE = f"no time, because {plan.COLLECTIVE}"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +79,8 @@ def make(
                     if link.unsure:
                         said = [f"{link.name}: {UNSURE}", *advice.if_host(said, "EP over host")]
             words += said
+    if memory_bytes is None and any(row.seconds is not None for row in rows):
+        words.append(NOT_WEIGHED)
     return Plan(
         model=model,
         profile=profile.name,
@@ -160,7 +166,7 @@ def _transport(
         seconds = plan.cpu_s(shape, gpus, tokens, dtype, copy_bytes_per_s=rate, cpus=gpus)
         return seconds, f"{MODEL}; a core per rank that copies 10 GB/s"
     if name == "collective":
-        return None, "no formula" if profile.name == "cpu" else NO_COLLECTIVE
+        return None, "no time, because it has no formula" if profile.name == "cpu" else NO_COLLECTIVE
     number = None
     if link is not None:
         number = link.stores if name == "peer" else hardware.host_rate(link, gpus)

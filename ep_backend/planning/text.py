@@ -136,9 +136,9 @@ def _volumes(plan: Plan) -> list[str]:
 def _times(rows: Sequence[Row], link: str, layers: int) -> list[str]:
     over = f" over {link}" if link else ""
     title = f"Communication of one layer{over}, us, by tokens per GPU:"
-    found = _table(title, rows, lambda row: _scaled(row.seconds, 1e6), 1)
-    title = f"The same for one step, ms ({layers} layers with experts):"
     timed = [row for row in rows if row.seconds is not None]
+    found = _table(title, timed or rows, lambda row: _scaled(row.seconds, 1e6), 1)
+    title = f"The same for one step, ms ({layers} layers with experts):"
     if timed:
         found += _table(title, timed, lambda row: _scaled(row.seconds, 1e3 * layers), 2)
     return found

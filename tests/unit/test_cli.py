@@ -113,7 +113,7 @@ def test_env_reports_a_switch_that_makes_a_level_meaningless(capsys, monkeypatch
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     _, out, _ = run(capsys, "env", "--profile", "pcie_p2p")
     assert "NCCL_P2P_LEVEL=PHB  [conflict]" in out
-    assert "conflict: NCCL_P2P_DISABLE=1 is kept as it was found; the profile would set NCCL_P2P_LEVEL" in out
+    assert "conflict: NCCL_P2P_DISABLE=1 is kept as it was found; ep_backend would set NCCL_P2P_LEVEL" in out
     _, out, _ = run(capsys, "env", "--shell", "--profile", "pcie_p2p")
     assert "export NCCL_P2P_LEVEL" not in out
     assert "# conflict: NCCL_P2P_DISABLE=1 is kept" in out
@@ -179,6 +179,15 @@ def test_profiles_show_a_file(capsys, monkeypatch, tmp_path):
     status, out, err = run(capsys, "profiles", "show", str(file))
     assert (status, out) == (1, "")
     assert "own.toml: description: must not be empty" in err
+
+
+def test_an_sm_budget_is_shown(capsys, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN + '[sm_budget]\nsms = 16\nsource = "me"\n')
+    _, out, _ = run(capsys, "env", "--profile", str(file))
+    assert "\nSM budget    16; num_sms of a communicator goes first\n" in out
+    assert json.loads(run(capsys, "env", "--json", "--profile", str(file))[1])["sms"] == 16
+    assert "SM budget" not in run(capsys, "env")[1]
 
 
 @pytest.mark.parametrize(("more", "here"), [("", "cpu"), (RECOGNISED, "mine")])

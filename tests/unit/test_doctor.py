@@ -161,10 +161,25 @@ def test_a_transport_without_a_formula_says_so():
 # --- the command ---
 
 
-def test_a_file_that_cannot_be_written_is_noticed_first(doctor):
-    status, out, err, warm_ups = doctor(gpus(2), "--json", "/proc/nowhere/found.json")
+@pytest.mark.parametrize(
+    ("option", "file"),
+    [("--json", "/proc/nowhere/found.json"), ("--json", "/proc/x.json"), ("--plot", "/proc/x.png")],
+)
+def test_a_file_that_cannot_be_written_is_noticed_first(doctor, monkeypatch, option, file):
+    monkeypatch.setattr(command.pictures, "check_matplotlib", lambda: None)
+    status, out, err, warm_ups = doctor(gpus(2), option, file)
     assert (status, out, warm_ups) == (2, "", [])
-    assert "--json /proc/nowhere/found.json cannot be written" in err
+    assert f"{option} {file} cannot be written" in err
+
+
+def test_wrong_usage_leaves_no_file_and_keeps_what_was_there(doctor, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.pictures, "check_matplotlib", lambda: None)
+    there = tmp_path / "found.json"
+    there.write_text("kept")
+    files = ("--json", str(there), "--plot", str(tmp_path / "new.png"))
+    assert doctor(gpus(2), "--ranks", "3", *files)[0] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["found.json"]
+    assert there.read_text() == "kept"
 
 
 def test_the_command_on_a_made_up_machine(doctor):
@@ -192,7 +207,8 @@ def test_json_alone_and_beside_the_text(doctor, tmp_path):
     assert {(one["way"], one["dtype"]) for one in answer["expected"]} == {
         (way, dtype) for way in ("peer", "nccl") for dtype in ("bf16", "fp8")
     }
-    assert len(answer["comparisons"]) == len(shapes.DEFAULT) * len(shapes.TOKENS)
+    assert {one["shape"] for one in answer["comparisons"]} == {"qwen3-30b-a3b"}  # the other does not fit
+    assert len(answer["comparisons"]) == len(shapes.TOKENS)
     file = tmp_path / "new" / "doctor.json"
     _, beside, _, _ = doctor(record, "--json", str(file))
     assert json.loads(file.read_text()) == answer
@@ -316,8 +332,8 @@ def test_what_the_lines_of_a_picture_mean():
 
 def test_no_matplotlib_is_one_sentence(doctor, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    status, _, err, _ = doctor(cpus(), "--plot", "x.svg")
-    assert status == 1
+    status, out, err, _ = doctor(cpus(), "--plot", "x.svg")
+    assert (status, out) == (2, "")
     assert "pip install matplotlib" in err
 
 

@@ -1,5 +1,7 @@
 """What doctor finds wrong, and what it advises: from made-up machines and numbers."""
 
+import re
+
 import msgspec
 import pytest
 from doctor_machines import (
@@ -18,8 +20,10 @@ from doctor_machines import (
 
 from ep_backend import env, facts, nvml
 from ep_backend.doctor import advice, expect, plan
+from ep_backend.doctor.findings import find
 from ep_backend.doctor.plan import AllReduces, Expected
 from ep_backend.doctor.warmup import WarmUp
+from ep_backend.planning import memory, model
 
 
 def wrong(report):
@@ -47,13 +51,43 @@ def test_nothing_is_wrong_with_a_machine_of_each_profile(name):
 def test_broken_peer_access_names_the_pairs_and_the_cure():
     record = gpus(4, nvlink=none, works=lambda a, b: (a, b) != (2, 1), ancestor="PHB", iommu="translated")
     finding = only(examined(record), "the data check of peer access failed: GPU 2 -> GPU 1 (what arrived")
-    assert "NCCL_P2P_LEVEL=PIX" in finding.next
+    assert "plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export NCCL_P2P_LEVEL=PIX" in finding.next
     assert "NCCL_P2P_DISABLE=1" in finding.next
     assert "iommu=pt" in finding.next
     mended = only(examined(gpus(2, nvlink=none, works=none)), "failed").next
     assert "iommu" not in mended
     assert "engines with this library's plug-in get NCCL_P2P_LEVEL=LOC; for other programs: export" in mended
     assert finding.why.endswith("ep_backend uses transport mixed here")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        gpus(4, nvlink=bridges, works=lambda a, b: not bridges(a, b)),
+        gpus(8, works=lambda a, b: {a, b} != {0, 1}),
+        gpus(2, nvlink=none, works=none, ancestor="PIX"),
+        gpus(2, nvlink=none, works=none, ancestor="LOC"),
+        gpus(4, nvlink=none, works=none, ancestor="PHB", environment={"EP_BACKEND_PROFILE": "pcie_p2p"}),
+        gpus(4, nvlink=none, works=bridges, ancestor="SYS"),
+    ],
+    ids=["NVLink pairs", "NVSwitch", "one switch", "one board", "forced", "partial"],
+)
+def test_no_cure_of_broken_peer_access_reaches_it(record):
+    """Neither what an engine with the plug-in gets, nor what other programs are told to export first."""
+    [finding] = [one for one in examined(record).findings if "data check of peer access failed" in one.what]
+    named = re.findall(r"NCCL_P2P_LEVEL=(\w+)", finding.next)
+    assert named[0] == "LOC"
+    for level in named:
+        again = examined(record, environ={"NCCL_P2P_LEVEL": level}).findings
+        assert not [one for one in again if f"NCCL_P2P_LEVEL={level} makes NCCL use" in one.what], level
+    assert ("PIX" in named) == (record.links[0].ancestor in ("PHB", "SYS"))
+    assert "NCCL_P2P_DISABLE=1" in finding.next
+
+
+def test_a_value_of_the_users_own_is_not_called_what_engines_get():
+    record = gpus(2, nvlink=none, works=none, ancestor="PHB")
+    report = examined(record, environ={"NCCL_P2P_LEVEL": "SYS"})
+    assert not any("plug-in get" in one.next for one in report.findings)
 
 
 def test_pairs_that_are_not_used_do_not_matter():
@@ -150,12 +184,16 @@ def test_the_environment():
         ("EP_BACKEND_TRANSPORT", "per", "did you mean 'peer'"),
         ("EP_BACKEND_TRANSPORT", "cpu", "it moves CPU tensors"),
         ("EP_BACKEND_PROFILE", "nvswich", "did you mean 'nvswitch'"),
+        ("EP_BACKEND_PROFILE", "/nonexistent/own.toml", "there is no such file"),
+        ("EP_BACKEND_PROFILE", __file__, "not valid TOML"),
     ],
 )
 def test_a_choice_that_cannot_be_made(name, value, words):
     record = gpus(2, environment={name: value}, device="GPU-0000")
     report = examined(record, SKIPPED, environ={name: value})
-    only(report, words)
+    finding = only(report, words)
+    assert finding.what.startswith(name)
+    assert finding.next == "correct or unset the variable that is named, then ep-backend doctor again"
     assert report.decision is None
     assert not report.expected
 
@@ -186,10 +224,21 @@ def test_no_transport_works_with_an_older_driver(name):
     record = msgspec.structs.replace(PROFILES[name][0], cuda_driver="12.8", driver="570.1")
     report = examined(record)
     assert report.decision is None
-    assert any("driver 570.1 is too old" in finding.what for finding in wrong(report))
-    [undecided] = [f for f in report.findings if "no transport can serve this group" in f.what]
-    assert undecided.what.count("570.1") == 1
-    assert "variable" not in undecided.next
+    finding = only(report, "driver 570.1 is too old")
+    assert finding.next == "install driver 580 or newer"
+    assert finding.why.endswith("so no transport can be chosen")
+    asked = {"EP_BACKEND_TRANSPORT": "host"}
+    first, second, *_ = wrong(examined(msgspec.structs.replace(record, environment=asked), environ=asked))
+    assert first.what.startswith(
+        "EP_BACKEND_TRANSPORT asks for transport 'host', but rank 0 has NVIDIA driver"
+    )
+    assert second.what == finding.what
+
+
+def test_what_nothing_else_explains_is_a_finding_with_a_step_of_its_own():
+    [finding] = find(cpus(), None, SKIPPED, {}, undecided="no hardware profiles at /x")
+    assert finding.what == "no hardware profiles at /x"
+    assert finding.next == "mend what is named, then ep-backend doctor again"
 
 
 @pytest.mark.parametrize(
@@ -282,7 +331,8 @@ def test_a_failed_warm_up_without_peer_access_has_another_cause(outcome):
     ("name", "environ", "said"),
     [
         ("pcie_p2p", {}, "export NCCL_P2P_LEVEL=PIX (direct access only behind one PCIe switch), or"),
-        ("nvswitch", {}, "export NCCL_P2P_LEVEL=PIX"),
+        ("nvswitch", {}, "export NCCL_P2P_DISABLE=1"),  # PIX keeps NVLink, so it would change nothing
+        ("nvlink_pairs", {"NCCL_P2P_LEVEL": "SYS"}, "export NCCL_P2P_LEVEL=PIX"),
         ("pcie_p2p", {"NCCL_P2P_LEVEL": "PIX"}, "export NCCL_P2P_DISABLE=1"),
         ("nvlink_pairs", {}, "export NCCL_P2P_DISABLE=1"),  # at level NVL, which PIX would loosen
         ("pcie_p2p", {"NCCL_P2P_DISABLE": "1"}, "peer access is not the cause"),
@@ -463,6 +513,49 @@ def test_host_memory_is_that_of_the_slowest_pcie_link():
 def test_host_is_called_checked_on_h200_with_the_same_pcie_link_only(gpu, kept):
     report = examined(gpus(2, nvlink=none, access=none, gpu={"nvlinks": 18, **gpu}), shapes=(LARGE,))
     assert {one.basis.startswith(plan.CHECKED) for one in report.expected if one.way == "host"} == {kept}
+
+
+def said_of(name, machine, **more):
+    report = examined(machine, shapes=(model.read(name),), tokens=(8,), **more)
+    return [one for one in report.advice if name in one or "was not compared" in one]
+
+
+@pytest.mark.parametrize(
+    ("count", "left_out"),
+    [
+        (3, ["TP 3 left out: 32 attention heads cannot be split evenly over 3 GPUs.",
+             "TP x PP 2 left out: 3 GPUs have no two equal halves."]),
+        (6, ["TP 6 left out: 32 attention heads cannot be split evenly over 6 GPUs.",
+             "TP 3 x PP 2 left out: 32 attention heads cannot be split evenly over 3."]),
+    ],
+)  # fmt: skip
+def test_ways_of_tp_that_the_heads_forbid_are_left_out(count, left_out):
+    assert said_of("qwen3-30b-a3b", gpus(count)) == [f"qwen3-30b-a3b: {line}" for line in left_out]
+    heads = [one.split(" for qwen3")[0] for one in said_of("qwen3-30b-a3b", gpus(4))]
+    assert heads == ["EP is faster than TP 4", "EP is faster than TP 2 x PP 2"]
+
+
+def test_a_model_that_does_not_fit_is_not_compared():
+    size, memory_bytes = model.read("deepseek-v3"), 141 << 30
+    taken = {d: memory.expert_parallel(size, 2, d).total / 1e9 for d in plan.DTYPES}
+    assert said_of("deepseek-v3", gpus(2)) == [
+        "deepseek-v3 does not fit here with EP: on each GPU weights alone take "
+        f"{taken['bf16']:.1f} GB in bf16 and {taken['fp8']:.1f} GB in fp8, and it has "
+        f"{memory_bytes / 1e9:.1f} GB (10^9 bytes). No way of TP fits either.",
+        "EP was not compared with TP: no model fits with EP.",
+    ]
+    first, *compared = said_of("deepseek-v3", gpus(8))
+    assert first.startswith(
+        "deepseek-v3 fits here with EP in fp8 only: on each GPU weights alone take 190.2 GB"
+    )
+    assert [one.split(" for deepseek")[0] for one in compared] == [
+        "EP is faster than TP 8", "EP is faster than TP 4 x PP 2",
+    ]  # fmt: skip
+    # Attention is whole on each GPU with EP, and split with TP.
+    small = gpus(8, gpu={"memory_bytes": int(90e9)})
+    assert said_of("deepseek-v3", small)[0].endswith("It fits with TP 4 x PP 2 and TP 8.")
+    unknown = said_of("deepseek-v3", gpus(2, gpu={"memory_bytes": None}))
+    assert [one.split(" for deepseek")[0] for one in unknown] == ["EP is faster than TP 2"]
 
 
 def test_engines_and_containers():

@@ -341,8 +341,8 @@ def test_what_is_in_doubt_of_consumer_boards_is_said_first_and_in_every_sentence
     for name, link in LINKS.items():
         assert bool(link.unsure) == name.startswith("consumer")
     found = planned("qwen3-30b-a3b", "pcie_blackwell", 4, [1, 64], links=["consumer"])
-    first, *others = found.advice
-    assert first == f"consumer: {predict.UNSURE}"
+    first, *others, last = found.advice
+    assert (first, last) == (f"consumer: {predict.UNSURE}", predict.NOT_WEIGHED)
     assert len(others) == 3
     assert all(line.startswith(advice.IF_HOST) for line in others)
     assert ": choose EP over host at 1, 64 tokens" in others[0]
@@ -384,6 +384,16 @@ def test_what_does_not_fit_is_not_chosen():
     nothing = planned("deepseek-v3", "pcie_blackwell", 4, [8], memory_bytes=1e9)
     assert len(nothing.links) == 3
     assert [one.split(":")[0] for one in nothing.advice] == ["No choice"]
+
+
+def test_without_a_size_of_memory_the_advice_says_that_nothing_was_weighed():
+    """deepseek-v3 in bf16 takes 190 GB on each of eight GPUs, and an H200 has 141."""
+    found = planned("deepseek-v3", "nvswitch", 8, [8])
+    assert found.advice[0].startswith("Choose EP over peer")
+    assert found.advice[-1] == predict.NOT_WEIGHED
+    weighed = planned("deepseek-v3", "nvswitch", 8, [8], memory_bytes=141e9)
+    assert weighed.advice[0].startswith("No choice")
+    assert predict.NOT_WEIGHED not in weighed.advice
 
 
 def test_between_machines_there_are_bytes_and_no_times():
@@ -458,6 +468,16 @@ def test_the_command(run, tmp_path):
         assert "mixtral: hidden 4096, 8 experts, top-2, 32 of 32 layers" in out
 
 
+def test_a_way_without_a_time_is_one_line_and_no_row_of_times(run):
+    _, out, _ = run(*H200, "--batch", "8")
+    sent, times = out.split("Communication of one layer")
+    assert "EP over collective, bf16" in sent
+    assert "EP over collective, bf16" not in times
+    assert f"EP over collective: no time, because {plan.COLLECTIVE}" in times
+    _, out, _ = run("--model", "qwen3-30b-a3b", "--gpus", "16", "--profile", "dgx", "--batch", "8")
+    assert re.search(r"Communication of one layer.*\n.*\n +EP over collective, bf16 +-\n", out)
+
+
 def test_the_command_as_json(run):
     status, out, _ = run(*H200, "--batch", "64", "--json", "--link", "nvlink4,nvlink5")
     document = json.loads(out)
@@ -518,6 +538,7 @@ def test_what_is_left_is_said_and_each_basis_names_its_link_and_tokens(run):
         (("--profile", "auto"), "here a profile is named: nvl72"),
         (("--model", "/nonesuch"), "neither a known model"),
         (("--profile", "dgy"), "there is no hardware profile"),
+        (("--profile", "./own.toml"), "--profile ./own.toml: a file is not taken here"),
         (("--gpus", "1"), "whole number from 2 on"),
         (("--gpus", "5000"), "at most 1024"),
         (("--batch", "0"), "whole number from 1 on"),

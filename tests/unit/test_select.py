@@ -22,8 +22,9 @@ from machines import (
     with_peer_access,
 )
 
+from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
-from ep_backend.facts import parts
+from ep_backend.facts import DISTANCE, parts, reaches
 from ep_backend.probe import Record, probe
 from ep_backend.select import apply_env, check_agreement, decide, gather, select, unmet
 
@@ -228,7 +229,14 @@ MACHINES = [
     ("2 NVLink pairs and a port", gpu_machine(4, nvlink=pairs, **HCA), "nvlink_pairs", "mixed", "mixed",
      {"NCCL_P2P_LEVEL": "NVL"}, "nvlink is some"),
     ("2 NVLink pairs, both broken", broken(gpu_machine(4, nvlink=pairs), pairs), "nvlink_pairs", "host",
-     "host", {"NCCL_P2P_LEVEL": "NVL", **NO_IB}, "passed over: mixed, because no two of its GPUs"),
+     "host", {"NCCL_P2P_LEVEL": "LOC", **NO_IB},
+     "NCCL_P2P_LEVEL=LOC, because level NVL reaches GPUs between which the data check failed."),
+    ("2 NVLink pairs, broken between them",
+     broken(gpu_machine(4, nvlink=pairs), lambda a, b: not pairs(a, b)), "nvlink_pairs", "mixed", "mixed",
+     {"NCCL_P2P_LEVEL": "NVL", **NO_IB}, "nvlink is some"),
+    ("DGX with one bad pair", one_bad_pair(gpu_machine(8, **HCA)), "nvswitch", "host", "host",
+     {"NCCL_P2P_LEVEL": "LOC", **NVSWITCH},
+     "NCCL_P2P_LEVEL=LOC, because NCCL by itself reaches GPUs between which the data check failed."),
     ("8 H100 PCIe", pcie_machine(8), "pcie_p2p", "peer", "peer",
      {"NCCL_P2P_LEVEL": "PHB", **PCIE, **NO_IB}, "nvlink is none, peer_access is all"),
     ("8 H100 PCIe and a port", pcie_machine(8, **HCA), "pcie_p2p", "peer", "peer",
@@ -317,6 +325,85 @@ def test_what_a_profile_is_not(not_this, records, instead):
     assert decision.profile == instead
     fits = [p.name for p in KNOWN if not unmet(p.recognition.require, gather(records))]
     assert not_this not in fits
+
+
+OWN = """
+name = "own"
+description = "Of a user."
+[transport]
+inside = ["host"]
+across = ["collective"]
+source = "me"
+"""
+
+
+@st.composite
+def machines_with_failures(draw):
+    """Ranks on machines with any links, of which the data check said anything."""
+    records = []
+    for host in ("node0", "node1")[: draw(st.integers(1, 2))]:
+        machine = gpu_machine(
+            draw(st.integers(1, 4)), host=host, hcas=draw(st.sampled_from([(), ("mlx5_0:1",)]))
+        )
+        links = tuple(
+            msgspec.structs.replace(
+                link,
+                nvlink=draw(st.sampled_from([True, False, None])),
+                ancestor=draw(st.sampled_from([*DISTANCE, ""])),
+                peer_works=draw(st.sampled_from([False, False, True, None])),
+            )
+            for link in machine[0].links
+        )
+        records += [msgspec.structs.replace(record, links=links) for record in machine]
+    return records
+
+
+@st.composite
+def profiles_and_wishes(draw):
+    """The profiles, with one of a user's own that may set any level, and the one that is asked for."""
+    own = profiles.loads(OWN.encode(), "own.toml")
+    values = {"NCCL_P2P_LEVEL": env.variable("NCCL_P2P_LEVEL").choices, "NCCL_P2P_DISABLE": ("0", "1")}
+    drawn = {name: draw(st.sampled_from([None, *some])) for name, some in values.items()}
+    environment = {
+        name: profiles.Setting(value=value, why="w", source="s") for name, value in drawn.items() if value
+    }
+    known = [*KNOWN, msgspec.structs.replace(own, environment=environment)]
+    return known, draw(st.sampled_from(["auto", *(profile.name for profile in known)]))
+
+
+@given(machines_with_failures(), profiles_and_wishes())
+def test_no_decision_lets_nccl_reach_a_pair_whose_data_check_failed(records, wish):
+    known, name = wish
+    decision = select(records, known, profile=name)
+    found = {item.name: item.value for item in decision.env}
+    failed = [link for record in records for link in record.links if link.peer_works is False]
+    disabled = found.get("NCCL_P2P_DISABLE") == "1"
+    if failed and not disabled:
+        assert not [link for link in failed if reaches(found["NCCL_P2P_LEVEL"], link)]
+    # Nothing else is changed of what the profile asks for, and that only where it must be.
+    wanted = {}
+    for profile in [one for one in known if one.name == decision.profile]:
+        for block in (profile, *(one for one in profile.conditional if not unmet(one.when, gather(records)))):
+            wanted |= {key: setting.value for key, setting in block.environment.items()}
+    level = wanted.get("NCCL_P2P_LEVEL")
+    if failed and not disabled and (level is None or any(reaches(level, link) for link in failed)):
+        assert found == {**wanted, "NCCL_P2P_LEVEL": "LOC"}
+        assert "NCCL_P2P_LEVEL=LOC, because" in decision.reason
+    else:
+        assert found == wanted
+        assert "NCCL_P2P_LEVEL=LOC, because" not in decision.reason
+
+
+@pytest.mark.parametrize("name", ["nvswitch", "nvlink_pairs", "pcie_p2p", "own"])
+def test_nccl_uses_no_peer_access_that_the_user_forbids(name):
+    """The probe takes NVLink off the record then, so that a level's reach is not known."""
+    machine = broken(gpu_machine(2, nvlink=lambda a, b: False), lambda a, b: True)
+    machine = [
+        msgspec.structs.replace(record, environment={"EP_BACKEND_PEER_ACCESS": "0"}) for record in machine
+    ]
+    decision = select(machine, [*KNOWN, profiles.loads(OWN.encode(), "own.toml")], profile=name)
+    assert {item.value for item in decision.env if item.name == "NCCL_P2P_LEVEL"} == {"LOC"}
+    assert "EP_BACKEND_PEER_ACCESS=0 forbids it." in decision.reason
 
 
 def test_recognition_is_unambiguous():

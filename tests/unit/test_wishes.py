@@ -182,7 +182,7 @@ def test_what_a_process_above_set_stays_and_is_no_conflict():
 
 
 KEPT = (
-    "NCCL_P2P_DISABLE=1 is kept as it was found; the profile would set NCCL_P2P_LEVEL=PHB. "
+    "NCCL_P2P_DISABLE=1 is kept as it was found; ep_backend would set NCCL_P2P_LEVEL=PHB. "
     "NCCL_P2P_LEVEL means nothing while NCCL_P2P_DISABLE is 1. Peer access was seen to work"
 )
 
@@ -217,7 +217,7 @@ def test_a_profiles_switch_does_not_take_the_users_level_away(tmp_path):
     )
     decision, environ = decide(pcie_machine(2), requested_profile=str(file)), {"NCCL_P2P_LEVEL": "PIX"}
     (conflict,) = apply_env(decision, environ)
-    assert "NCCL_P2P_LEVEL=PIX is kept as it was found; the profile would set NCCL_P2P_DIS" in str(conflict)
+    assert "NCCL_P2P_LEVEL=PIX is kept as it was found; ep_backend would set NCCL_P2P_DIS" in str(conflict)
     assert "NCCL_P2P_DISABLE" not in environ
 
 

@@ -81,6 +81,18 @@ def test_the_weights_on_a_gpu(name, gpus, dtype):
     assert f"{shown} in {dtype} on {gpus} GPUs {gigabytes:.1f} GB" in " ".join(PAGE.split())
 
 
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        ("pcie_p2p", "the profile is `pcie_p2p` and rows go straight from GPU to GPU (transport `{}`)"),
+        ("pcie_blackwell", "(also found as `pcie_no_p2p`), the subject of this page, with transport `{}`"),
+        ("pcie_partial", "it is `pcie_partial` with transport `{}`"),
+    ],
+)
+def test_the_transports_are_those_that_the_profiles_prefer(profile, words):
+    assert words.format(PROFILES[profile].transport.inside[0]) in " ".join(PAGE.split())
+
+
 def test_the_settings_are_those_of_the_profile():
     profile = PROFILES["pcie_blackwell"]
     settings = dict(profile.environment)

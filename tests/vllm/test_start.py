@@ -154,7 +154,7 @@ def test_a_switch_that_makes_a_level_meaningless_is_reported_once(process):
     environ, lines = process({"NCCL_P2P_LEVEL": "PHB"}, environ={"NCCL_P2P_DISABLE": "1"})
     assert "NCCL_P2P_LEVEL" not in environ
     (conflict,) = [line for line in lines if "NCCL_P2P_LEVEL" in line]
-    assert "NCCL_P2P_DISABLE=1 is kept as it was found; the profile would set NCCL_P2P_LEVEL=PHB" in conflict
+    assert "NCCL_P2P_DISABLE=1 is kept as it was found; ep_backend would set NCCL_P2P_LEVEL=PHB" in conflict
 
 
 def test_nothing_is_said_where_nothing_was_set(process):
