@@ -24,10 +24,10 @@ def need_namespaces():
 
 
 class Node:
-    """A network namespace with one link to the other node; it ends with its process."""
+    """A network namespace with one link to the other node; it ends with this process at the latest."""
 
     def __init__(self):
-        # It says when it is inside: before that, "its" namespace is still ours. It ends with this process.
+        # It says when it is inside: before that, "its" namespace is still ours.
         command = ["unshare", "-n", "sh", "-c", "echo inside; exec cat"]
         pipe = subprocess.PIPE
         self._holder = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)

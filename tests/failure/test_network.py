@@ -1,5 +1,6 @@
 """Two nodes with a network between them: what crosses it, and what happens when it is cut."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -25,29 +26,32 @@ def nodes():
         yield nodes
 
 
-def start(nodes, job, folder, transports):
+@contextlib.contextmanager
+def started(nodes, job, folder, transports):
+    """The ranks' processes, which do not outlive this."""
     world = len(RANK_NODES)
     # No empty part: that would be the working folder, and the checkout has no library.
     path = os.pathsep.join(filter(None, [str(RANK_FILE.parent), os.environ.get("PYTHONPATH")]))
     arguments = [(job, str(rank), str(world), str(folder), *transports) for rank in range(world)]
-    return [
+    processes = [
         subprocess.Popen(
             nodes[node].command(sys.executable, str(RANK_FILE), *words),
             env={**os.environ, "PYTHONPATH": path},
         )
         for node, words in zip(RANK_NODES, arguments, strict=True)
     ]
-
-
-def answers(processes, folder, timeout):
-    deadline = time.monotonic() + timeout
     try:
-        for process in processes:
-            assert process.wait(max(0.1, deadline - time.monotonic())) == 0
+        yield processes
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def answers(processes, folder, timeout):
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        assert process.wait(max(0.1, deadline - time.monotonic())) == 0
     return [torch.load(folder / f"answer-{rank}", weights_only=False) for rank in range(len(processes))]
 
 
@@ -63,7 +67,8 @@ def crossings(rank_to):
 
 
 def test_what_crosses_the_network(nodes, tmp_path):
-    found = answers(start(nodes, "count", tmp_path, ("hier", "collective")), tmp_path, 90)
+    with started(nodes, "count", tmp_path, ("hier", "collective")) as processes:
+        found = answers(processes, tmp_path, 90)
     assert all("asked for" in answer["hier"]["reason"] for answer in found)
     check_steps(CONFIG, STEPS, [{"hier": answer["hier"]["results"]} for answer in found], NODES)
     check_steps(CONFIG, STEPS, [{"collective": answer["collective"]["results"]} for answer in found])
@@ -82,14 +87,15 @@ def test_what_crosses_the_network(nodes, tmp_path):
 @pytest.mark.parametrize("transport", ["hier", "collective"])
 def test_a_cut_network(nodes, tmp_path, transport):
     """All ranks of both nodes say so in time; then nothing keeps their processes from ending."""
-    processes = start(nodes, "cut", tmp_path, [transport])
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("running-*"))) < len(processes):
-        assert time.monotonic() < deadline, "the ranks did not start"
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.1)
-    time.sleep(0.5)
-    nodes[0].ip("link", "set", LINK, "down")
-    for answer in answers(processes, tmp_path, 40):
+    with started(nodes, "cut", tmp_path, [transport]) as processes:
+        deadline = time.monotonic() + 120  # a busy machine imports slowly
+        while len(list(tmp_path.glob("running-*"))) < len(processes):
+            assert time.monotonic() < deadline, "the ranks did not start"
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        time.sleep(0.5)
+        nodes[0].ip("link", "set", LINK, "down")
+        found = answers(processes, tmp_path, 40)
+    for answer in found:
         assert answer[transport]["waited"] < 20
         assert "waited" in answer[transport]["error"] or "stopped first" in answer[transport]["error"]

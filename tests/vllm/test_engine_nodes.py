@@ -16,6 +16,7 @@ PER_NODE = 2
 WORLD = 2 * PER_NODE
 WHERE = ("--data-parallel-size-local", str(PER_NODE), "--data-parallel-address", ADDRESSES[0])
 SMALL = ("--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "64")  # starts sooner
+# The last two take back what `serve_command` asks for.
 HEADLESS = ("--headless", "--data-parallel-start-rank", str(PER_NODE), "--api-server-count", "0")
 
 
