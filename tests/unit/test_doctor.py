@@ -231,6 +231,7 @@ def test_no_sentence_ends_twice():
     [
         (("--ranks", "5"), "--ranks 5, but 4 GPUs can be used here"),
         (("--ranks", "0"), "whole number from 1"),
+        (("--ranks", "5000"), "'5000' is not a whole number from 1 to 72"),
         (("--hidden", "8"), "--experts and --topk, too"),
         (("--hidden", "8", "--experts", "4", "--topk", "5"), "more than --experts 4"),
         (("--shape", "qwen3-30b-a3b", "--hidden", "8"), "either --shape or"),

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from harness import ranks
 
 import ep_backend as ep
-from ep_backend import cli, env, reference
+from ep_backend import _native, cli, env, reference
+from ep_backend.cli import choice
 from ep_backend.launch.processes import Outcome
 from ep_backend.selftest import command, exchanges, graphs, inputs, network, phases, plan, report
 from ep_backend.selftest.advice import advise
@@ -463,6 +464,7 @@ def test_hosts_are_counted():
     [
         ["--phase", "everything"],
         ["--ranks", "0"],
+        ["--ranks", "73"],
         ["--deadline", "1"],
         ["--deadline", "soon"],
         ["--transport", "cpi"],
@@ -472,6 +474,10 @@ def test_hosts_are_counted():
 def test_wrong_usage(arguments, capsys):
     assert cli.main(["selftest", *arguments]) == 2
     assert "usage: ep-backend selftest" in capsys.readouterr().err
+
+
+def test_the_command_line_knows_the_most_ranks_of_the_library():
+    assert choice.MAX_RANKS == _native.MAX_WORLD
 
 
 def test_more_ranks_than_gpus_is_wrong_usage(four_gpus, capsys):
