@@ -64,6 +64,20 @@ def peer_cases():
             yield name, shape, 4, one["T"], "fp8" if one["quant"] else "bf16", one["blocks"], one["us"]
 
 
+def nccl_times(name):
+    """Microseconds of plain collectives, bf16, by number of tokens and phase."""
+    return {
+        (one["tokens"], one["phase"]): one["median_us"]
+        for one in json.loads((RESULTS / name).read_text())["results"]
+        if one["transport"].startswith(("nccl", "baseline")) and one["dtype"] == "bf16"
+    }
+
+
+def single_calls(times, tokens):
+    """The same, of all-gathers and reduce-scatter one by one."""
+    return times[tokens, "dispatch"] + times[tokens, "combine"]
+
+
 def kept_report(name):
     """What doctor says now of a machine that it looked at then."""
     document = json.loads((RESULTS / name).read_text())

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from measurements import host_cases, kept_report, peer_cases
+from measurements import host_cases, kept_report, nccl_times, peer_cases, single_calls
 
 from ep_backend.doctor import text
 
@@ -58,6 +58,24 @@ def test_the_tables_of_expected_and_measured_times(way, file, cases):
             for table, key in ((expected, shape), (measured, size)):
                 cells.append(", ".join(shown(table[key, count, dtype]) for dtype in ("bf16", "fp8")))
         assert f"| {count} | {' | '.join(cells)} |" in PAGE
+
+
+def test_what_is_said_of_nccl():
+    counts = (1, 128, 512, 4096)
+    model = [
+        shown(one.seconds * 1e6)
+        for one in kept_report("doctor-2h200.json").expected
+        if (one.shape, one.way, one.dtype) == ("deepseek-v3", "nccl", "bf16") and one.tokens in counts
+    ]
+    times = nccl_times("peer-2h200.json")
+    calls = [shown(single_calls(times, count)) for count in counts]
+    graphs = [shown(times[count, "round_trip"]) for count in counts]
+    assert (
+        f"on the two H200 that is {model[0]} us with 1 token, {model[1]} with 128, {model[2]} with 512 and "
+        f"{model[3]} with 4096; all-gathers and reduce-scatter one by one were measured at "
+        f"{', '.join(calls[:3])} and {calls[3]}, the same in a CUDA graph at {', '.join(graphs[:3])} and "
+        f"{graphs[3]}."
+    ) in " ".join(PAGE.split())
 
 
 def shown(microseconds):

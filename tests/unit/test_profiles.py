@@ -14,6 +14,7 @@ from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
 from ep_backend.select import apply_env, decide
 
+PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
 VALID = {
     "name": "box",
     "aliases": ["crate"],
@@ -453,7 +454,24 @@ def test_fuzz_bytes_of_shipped_files(content, data):
     check(profiles.loads, mutated)
 
 
+@pytest.mark.parametrize("profile", profiles.shipped(), ids=lambda profile: profile.name)
+def test_the_table_in_the_documentation(profile):
+    [row] = re.findall(rf"^\| `{profile.name}` (\|.*) \|$", PAGE, flags=re.MULTILINE)
+    aliases, _, inside, across, sets = (re.findall("`([^`]+)`", cell) for cell in row.split("|")[1:])
+    assert tuple(aliases) == profile.aliases
+    for wishes, said in ((profile.transport.inside, inside), (profile.transport.across, across)):
+        # The last is always collective, which the page says once; alone it is named.
+        assert tuple(said) == (wishes if wishes == ("collective",) else without_last(wishes))
+    blocks = [profile, *profile.conditional]
+    settings = {(name, one.value) for block in blocks for name, one in block.environment.items()}
+    assert {tuple(one.split("=")) for one in sets if "=" in one} <= settings
+    assert {word for one in sets for word in one.split("=")} == {word for pair in settings for word in pair}
+
+
+def without_last(wishes):
+    return wishes[:-1] if wishes[-1] == "collective" else wishes
+
+
 def test_the_example_in_the_documentation_is_valid():
-    document = Path(__file__).parents[2] / "docs" / "configuration.md"
-    (example,) = re.findall(r"```toml\n(.*?)```", document.read_text(), re.DOTALL)
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     assert profiles.loads(example.encode(), "example").names == ("my_box", "mybox")
