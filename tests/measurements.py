@@ -13,6 +13,7 @@ from ep_backend.probe import Record
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WITHIN = 0.3
+DEFAULT_SHAPES = [of_registry(shape).shape for shape in shapes.DEFAULT]
 MEASURED = Shape(name="measured", hidden=7168, experts=256, topk=8)
 
 
@@ -88,7 +89,7 @@ def kept_report(name):
         decision,
         undecided,
         msgspec.convert(document["warm_up"], WarmUp),
-        [of_registry(shape).shape for shape in shapes.DEFAULT],
+        DEFAULT_SHAPES,
         shapes.TOKENS,
         document["ranks"],
         environ=record.environment,

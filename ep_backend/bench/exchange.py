@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ep_backend.bench import curves, pictures, report
 from ep_backend.bench.arguments import list_of, one_of, output_file, whole
 from ep_backend.cli.choice import MAX_RANKS
+from ep_backend.cli.provenance import provenance
 from ep_backend.env import nearest
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch import processes
@@ -268,8 +267,7 @@ def _publish(measured: dict[str, Any], file: Path | None, picture: Path | None) 
     document = {
         "machine": measured["machine"],
         "versions": measured["versions"],
-        "command": shlex.join(["ep-backend", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **provenance(),
         "settings": measured["settings"],
         "results": measured["results"],
     }

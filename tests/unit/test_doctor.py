@@ -178,7 +178,8 @@ def test_the_command_on_a_made_up_machine(doctor):
     assert "deepseek-v3, NCCL all-gather + reduce-scatter, fp8" in out
 
 
-def test_json_alone_and_beside_the_text(doctor, tmp_path):
+def test_json_alone_and_beside_the_text(doctor, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "provenance", lambda: {"command": "typed", "date": "today"})
     record, _ = PROFILES["pcie_p2p"]
     status, out, _, _ = doctor(record, "--json")
     answer = json.loads(out)
@@ -342,6 +343,8 @@ def test_end_to_end_without_gpus():
     assert ended.returncode == answer["status"] == any(one["wrong"] for one in answer["findings"])
     assert answer["choice"]["transport"] == "cpu"
     assert answer["warm_up"]["outcome"] == "skipped"
+    assert answer["command"] == "ep-backend doctor --json"
+    assert answer["date"].endswith("+00:00")
     assert answer["copy_bytes_per_s"] > 1e8
     assert all(one["seconds"] > 0 for one in answer["expected"])
     assert msgspec.convert(answer["machine"], report.Record).cpus >= 1

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from measurements import host_cases, kept_report, nccl_times, peer_cases, single_calls
+from doctor_machines import cpus
+from measurements import DEFAULT_SHAPES, host_cases, kept_report, nccl_times, peer_cases, single_calls
 
-from ep_backend.doctor import text
+from ep_backend.doctor import report, shapes, text, warmup
 
 PAGE = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
 
@@ -32,6 +33,29 @@ def test_samples_are_what_doctor_says(title, file, count):
     assert len(shown) == count
     for block in shown:
         assert f"\n{block}\n" in f"\n{said}\n"
+
+
+def test_the_sample_without_gpus_is_what_doctor_says_of_such_a_machine():
+    record = cpus(
+        host="vm",
+        cpus=2,
+        container="docker",
+        shared_memory_bytes=24 << 30,
+        versions={"ep_backend": "0.1.0", "torch": "2.13.0+cpu"},
+    )
+    decision, undecided = report.choose(record)
+    found = report.examine(
+        record,
+        decision,
+        undecided,
+        warmup.WarmUp(outcome="skipped", why=warmup.skip(record)),
+        DEFAULT_SHAPES,
+        shapes.TOKENS,
+        4,
+        environ={},
+        copy_bytes_per_s=20.7999e9,  # of that run, of which no JSON is kept: all its times follow from it
+    )
+    assert blocks(section("On a machine without GPUs")) == ["\n".join(text.lines(found))]
 
 
 @pytest.mark.parametrize(
