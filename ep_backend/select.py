@@ -22,6 +22,7 @@ from ep_backend.transports import OF_GPUS, OLDEST_CUDA
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
 AVAILABLE = frozenset({"cpu", "collective", "hier", *OF_GPUS})
+OWN_WISH = "the communicator's configuration"
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -78,14 +79,15 @@ def decide(
     requested_transport: str = "auto",
     *,
     requested_profile: str | None = None,
+    transport_asked_by: str = OWN_WISH,
     available: frozenset[str] = AVAILABLE,
 ) -> Decision:
     """Load the profiles and `select`. All ranks get the same answer, or the same error, from equal records.
 
     ``records``: one per rank, in order of rank. ``requested_transport``: the communicator's own wish; "auto"
-    leaves it to EP_BACKEND_TRANSPORT, then to the profile. ``requested_profile``: in place of
-    EP_BACKEND_PROFILE. Raises EpConfigError: ranks disagree, a profile file is wrong, or what was asked for
-    cannot be had.
+    leaves it to EP_BACKEND_TRANSPORT, then to the profile. ``transport_asked_by``: who has that wish, in the
+    words of the reader. ``requested_profile``: in place of EP_BACKEND_PROFILE. Raises EpConfigError: ranks
+    disagree, a profile file is wrong, or what was asked for cannot be had.
     """
     check_agreement(records)
     wish = requested_profile
@@ -95,7 +97,7 @@ def decide(
     known, name, forced = profiles.load(wish)
     return select(
         records, known, requested_transport, profile=name, forced=forced, asked_by=asked_by,
-        available=available,
+        transport_asked_by=transport_asked_by, available=available,
     )  # fmt: skip
 
 
@@ -107,6 +109,7 @@ def select(
     profile: str = "auto",
     forced: bool = True,
     asked_by: str = "EP_BACKEND_PROFILE",
+    transport_asked_by: str = OWN_WISH,
     available: frozenset[str] = AVAILABLE,
 ) -> Decision:
     """Choose profile, transport and environment for a group. Pure.
@@ -120,7 +123,7 @@ def select(
     facts = gather(records)
     known = profiles.in_order(known)
     chosen, why_profile = _profile(known, facts, profile, forced, asked_by)
-    transport, why_transport = _transport(records, facts, chosen, requested, available)
+    transport, why_transport = _transport(records, facts, chosen, requested, transport_asked_by, available)
     environment, engine = _settings(chosen, facts)
     return Decision(
         profile=chosen.name if chosen else None,
@@ -263,9 +266,9 @@ def _transport(
     facts: Facts,
     profile: Profile | None,
     requested: str,
+    asked_by: str,
     available: frozenset[str],
 ) -> tuple[str, str]:
-    asked_by = "the communicator's configuration"
     if requested == "auto":
         requested, asked_by = (
             records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip(),
@@ -280,7 +283,7 @@ def _transport(
             )
         obstacle = _obstacle(requested, records, facts, available)
         if obstacle:
-            raise EpConfigError(f"{asked_by} asks for transport {requested!r}, but {obstacle}")
+            raise EpConfigError(f"{_asks(asked_by, requested)}{obstacle}")
         return requested, f"Transport {requested}: asked for by {asked_by}."
     together = facts.shares_memory and not facts.several_hosts
     place = "inside one machine" if together else f"across {facts.hosts} machines"
@@ -302,6 +305,15 @@ def _transport(
     of_reason = {why: [name for name, other in passed.items() if other == why] for why in passed.values()}
     reasons = [f"{' and '.join(names)}, because {why}" for why, names in of_reason.items()]
     raise EpConfigError(f"no transport can serve this group {place}: {'; '.join(reasons)}")
+
+
+def _asks(asked_by: str, transport: str) -> str:
+    return f"{asked_by} asks for transport {transport!r}, but "
+
+
+def obstacle_to(transport: str, error: EpConfigError) -> str:
+    """Why a communicator that was to use ``transport`` could not, without who asked for it."""
+    return str(error).removeprefix(_asks(OWN_WISH, transport))
 
 
 def _ways(records: Sequence[Record], transport: str) -> list[str]:

@@ -96,7 +96,7 @@ def _check_choice(args: argparse.Namespace, options: Options, joined: bool) -> N
     # What other machines bring along is for the phases to find, and one rank needs no other.
     ranks = 1 if joined or args.phase in ("local", "network") else options.ranks
     try:
-        phases.decision(replace(options, ranks=ranks, transport=args.transport or "auto"))
+        phases.decision(replace(options, ranks=ranks))
     except EpConfigError as error:
         profile = env.get("EP_BACKEND_PROFILE")
         if profile == "auto":
@@ -132,6 +132,7 @@ def _options(args: argparse.Namespace, joined: bool) -> Options:
         device=device,
         ranks=ranks,
         transport=transport,
+        asked_by="--transport" if args.transport else "EP_BACKEND_TRANSPORT",
         deadline_s=float(args.deadline),
         timeout_s=float(env.get("EP_BACKEND_TIMEOUT_S")),
     )

@@ -35,6 +35,8 @@ class Options:
     """Of the phases node and graph."""
     transport: str
     """What all phases must use; "auto": each what suits it."""
+    asked_by: str = "--transport"
+    """Who wants that transport: this option or a variable."""
     deadline_s: float
     """For each group of ranks, from its start."""
     timeout_s: float
@@ -151,7 +153,12 @@ def decision(options: Options) -> Decision:
     records = [record] * options.ranks
     if options.device == "cuda" and len(record.visible) >= options.ranks:
         records = [msgspec.structs.replace(record, device=uuid) for uuid in record.visible[: options.ranks]]
-    return decide(records, options.transport, available=available(torch.device(options.device)))
+    return decide(
+        records,
+        options.transport,
+        transport_asked_by=options.asked_by,
+        available=available(torch.device(options.device)),
+    )
 
 
 def expected(options: Options) -> str:

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import ranks
+from machines import cpu_rank
 
 import ep_backend as ep
-from ep_backend import _native, cli, env, reference
+from ep_backend import _native, cli, env, reference, select
 from ep_backend.cli import choice
 from ep_backend.launch.processes import Outcome
 from ep_backend.selftest import command, exchanges, graphs, inputs, network, phases, plan, report
@@ -519,6 +520,15 @@ def test_a_wrong_environment_is_one_sentence_before_all_phases(
     assert streams.out == ""
     assert words in streams.err
     assert streams.err.count("\n") == 1
+
+
+def test_who_asked_for_a_transport_that_cannot_be_had(capsys):
+    assert cli.main(["selftest", "--device", "cpu", "--transport", "peer"]) == 1
+    assert "--transport asks for transport 'peer', but it " in capsys.readouterr().err
+    with pytest.raises(ep.EpConfigError) as caught:
+        select.decide([cpu_rank()], "peer")
+    assert "the communicator's configuration asks for" in str(caught.value)
+    assert select.obstacle_to("peer", caught.value).startswith("it ")  # selftest itself asked
 
 
 @pytest.mark.parametrize("rank", [0, 1])
