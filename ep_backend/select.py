@@ -217,7 +217,7 @@ def check_agreement(records: Sequence[Record]) -> None:
                 ranks = [rank for rank, other in enumerate(texts) if other == text]
                 ours = all(key in records[rank].applied for rank in ranks)
                 sides.append(
-                    f"{text or 'nothing'} on {_ranks(ranks)}{' (set by ep_backend)' if ours else ''}"
+                    f"{text or 'nothing'} on {ranks_in_words(ranks)}{' (set by ep_backend)' if ours else ''}"
                 )
             differences.append(f"{key}: {', '.join(sides)}")
     if differences:
@@ -431,7 +431,7 @@ def _settings(
     return environment, engine
 
 
-def _ranks(ranks: Iterable[int]) -> str:
+def ranks_in_words(ranks: Iterable[int]) -> str:
     """ "rank 3", or "ranks 0, 2-5"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -59,8 +59,13 @@ class Outcome:
     after_s: float = 0.0
     """Seconds from the start until this was known."""
 
+    @property
+    def words(self) -> str:
+        """What is wrong and what it was doing, without the rank's number."""
+        return self.text + (f" (at: {self.at})" if self.at else "")
+
     def __str__(self) -> str:
-        return f"rank {self.rank}: {self.text}" + (f" (at: {self.at})" if self.at else "")
+        return f"rank {self.rank}: {self.words}"
 
 
 def run(

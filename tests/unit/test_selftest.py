@@ -419,6 +419,17 @@ def test_a_failure_names_rank_place_and_the_others():
     assert "next 1: " in text
 
 
+def test_ranks_of_the_same_fate_share_a_line():
+    late = [Outcome(rank, "late", text="was ended after 5 s without an answer") for rank in range(6)]
+    late[3] = replace(late[3], at="the first exchange")
+    found = phases.node(CPU, Starts(late))
+    also = [line for line in report.lines(found) if "also:" in line]
+    assert also == [
+        "  also: ranks 1-2, 4-5, each: was ended after 5 s without an answer",
+        "  also: rank 3: was ended after 5 s without an answer (at: the first exchange)",
+    ]
+
+
 @pytest.mark.parametrize("phase", ["local", "node", "graph", "network"])
 @pytest.mark.parametrize("kind", ["wrong", "raised", "died", "late"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
