@@ -292,6 +292,7 @@ def test_pictures(doctor, tmp_path, name, suffix):
     if suffix == ".svg":
         # Texts are comments beside their outlines.
         assert content.count(b"<!-- GPU ") == len(record.gpus)
+        assert content.count(b'id="axes_') == 1 + bool(record.gpus)  # no panel stays empty
         assert (b"data check FAILED" in content) == (name in ("broken", *BROKEN))
 
 
