@@ -276,6 +276,13 @@ def test_more_ranks_than_gpus_is_said_by_limited():
     assert report.limited(cpus(), 3) == cpus()
 
 
+def test_long_times_keep_their_distance():
+    found = examined(cpus(cpus=2), shapes=(SMALL,), tokens=(1, 128), copy_bytes_per_s=1e7)
+    said = "\n".join(text.lines(found))
+    [row] = [line for line in said.splitlines() if line.startswith("  small, cpu, bf16")]
+    assert len(row.removeprefix("  small, cpu, bf16").split()) == 2
+
+
 # --- pictures ---
 
 
