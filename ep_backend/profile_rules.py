@@ -63,6 +63,7 @@ def in_words(error: msgspec.ValidationError, key: str = "") -> str:
     text, _, path = str(error).partition(" - at `$")
     key = (key + path.rstrip("`")).lstrip(".") or "the file"
     text = text.removeprefix("Object ").replace("`object`", "a table")
+    text = text.replace("Expected `str`", "Expected text in quotes")
     return f"{key}: {text[:1].lower()}{text[1:]}"
 
 

@@ -32,6 +32,7 @@ from ep_backend.transports import OF_GPUS, OLDEST_CUDA
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
 AVAILABLE = frozenset({"cpu", "collective", "hier", *OF_GPUS})
+OWN_WISH = "the communicator's configuration"
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -90,6 +91,7 @@ def decide(
     requested_transport: str = "auto",
     *,
     requested_profile: str | None = None,
+    transport_asked_by: str = OWN_WISH,
     available: frozenset[str] = AVAILABLE,
     shape: tuned.Shape | None = None,
     num_sms: int | None = None,
@@ -97,10 +99,10 @@ def decide(
     """Load the profiles and `select`. All ranks get the same answer, or the same error, from equal records.
 
     ``records``: one per rank, in order of rank. ``requested_transport``: the communicator's own wish; "auto"
-    leaves it to EP_BACKEND_TRANSPORT, then to the profile. ``requested_profile``: in place of
-    EP_BACKEND_PROFILE. ``shape``: of the exchanges, where that is known; nothing tuned is used otherwise.
-    ``num_sms``: the communicator's own wish. Raises EpConfigError: ranks disagree, a profile file is wrong,
-    or what was asked for cannot be had.
+    leaves it to EP_BACKEND_TRANSPORT, then to the profile. ``transport_asked_by``: who has that wish, in the
+    words of the reader. ``requested_profile``: in place of EP_BACKEND_PROFILE. ``shape``: of the exchanges,
+    where that is known; nothing tuned is used otherwise. ``num_sms``: the communicator's own wish. Raises
+    EpConfigError: ranks disagree, a profile file is wrong, or what was asked for cannot be had.
     """
     check_agreement(records)
     wish = requested_profile
@@ -115,7 +117,7 @@ def decide(
         raise EpConfigError(f"{asked_by}: {error}") from error
     return select(
         records, known, requested_transport, profile=name, forced=forced, asked_by=asked_by,
-        available=available, shape=shape, num_sms=num_sms,
+        transport_asked_by=transport_asked_by, available=available, shape=shape, num_sms=num_sms,
     )  # fmt: skip
 
 
@@ -127,6 +129,7 @@ def select(
     profile: str = "auto",
     forced: bool = True,
     asked_by: str = "EP_BACKEND_PROFILE",
+    transport_asked_by: str = OWN_WISH,
     available: frozenset[str] = AVAILABLE,
     shape: tuned.Shape | None = None,
     num_sms: int | None = None,
@@ -142,7 +145,7 @@ def select(
     facts = gather(records)
     known = profiles.in_order(known)
     chosen, why_profile = _profile(known, facts, profile, forced, asked_by)
-    transport, why_transport = _transport(records, facts, chosen, requested, available)
+    transport, why_transport = _transport(records, facts, chosen, requested, transport_asked_by, available)
     environment, engine = _settings(chosen, facts)
     wished = chosen if profile != "auto" and chosen is profiles.find(profile, known) else None
     sms, why_sms, doubts = _sms(records, chosen, wished, transport, shape, num_sms)
@@ -242,7 +245,7 @@ def check_agreement(records: Sequence[Record]) -> None:
                 ranks = [rank for rank, other in enumerate(texts) if other == text]
                 ours = all(key in records[rank].applied for rank in ranks)
                 sides.append(
-                    f"{text or 'nothing'} on {_ranks(ranks)}{' (set by ep_backend)' if ours else ''}"
+                    f"{text or 'nothing'} on {ranks_in_words(ranks)}{' (set by ep_backend)' if ours else ''}"
                 )
             differences.append(f"{key}: {', '.join(sides)}")
     if differences:
@@ -291,9 +294,9 @@ def _transport(
     facts: Facts,
     profile: Profile | None,
     requested: str,
+    asked_by: str,
     available: frozenset[str],
 ) -> tuple[str, str]:
-    asked_by = "the communicator's configuration"
     if requested == "auto":
         requested, asked_by = (
             records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip(),
@@ -308,7 +311,7 @@ def _transport(
             )
         obstacle = _obstacle(requested, records, facts, available)
         if obstacle:
-            raise EpConfigError(f"{asked_by} asks for transport {requested!r}, but {obstacle}")
+            raise EpConfigError(f"{_asks(asked_by, requested)}{obstacle}")
         return requested, f"Transport {requested}: asked for by {asked_by}."
     together = facts.shares_memory and not facts.several_hosts
     place = "inside one machine" if together else f"across {facts.hosts} machines"
@@ -330,6 +333,15 @@ def _transport(
     of_reason = {why: [name for name, other in passed.items() if other == why] for why in passed.values()}
     reasons = [f"{' and '.join(names)}, because {why}" for why, names in of_reason.items()]
     raise EpConfigError(f"no transport can serve this group {place}: {'; '.join(reasons)}")
+
+
+def _asks(asked_by: str, transport: str) -> str:
+    return f"{asked_by} asks for transport {transport!r}, but "
+
+
+def obstacle_to(transport: str, error: EpConfigError) -> str:
+    """Why a communicator that was to use ``transport`` could not, without who asked for it."""
+    return str(error).removeprefix(_asks(OWN_WISH, transport))
 
 
 def _sms(
@@ -360,7 +372,8 @@ def _sms(
     said = ["nothing" if entry is None else tuned.limit(entry.num_sms) for entry in found]
     if len(set(said)) > 1:
         sides = [
-            f"{text} on {_ranks(r for r, t in enumerate(said) if t == text)}" for text in dict.fromkeys(said)
+            f"{text} on {ranks_in_words(r for r, t in enumerate(said) if t == text)}"
+            for text in dict.fromkeys(said)
         ]
         why = f"The ranks differ in what was tuned for SMs ({', '.join(sides)}), so none of it is used."
         return budget, why, (*problems, why)
@@ -514,7 +527,7 @@ def _keep_from_failed(environment: dict[str, Setting], facts: Facts, refused: bo
     return [f"NCCL_P2P_LEVEL=LOC, because {why}."]
 
 
-def _ranks(ranks: Iterable[int]) -> str:
+def ranks_in_words(ranks: Iterable[int]) -> str:
     """ "rank 3", or "ranks 0, 2-5"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -13,6 +13,7 @@ from ep_backend.probe import Record
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WITHIN = 0.3
+DEFAULT_SHAPES = [of_registry(shape) for shape in shapes.DEFAULT]
 MEASURED = Shape(name="measured", hidden=7168, experts=256, topk=8)
 
 
@@ -64,6 +65,20 @@ def peer_cases():
             yield name, shape, 4, one["T"], "fp8" if one["quant"] else "bf16", one["blocks"], one["us"]
 
 
+def nccl_times(name):
+    """Microseconds of plain collectives, bf16, by number of tokens and phase."""
+    return {
+        (one["tokens"], one["phase"]): one["median_us"]
+        for one in json.loads((RESULTS / name).read_text())["results"]
+        if one["transport"].startswith(("nccl", "baseline")) and one["dtype"] == "bf16"
+    }
+
+
+def single_calls(times, tokens):
+    """The same, of all-gathers and reduce-scatter one by one."""
+    return times[tokens, "dispatch"] + times[tokens, "combine"]
+
+
 def kept_report(name):
     """What doctor says now of a machine that it looked at then."""
     document = json.loads((RESULTS / name).read_text())
@@ -74,7 +89,7 @@ def kept_report(name):
         decision,
         undecided,
         msgspec.convert(document["warm_up"], WarmUp),
-        [of_registry(shape) for shape in shapes.DEFAULT],
+        DEFAULT_SHAPES,
         shapes.TOKENS,
         document["ranks"],
         environ=record.environment,

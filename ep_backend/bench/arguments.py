@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A whole number from `least` on."""
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number from `least` to `most`, or from `least` on."""
 
     def parse(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        if not text.strip().isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            upto = "on" if most is None else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} {upto}")
         return int(text)
 
     return parse

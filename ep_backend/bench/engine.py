@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rich.console import Console
 from ep_backend.bench import report
 from ep_backend.bench.arguments import list_of, output_file, port, whole
 from ep_backend.bench.engines import base, models, plot, sglang, summary, vllm
+from ep_backend.cli.provenance import provenance
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch.terminable import terminable
 
@@ -240,8 +239,7 @@ class Bench:
             "machine": {**report.machine(self._device), "gpus": base.gpus(self._device)},
             "engine": self._args.engine,
             "versions": base.versions(self._engine.DISTRIBUTIONS),
-            "command": shlex.join(["ep-backend", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **provenance(),
             "shape": None if self._shape is None else self._shape.text,
             "data_parallel_size": self._args.data_parallel_size,
             "tensor_parallel_size": self._args.tensor_parallel_size,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ep_backend.bench import curves, pictures, report
 from ep_backend.bench.arguments import list_of, one_of, output_file, whole
+from ep_backend.cli.choice import MAX_RANKS
+from ep_backend.cli.provenance import provenance
 from ep_backend.env import nearest
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch import processes
@@ -65,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
     some, few = (",".join(map(str, defaults.tokens)) for defaults in (cuda, cpu))
     add("--device", choices=tuple(DEFAULTS), default="cpu")
     ranks = f"processes ({CPU_RANKS}, on cuda one for each GPU; those of torchrun)"
-    add("--ranks", type=whole(1), metavar="N", help=ranks)
+    add("--ranks", type=whole(1, MAX_RANKS), metavar="N", help=ranks)
     add("--tokens", type=list_of(whole(1)), metavar="N[,N...]", help=f"per rank ({few}; on cuda {some})")
     hidden = f"elements of a row ({cpu.hidden}; on cuda {cuda.hidden})"
     add("--hidden", type=whole(1), metavar="N", help=hidden)
@@ -265,8 +265,7 @@ def _publish(measured: dict[str, Any], file: Path | None, picture: Path | None) 
     document = {
         "machine": measured["machine"],
         "versions": measured["versions"],
-        "command": shlex.join(["ep-backend", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **provenance(),
         "settings": measured["settings"],
         "results": measured["results"],
     }

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ep_backend import __version__
+from ep_backend.env import nearest
 from ep_backend.errors import EpError
 from ep_backend.launch.terminable import Terminated
 
@@ -44,6 +45,7 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns 0: done; 1: something is wrong, said in one sentence; 2: wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    status = OK
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, less) has gone, which is no error; the interpreter must not flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        return status
     except (EpError, OSError) as error:
         print(f"ep-backend: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
@@ -82,5 +84,9 @@ def _run(arguments: Sequence[str]) -> int:
             add_parser(subparsers)
         else:
             subparsers.add_parser(command.name, help=command.help)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        of_command = subparsers.choices[args.command]
+        hint = nearest(unknown[0], of_command._option_string_actions)
+        of_command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return int(args.func(args) or OK)

@@ -15,6 +15,8 @@ from ep_backend.probe import Record
 from ep_backend.select import AVAILABLE, Conflict, Decision, EnvValue, opposed
 from ep_backend.transports import OF_GPUS
 
+MAX_RANKS = 72  # of a group: ep_backend._native.MAX_WORLD, which cannot be had without torch
+
 
 def available() -> frozenset[str]:
     """Transports of this build, found out without torch. Without a library: what a whole one has."""

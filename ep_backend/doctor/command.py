@@ -11,7 +11,7 @@ from typing import Any
 
 from ep_backend.bench import pictures
 from ep_backend.bench.arguments import output_file, whole
-from ep_backend.cli.choice import cpu_ranks
+from ep_backend.cli.choice import MAX_RANKS, cpu_ranks
 from ep_backend.doctor import picture, report, shapes, text, warmup
 from ep_backend.errors import EpConfigError
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         help="one JSON object to FILE beside the text, or alone to standard output",
     )
     ranks = f"GPUs to use (all that this process may); without GPUs, processes ({cpu_ranks()})"
-    parser.add_argument("--ranks", type=whole(1), metavar="N", help=ranks)
+    parser.add_argument("--ranks", type=whole(1, MAX_RANKS), metavar="N", help=ranks)
     parser.add_argument(
         "--plot",
         type=pictures.plot_file,

@@ -1,4 +1,4 @@
-"""The picture of `ep-backend doctor --plot`: GPUs, the links between them, the expected times."""
+"""The picture of `ep-backend doctor --plot`: GPUs and the links between them, if any; the expected times."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def write(report: Report, path: Path) -> None:
     )
     gpus = len(report.record.gpus)
     made = pictures.figure(f"{gpus} GPU{'s' * (gpus != 1)}, {report.record.cpus} CPUs: {chosen}")
-    left, right = made.subplots(1, 2)
-    _topology(left, report.record)
-    _times(right, report)
+    panels = made.subplots(1, 1 + bool(gpus), squeeze=False)[0]
+    if gpus:
+        _topology(panels[0], report.record)
+    _times(panels[-1], report)
     pictures.write(made, path)
 
 
@@ -59,9 +60,6 @@ def _topology(axes: Any, record: Record) -> None:
     axes.set_aspect("equal")
     axes.set_xlim(-1.4, 1.4)
     axes.set_ylim(-1.4, 1.4)
-    if not record.gpus:
-        axes.text(0, 0, f"no GPUs\n{record.cpus} CPUs", ha="center", va="center")
-        return
     # Neighbours on the circle are of one NUMA node.
     gpus = sorted(record.gpus, key=lambda gpu: -1 if gpu.numa_node is None else gpu.numa_node)
     at = {

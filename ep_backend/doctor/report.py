@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ep_backend.cli import choice
+from ep_backend.cli.provenance import provenance
 from ep_backend.doctor import advice, copying, plan, room, software, warmup
 from ep_backend.doctor.expect import expect, on_h200
 from ep_backend.doctor.findings import Finding, find
@@ -170,7 +171,7 @@ def examine(
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """One object of plain data."""
+    """One object of plain data, with the command and the date."""
     decision = report.decision
     return {
         "status": report.status,
@@ -184,6 +185,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "comparisons": msgspec.to_builtins(report.comparisons),
         "advice": list(report.advice),
         "findings": msgspec.to_builtins(report.findings),
+        **provenance(),
     }
 
 

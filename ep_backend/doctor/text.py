@@ -189,15 +189,21 @@ def _expected(report: Report) -> list[str]:
     cases = list(dict.fromkeys((one.shape, one.way, one.dtype) for one in report.expected))
     labels = {case: f"{case[0]}, {WAYS.get(case[1], case[1])}, {case[2]}" for case in cases}
     label_width = max(map(len, labels.values()))
-    found += [f"  {'':<{label_width}}" + "".join(f"{count:>9}" for count in tokens)]
-    times = {((one.shape, one.way, one.dtype), one.tokens): one.seconds for one in report.expected}
+    times = {
+        ((one.shape, one.way, one.dtype), one.tokens): _expected_time(one.seconds) for one in report.expected
+    }
+    width = max(9, 2 + max(map(len, times.values())))
+    found += [f"  {'':<{label_width}}" + "".join(f"{count:>{width}}" for count in tokens)]
     for case in cases:
-        cells = [times[case, count] for count in tokens]
-        shown = "".join(f"{'-' if cell is None else _microseconds(cell):>9}" for cell in cells)
+        shown = "".join(f"{times[case, count]:>{width}}" for count in tokens)
         found += [f"  {labels[case]:<{label_width}}{shown}"]
     for way, basis in dict.fromkeys((one.way, one.basis) for one in report.expected):
         found += _wrap(f"  {WAYS.get(way, way)}: {basis}", 4)
     return found
+
+
+def _expected_time(seconds: float | None) -> str:
+    return "-" if seconds is None else _microseconds(seconds)
 
 
 def _advice(report: Report) -> list[str]:

@@ -34,7 +34,7 @@ Job = Callable[..., Any]
 
 GRACE_S = 3.0  # for the others' words once one has failed: they may know more than the first
 END_GRACE_S = 5.0
-STACK_S = 1.0  # for a rank without an answer to say where it is
+STACK_S = 1.0  # for all ranks without an answer to say where they are
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -59,8 +59,13 @@ class Outcome:
     after_s: float = 0.0
     """Seconds from the start until this was known."""
 
+    @property
+    def words(self) -> str:
+        """What is wrong and what it was doing, without the rank's number."""
+        return self.text + (f" (at: {self.at})" if self.at else "")
+
     def __str__(self) -> str:
-        return f"rank {self.rank}: {self.text}" + (f" (at: {self.at})" if self.at else "")
+        return f"rank {self.rank}: {self.words}"
 
 
 def run(
@@ -79,11 +84,11 @@ def run(
     not on standard error, where libraries' words do no harm.
     """
     with tempfile.TemporaryDirectory(prefix="ep-backend-ranks-") as folder, terminable():
-        started: list[_Rank] = []
+        begin, started = time.monotonic(), list[_Rank]()
         try:
             for rank in range(count):
                 started.append(_Rank(rank, count, folder, speak, job, arguments))
-            outcomes = _outcomes(started, deadline_s)
+            outcomes = _outcomes(started, begin, deadline_s)
             if all(outcome.end == "done" for outcome in outcomes):
                 for one in started:
                     one.let_go()
@@ -145,14 +150,17 @@ class _Rank:
         outcome: Outcome = replace(words[0], at=self.at)
         return outcome
 
-    def stacks(self) -> str:
-        """Where the threads of a rank that does not answer are; empty if it does not say that either."""
+    def ask_for_stacks(self) -> None:
+        """Have it write where its threads are."""
         with suppress(ProcessLookupError, TypeError):
             os.kill(self.process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
-        end = time.monotonic() + STACK_S
-        while time.monotonic() < end and not (self._stacks.exists() and self._stacks.stat().st_size):
-            time.sleep(0.05)
-        return self._stacks.read_text() if self._stacks.exists() else ""
+
+    def has_stacks(self) -> bool:
+        return self._stacks.exists() and self._stacks.stat().st_size > 0
+
+    def stacks(self) -> str:
+        """What it has written; empty if it does not say that either."""
+        return self._stacks.read_text() if self.has_stacks() else ""
 
     def let_go(self) -> None:
         """Nobody closes its sockets while others still use them; now all are done."""
@@ -161,8 +169,7 @@ class _Rank:
         self.process.join(END_GRACE_S)
 
 
-def _outcomes(started: Sequence[_Rank], deadline_s: float | None) -> list[Outcome]:
-    begin = time.monotonic()
+def _outcomes(started: Sequence[_Rank], begin: float, deadline_s: float | None) -> list[Outcome]:
     limit = None if deadline_s is None else begin + deadline_s
     cut = f"was ended after {deadline_s:g} s without an answer" if deadline_s is not None else ""
     end, found = "late", dict[int, Outcome]()
@@ -170,8 +177,6 @@ def _outcomes(started: Sequence[_Rank], deadline_s: float | None) -> list[Outcom
     while at_work:
         left = None if limit is None else max(0.0, limit - time.monotonic())
         ready = connection.wait(list(at_work), left)
-        if not ready:
-            break
         for pipe in ready:
             outcome = at_work[pipe].hear()  # type: ignore[index]
             if outcome is None:
@@ -182,7 +187,15 @@ def _outcomes(started: Sequence[_Rank], deadline_s: float | None) -> list[Outcom
             if outcome.end != "done" and end == "late" and (limit is None or soon < limit):
                 limit, end = soon, "cut"
                 cut = f"was ended {GRACE_S:g} s after rank {outcome.rank} had failed"
-    for one in at_work.values():
+        if not ready or left == 0:  # one last look: ranks that talk without end have no more time
+            break
+    silent = list(at_work.values())
+    for one in silent:
+        one.ask_for_stacks()
+    patience = time.monotonic() + STACK_S
+    while time.monotonic() < patience and not all(one.has_stacks() for one in silent):
+        time.sleep(0.05)
+    for one in silent:
         found[one.rank] = Outcome(one.rank, end, text=cut, details=one.stacks(), at=one.at)
     return [found[one.rank] for one in started]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ep_backend import env, profiles
 from ep_backend.bench.arguments import whole
-from ep_backend.cli.choice import cpu_ranks
+from ep_backend.cli.choice import MAX_RANKS, cpu_ranks
 from ep_backend.errors import EpConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--phase", choices=PHASES, help="only this one (all, in order)")
-    add("--ranks", type=whole(1), metavar="N", help="of node and graph (one for each GPU; on cpu 2, or 4)")
+    ranks = "of node and graph (one for each GPU; on cpu 2, or 4)"
+    add("--ranks", type=whole(1, MAX_RANKS), metavar="N", help=ranks)
     add("--device", choices=("cpu", "cuda"), help="what computes (cuda where PyTorch finds a GPU)")
     transports = ("auto", *profiles.TRANSPORTS)
     add("--transport", choices=transports, help="use this one only (EP_BACKEND_TRANSPORT, else all)")
@@ -95,7 +96,7 @@ def _check_choice(args: argparse.Namespace, options: Options, joined: bool) -> N
     # What other machines bring along is for the phases to find, and one rank needs no other.
     ranks = 1 if joined or args.phase in ("local", "network") else options.ranks
     try:
-        phases.decision(replace(options, ranks=ranks, transport=args.transport or "auto"))
+        phases.decision(replace(options, ranks=ranks))
     except EpConfigError as error:
         profile = env.get("EP_BACKEND_PROFILE")
         if profile == "auto":
@@ -131,6 +132,7 @@ def _options(args: argparse.Namespace, joined: bool) -> Options:
         device=device,
         ranks=ranks,
         transport=transport,
+        asked_by="--transport" if args.transport else "EP_BACKEND_TRANSPORT",
         deadline_s=float(args.deadline),
         timeout_s=float(env.get("EP_BACKEND_TIMEOUT_S")),
     )

@@ -14,7 +14,7 @@ from ep_backend.communicator import available
 from ep_backend.errors import EpConfigError
 from ep_backend.launch.processes import Note
 from ep_backend.probe import probe
-from ep_backend.select import apply_env, decide
+from ep_backend.select import apply_env, decide, obstacle_to
 from ep_backend.selftest import inputs
 from ep_backend.selftest.plan import Case, Step
 
@@ -62,7 +62,7 @@ def run(note: Note, task: Task) -> Result:
             comm = Communicator(None, case.config(world, task.transport, task.timeout_s), device=device)
         except EpConfigError as error:  # on all ranks together
             if task.optional and not result.exchanges:
-                return replace(result, left_out=str(error))
+                return replace(result, left_out=obstacle_to(task.transport, error))
             raise
         with comm:
             found = [_step(note, comm, case, number, step) for number, step in enumerate(case.steps)]

@@ -16,7 +16,7 @@ from ep_backend.errors import EpConfigError
 from ep_backend.launch import processes
 from ep_backend.launch.processes import Outcome
 from ep_backend.probe import probe
-from ep_backend.select import Decision, decide
+from ep_backend.select import Decision, decide, ranks_in_words
 from ep_backend.selftest import exchanges, graphs, plan
 from ep_backend.selftest.advice import advise
 from ep_backend.selftest.exchanges import Result, Task
@@ -35,6 +35,8 @@ class Options:
     """Of the phases node and graph."""
     transport: str
     """What all phases must use; "auto": each what suits it."""
+    asked_by: str = "--transport"
+    """Who wants that transport: this option or a variable."""
     deadline_s: float
     """For each group of ranks, from its start."""
     timeout_s: float
@@ -82,7 +84,7 @@ class Failure:
     details: str = ""
     """Tracebacks, and where ranks without an answer were."""
     others: tuple[str, ...] = ()
-    """What became of the other ranks, where that is worth a sentence."""
+    """What became of the other ranks, where that is worth a sentence; one for all of the same fate."""
 
     def __str__(self) -> str:
         return f"{self.group}, rank {self.rank}: {self.text}"
@@ -151,7 +153,12 @@ def decision(options: Options) -> Decision:
     records = [record] * options.ranks
     if options.device == "cuda" and len(record.visible) >= options.ranks:
         records = [msgspec.structs.replace(record, device=uuid) for uuid in record.visible[: options.ranks]]
-    return decide(records, options.transport, available=available(torch.device(options.device)))
+    return decide(
+        records,
+        options.transport,
+        transport_asked_by=options.asked_by,
+        available=available(torch.device(options.device)),
+    )
 
 
 def expected(options: Options) -> str:
@@ -202,10 +209,10 @@ def judge(name: str, outcomes: Sequence[Outcome]) -> Group | Failure:
             group=name,
             rank=failed.rank,
             kind=failed.end,
-            text=failed.text + (f" (at: {failed.at})" if failed.at else ""),
+            text=failed.words,
             error=failed.error,
             details="\n".join(f"rank {o.rank}:\n{o.details}" for o in (failed, *others) if o.details),
-            others=tuple(map(str, others)),
+            others=_gathered((outcome.rank, outcome.words) for outcome in others),
         )
     result: Result = outcomes[0].value
     if result.wrong:
@@ -215,9 +222,17 @@ def judge(name: str, outcomes: Sequence[Outcome]) -> Group | Failure:
             rank=rank,
             kind="wrong",
             text=text,
-            others=tuple(f"rank {other}: {words}" for other, words in rest),
+            others=_gathered(rest),
         )
     return Group(name=name, result=result)
+
+
+def _gathered(found: Iterable[tuple[int, str]]) -> tuple[str, ...]:
+    """A sentence for every rank; ranks of which the same is said share one."""
+    ranks: dict[str, list[int]] = {}
+    for rank, words in found:
+        ranks.setdefault(words, []).append(rank)
+    return tuple(f"{ranks_in_words(of)}{', each' * (len(of) > 1)}: {words}" for words, of in ranks.items())
 
 
 def conclude(

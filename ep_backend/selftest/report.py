@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from ep_backend.cli.provenance import provenance
 from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record
 from ep_backend.selftest.phases import Group, Options, Report, decision
@@ -67,8 +66,7 @@ def document(reports: Sequence[Report], record: Record, options: Options) -> dic
         "decision": _decision(options),
         "versions": {**record.versions, "python": sys.version.split()[0]},
         "machine": msgspec.to_builtins(record),
-        "command": shlex.join(["ep-backend", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **provenance(),
     }
 
 

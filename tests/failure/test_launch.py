@@ -1,5 +1,6 @@
 """Rank processes that commands start: their results, their failures, and that none is left."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -73,6 +74,38 @@ def test_ranks_that_hang_meet_the_deadline():
     assert [outcome.end for outcome in outcomes] == ["late"] * 2
     assert all("after 6 s without an answer" in outcome.text for outcome in outcomes)
     assert all("in stop_one" in outcome.details for outcome in outcomes)
+
+
+class Silent:
+    """A rank that has said something, and nothing that ends it; it does not say where it is."""
+
+    at = "something"
+
+    def __init__(self, rank, asked):
+        self.rank, self._asked = rank, asked
+        self.pipe, self._theirs = multiprocessing.Pipe()
+        self._theirs.send("at")  # never read: always something to hear
+
+    def hear(self):
+        return None
+
+    def ask_for_stacks(self):
+        self._asked.append(self.rank)
+
+    def has_stacks(self):
+        return False
+
+    def stacks(self):
+        assert len(self._asked) == 12, "one waits for another's answer"
+        return ""
+
+
+def test_the_deadline_counts_from_the_start_and_all_are_asked_together_where_they_are():
+    asked = []
+    begin = time.monotonic()
+    found = processes._outcomes([Silent(rank, asked) for rank in range(12)], begin - 7, deadline_s=6)
+    assert time.monotonic() - begin < 2 * processes.STACK_S
+    assert [(one.rank, one.end, one.at) for one in found] == [(r, "late", "something") for r in range(12)]
 
 
 def outcome(rank, end, after_s):

@@ -287,6 +287,30 @@ def test_configuration_modules_need_no_torch():
     assert "profile      cpu" in result.stdout
 
 
+def test_a_misspelt_option_is_told_by_the_command(capsys):
+    status, _, err = run(capsys, "env", "--josn")
+    assert status == 2
+    assert "usage: ep-backend env" in err
+    assert "unrecognized arguments: --josn; did you mean '--json'?" in err
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_a_reader_that_goes_away_changes_no_status(found):
+    """If the command has come to its end by then."""
+    act = f"cli._run = lambda arguments: print() or {found}"
+    code = f"from ep_backend import cli; {act}; raise SystemExit(cli.main())"
+    # The reader is gone before there is anything to read, and what is printed waits in a buffer.
+    command = f"(sleep 1; {sys.executable} -c '{code}') | true"
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    assert (ended.returncode, ended.stderr) == (found, "")
+
+
 def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m ep_backend.cli env --json | head -c 1"
     result = subprocess.run(

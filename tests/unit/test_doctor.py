@@ -193,7 +193,8 @@ def test_the_command_on_a_made_up_machine(doctor):
     assert "deepseek-v3, NCCL all-gather + reduce-scatter, fp8" in out
 
 
-def test_json_alone_and_beside_the_text(doctor, tmp_path):
+def test_json_alone_and_beside_the_text(doctor, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "provenance", lambda: {"command": "typed", "date": "today"})
     record, _ = PROFILES["pcie_p2p"]
     status, out, _, _ = doctor(record, "--json")
     answer = json.loads(out)
@@ -247,6 +248,7 @@ def test_no_sentence_ends_twice():
     [
         (("--ranks", "5"), "--ranks 5, but 4 GPUs can be used here"),
         (("--ranks", "0"), "whole number from 1"),
+        (("--ranks", "5000"), "'5000' is not a whole number from 1 to 72"),
         (("--hidden", "8"), "--experts and --topk, too"),
         (("--hidden", "8", "--experts", "4", "--topk", "5"), "more than --experts 4"),
         (("--shape", "qwen3-30b-a3b", "--hidden", "8"), "either --shape or"),
@@ -290,6 +292,13 @@ def test_more_ranks_than_gpus_is_said_by_limited():
     assert report.limited(cpus(), 3) == cpus()
 
 
+def test_long_times_keep_their_distance():
+    found = examined(cpus(cpus=2), shapes=(SMALL,), tokens=(1, 128), copy_bytes_per_s=1e7)
+    said = "\n".join(text.lines(found))
+    [row] = [line for line in said.splitlines() if line.startswith("  small, cpu, bf16")]
+    assert len(row.removeprefix("  small, cpu, bf16").split()) == 2
+
+
 # --- pictures ---
 
 
@@ -306,6 +315,7 @@ def test_pictures(doctor, tmp_path, name, suffix):
     if suffix == ".svg":
         # Texts are comments beside their outlines.
         assert content.count(b"<!-- GPU ") == len(record.gpus)
+        assert content.count(b'id="axes_') == 1 + bool(record.gpus)  # no panel stays empty
         assert (b"data check FAILED" in content) == (name in ("broken", *BROKEN))
 
 
@@ -357,6 +367,8 @@ def test_end_to_end_without_gpus():
     assert ended.returncode == answer["status"] == any(one["wrong"] for one in answer["findings"])
     assert answer["choice"]["transport"] == "cpu"
     assert answer["warm_up"]["outcome"] == "skipped"
+    assert answer["command"] == "ep-backend doctor --json"
+    assert answer["date"].endswith("+00:00")
     assert answer["copy_bytes_per_s"] > 1e8
     assert all(one["seconds"] > 0 for one in answer["expected"])
     assert msgspec.convert(answer["machine"], report.Record).cpus >= 1

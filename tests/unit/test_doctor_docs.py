@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from measurements import host_cases, kept_report, peer_cases
+from doctor_machines import cpus
+from measurements import DEFAULT_SHAPES, host_cases, kept_report, nccl_times, peer_cases, single_calls
 
-from ep_backend.doctor import text
+from ep_backend.doctor import report, shapes, text, warmup
 
 PAGE = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
 
@@ -34,6 +35,29 @@ def test_samples_are_what_doctor_says(title, file, count):
         assert f"\n{block}\n" in f"\n{said}\n"
 
 
+def test_the_sample_without_gpus_is_what_doctor_says_of_such_a_machine():
+    record = cpus(
+        host="vm",
+        cpus=2,
+        container="docker",
+        shared_memory_bytes=24 << 30,
+        versions={"ep_backend": "0.1.0", "torch": "2.13.0+cpu"},
+    )
+    decision, undecided = report.choose(record)
+    found = report.examine(
+        record,
+        decision,
+        undecided,
+        warmup.WarmUp(outcome="skipped", why=warmup.skip(record)),
+        DEFAULT_SHAPES,
+        shapes.TOKENS,
+        4,
+        environ={},
+        copy_bytes_per_s=20.7999e9,  # of that run, of which no JSON is kept: all its times follow from it
+    )
+    assert blocks(section("On a machine without GPUs")) == ["\n".join(text.lines(found))]
+
+
 @pytest.mark.parametrize(
     ("way", "file", "cases"),
     [("peer", "doctor-2h200.json", peer_cases), ("host", "doctor-2h200-no-peer-access.json", host_cases)],
@@ -58,6 +82,24 @@ def test_the_tables_of_expected_and_measured_times(way, file, cases):
             for table, key in ((expected, shape), (measured, size)):
                 cells.append(", ".join(shown(table[key, count, dtype]) for dtype in ("bf16", "fp8")))
         assert f"| {count} | {' | '.join(cells)} |" in PAGE
+
+
+def test_what_is_said_of_nccl():
+    counts = (1, 128, 512, 4096)
+    model = [
+        shown(one.seconds * 1e6)
+        for one in kept_report("doctor-2h200.json").expected
+        if (one.shape, one.way, one.dtype) == ("deepseek-v3", "nccl", "bf16") and one.tokens in counts
+    ]
+    times = nccl_times("peer-2h200.json")
+    calls = [shown(single_calls(times, count)) for count in counts]
+    graphs = [shown(times[count, "round_trip"]) for count in counts]
+    assert (
+        f"on the two H200 that is {model[0]} us with 1 token, {model[1]} with 128, {model[2]} with 512 and "
+        f"{model[3]} with 4096; all-gathers and reduce-scatter one by one were measured at "
+        f"{', '.join(calls[:3])} and {calls[3]}, the same in a CUDA graph at {', '.join(graphs[:3])} and "
+        f"{graphs[3]}."
+    ) in " ".join(PAGE.split())
 
 
 def shown(microseconds):

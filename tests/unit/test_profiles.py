@@ -14,6 +14,7 @@ from ep_backend import env, profiles
 from ep_backend.errors import EpConfigError
 from ep_backend.select import apply_env, decide
 
+PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
 VALID = {
     "name": "box",
     "aliases": ["crate"],
@@ -65,20 +66,21 @@ MISTAKES = [
     (["conditional", 0, "wen"], {}, "conditional[0]: unknown key 'wen'; did you mean 'when'?"),
     (["engine", "vlm"], {}, "engine: unknown key 'vlm'; did you mean 'vllm'?"),
     # wrong types and missing keys
-    (["name"], 3, "name: expected `str`, got `int`"),
+    (["name"], 3, "name: expected text in quotes, got `int`"),
     (["name"], DELETE, "missing required field `name`"),
     (["transport"], DELETE, "missing required field `transport`"),
     (["recognition", "order"], "5", "recognition.order: expected `int`, got `str`"),
     (["recognition", "require", "hca"], 1, "recognition.require.hca: expected `bool"),
-    (["environment", "NCCL_IB_SL", "value"], 3, "environment.NCCL_IB_SL.value: expected `str`, got `int`"),
+    (["environment", "NCCL_IB_SL", "value"], 3,
+     "environment.NCCL_IB_SL.value: expected text in quotes, got `int`"),
     (["environment", "NCCL_IB_SL", "source"], DELETE,
      "environment.NCCL_IB_SL: missing required field `source`"),
     (["environment", "NCCL_IB_SL"], "3", "environment.NCCL_IB_SL: expected a table, got `str`"),
     (["engine", "vllm", "--max-num-seqs", "value"], 4,
-     "engine.vllm.--max-num-seqs.value: expected `str`, got `int`"),
+     "engine.vllm.--max-num-seqs.value: expected text in quotes, got `int`"),
     (["conditional", 0, "environment", "NCCL_CUMEM_HOST_ENABLE", "why"], DELETE,
      "conditional[0].environment.NCCL_CUMEM_HOST_ENABLE: missing required field `why`"),
-    (["aliases"], ["crate", 3], "aliases[1]: expected `str`, got `int`"),
+    (["aliases"], ["crate", 3], "aliases[1]: expected text in quotes, got `int`"),
     (["conditional"], {"when": {}}, "conditional: expected `array`"),
     # values
     (["recognition", "require", "gpus"], "al", "gpus: unknown value 'al'; did you mean 'all'?"),
@@ -453,7 +455,24 @@ def test_fuzz_bytes_of_shipped_files(content, data):
     check(profiles.loads, mutated)
 
 
+@pytest.mark.parametrize("profile", profiles.shipped(), ids=lambda profile: profile.name)
+def test_the_table_in_the_documentation(profile):
+    [row] = re.findall(rf"^\| `{profile.name}` (\|.*) \|$", PAGE, flags=re.MULTILINE)
+    aliases, _, inside, across, sets = (re.findall("`([^`]+)`", cell) for cell in row.split("|")[1:])
+    assert tuple(aliases) == profile.aliases
+    for wishes, said in ((profile.transport.inside, inside), (profile.transport.across, across)):
+        # The last is always collective, which the page says once; alone it is named.
+        assert tuple(said) == (wishes if wishes == ("collective",) else without_last(wishes))
+    blocks = [profile, *profile.conditional]
+    settings = {(name, one.value) for block in blocks for name, one in block.environment.items()}
+    assert {tuple(one.split("=")) for one in sets if "=" in one} <= settings
+    assert {word for one in sets for word in one.split("=")} == {word for pair in settings for word in pair}
+
+
+def without_last(wishes):
+    return wishes[:-1] if wishes[-1] == "collective" else wishes
+
+
 def test_the_example_in_the_documentation_is_valid():
-    document = Path(__file__).parents[2] / "docs" / "configuration.md"
-    (example,) = re.findall(r"```toml\n(.*?)```", document.read_text(), re.DOTALL)
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     assert profiles.loads(example.encode(), "example").names == ("my_box", "mybox")

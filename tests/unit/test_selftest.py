@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import ranks
+from machines import cpu_rank
 
 import ep_backend as ep
-from ep_backend import cli, env, reference
+from ep_backend import _native, cli, env, reference, select
+from ep_backend.cli import choice
 from ep_backend.launch.processes import Outcome
 from ep_backend.selftest import command, exchanges, graphs, inputs, network, phases, plan, report
 from ep_backend.selftest.advice import advise
@@ -417,6 +419,17 @@ def test_a_failure_names_rank_place_and_the_others():
     assert "next 1: " in text
 
 
+def test_ranks_of_the_same_fate_share_a_line():
+    late = [Outcome(rank, "late", text="was ended after 5 s without an answer") for rank in range(6)]
+    late[3] = replace(late[3], at="the first exchange")
+    found = phases.node(CPU, Starts(late))
+    also = [line for line in report.lines(found) if "also:" in line]
+    assert also == [
+        "  also: ranks 1-2, 4-5, each: was ended after 5 s without an answer",
+        "  also: rank 3: was ended after 5 s without an answer (at: the first exchange)",
+    ]
+
+
 @pytest.mark.parametrize("phase", ["local", "node", "graph", "network"])
 @pytest.mark.parametrize("kind", ["wrong", "raised", "died", "late"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -463,6 +476,7 @@ def test_hosts_are_counted():
     [
         ["--phase", "everything"],
         ["--ranks", "0"],
+        ["--ranks", "73"],
         ["--deadline", "1"],
         ["--deadline", "soon"],
         ["--transport", "cpi"],
@@ -472,6 +486,10 @@ def test_hosts_are_counted():
 def test_wrong_usage(arguments, capsys):
     assert cli.main(["selftest", *arguments]) == 2
     assert "usage: ep-backend selftest" in capsys.readouterr().err
+
+
+def test_the_command_line_knows_the_most_ranks_of_the_library():
+    assert choice.MAX_RANKS == _native.MAX_WORLD
 
 
 def test_more_ranks_than_gpus_is_wrong_usage(four_gpus, capsys):
@@ -513,6 +531,15 @@ def test_a_wrong_environment_is_one_sentence_before_all_phases(
     assert streams.out == ""
     assert words in streams.err
     assert streams.err.count("\n") == 1
+
+
+def test_who_asked_for_a_transport_that_cannot_be_had(capsys):
+    assert cli.main(["selftest", "--device", "cpu", "--transport", "peer"]) == 1
+    assert "--transport asks for transport 'peer', but it " in capsys.readouterr().err
+    with pytest.raises(ep.EpConfigError) as caught:
+        select.decide([cpu_rank()], "peer")
+    assert "the communicator's configuration asks for" in str(caught.value)
+    assert select.obstacle_to("peer", caught.value).startswith("it ")  # selftest itself asked
 
 
 @pytest.mark.parametrize("rank", [0, 1])
