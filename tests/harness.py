@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
@@ -125,14 +125,17 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send_bytes(message)
 
-    def outcomes(self, timeout: float, *, give_up_early: bool = False) -> list[Outcome]:
+    def outcomes(
+        self, timeout: float, *, give_up_early: bool = False, stopped: Collection[int] = ()
+    ) -> list[Outcome]:
         """What became of the job, in order of rank, after ``timeout`` seconds at most.
 
-        ``give_up_early``: once a rank has failed, the others get only a few seconds more.
+        ``give_up_early``: once a rank has failed, the others get only a few seconds more. ``stopped``: ranks
+        that nobody waits for once the others have answered.
         """
         deadline = time.monotonic() + timeout
         found: dict[int, Outcome] = {}
-        while len(found) < self.world:
+        while set(range(self.world)) - set(found) - set(stopped):
             waiting = {self._pipes[r]: r for r in range(self.world) if r not in found}
             ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
