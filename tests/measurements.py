@@ -94,4 +94,5 @@ def kept_report(name):
         document["ranks"],
         environ=record.environment,
         versions=document["software"],
+        copy_bytes_per_s=document.get("copy_bytes_per_s"),
     )

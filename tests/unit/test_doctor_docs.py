@@ -1,12 +1,11 @@
-"""docs/doctor.md: what it shows of H200s is what doctor says now of what it found there then; its tables."""
+"""docs/doctor.md: what it shows is what doctor says now of what it found on machines then; its tables."""
 
 from pathlib import Path
 
 import pytest
-from doctor_machines import cpus
-from measurements import DEFAULT_SHAPES, host_cases, kept_report, nccl_times, peer_cases, single_calls
+from measurements import host_cases, kept_report, nccl_times, peer_cases, single_calls
 
-from ep_backend.doctor import report, shapes, text, warmup
+from ep_backend.doctor import text
 
 PAGE = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
 
@@ -26,6 +25,7 @@ def blocks(words):
         ("On two H200", "doctor-2h200.json", 1),
         ("On two H200 without peer access", "doctor-2h200-no-peer-access.json", 2),
         ("On one H200", "doctor-1h200.json", 1),
+        ("On a machine without GPUs", "doctor-cpu.json", 1),
     ],
 )
 def test_samples_are_what_doctor_says(title, file, count):
@@ -33,29 +33,6 @@ def test_samples_are_what_doctor_says(title, file, count):
     assert len(shown) == count
     for block in shown:
         assert f"\n{block}\n" in f"\n{said}\n"
-
-
-def test_the_sample_without_gpus_is_what_doctor_says_of_such_a_machine():
-    record = cpus(
-        host="vm",
-        cpus=2,
-        container="docker",
-        shared_memory_bytes=24 << 30,
-        versions={"ep_backend": "0.1.0", "torch": "2.13.0+cpu"},
-    )
-    decision, undecided = report.choose(record)
-    found = report.examine(
-        record,
-        decision,
-        undecided,
-        warmup.WarmUp(outcome="skipped", why=warmup.skip(record)),
-        DEFAULT_SHAPES,
-        shapes.TOKENS,
-        4,
-        environ={},
-        copy_bytes_per_s=20.7999e9,  # of that run, of which no JSON is kept: all its times follow from it
-    )
-    assert blocks(section("On a machine without GPUs")) == ["\n".join(text.lines(found))]
 
 
 @pytest.mark.parametrize(

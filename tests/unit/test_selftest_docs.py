@@ -24,7 +24,7 @@ def report_of(plain):
 def test_the_sample_without_gpus():
     document = json.loads((RESULTS / "selftest-cpu.json").read_text())
     named = {name: document[name] for name in ("device", "ranks", "transport")}
-    options = phases.Options(**named, deadline_s=600.0, timeout_s=30.0)
+    options = phases.Options(**named, deadline_s=120.0, timeout_s=30.0)
     reports = [report_of(plain) for plain in document["phases"]]
     said = report.heading(msgspec.convert(document["machine"], Record), options)
     said += [line for one in reports for line in report.lines(one)]
