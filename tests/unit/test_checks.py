@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_a_direction_that_hangs_has_failed_and_a_fresh_worker_goes_on():
     assert time.monotonic() - begin < 10
     hung = outcome.directions.pop(PAIRS[1])
     assert hung.works is False
-    assert hung.problem == "no answer within 1 s"
+    assert re.fullmatch(r"no answer within [1-9](\.\d)? s", hung.problem)
     assert all(direction.works for direction in outcome.directions.values())
 
 
@@ -85,7 +86,7 @@ def test_time_that_runs_out_keeps_what_was_found():
 def test_a_worker_that_says_nothing():
     outcome = run("time.sleep(60)", start_s=0.5)
     assert {direction.works for direction in outcome.directions.values()} == {None}
-    assert "said nothing within 0.5 s" in outcome.problems[0]
+    assert re.search(r"said nothing within (0\.[5-9]\d?|[1-9](\.\d)?) s", outcome.problems[0])
 
 
 @pytest.mark.parametrize(
