@@ -33,8 +33,8 @@ class EpManager(AgRsAll2AllManager):
         super().__init__(cpu_group, tcp_store_group)
         self.device = device
         if device.type == "cpu":
-            # vLLM's bfloat16 attention uses AMX tiles without asking the kernel for them (0.32.0). Others that
-            # ask do it for the whole process; if the first prompt is too short for those, it ends with SIGILL.
+            # vLLM's bfloat16 attention uses AMX tiles without asking the kernel for them (0.32.0). If
+            # nothing before it has asked, as with a short first prompt, SIGILL ends the process.
             torch.cpu._init_amx()
         vllm_config = get_current_vllm_config()
         self.scheduler_limit: int = vllm_config.scheduler_config.max_num_batched_tokens
