@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import gpus
 import torch
 
 from ep_backend.compat.deep_ep import Buffer, Config, EventOverlap
@@ -56,8 +57,7 @@ def all_inputs(world, tokens, routing, seed, device):
 def ready(rank, group, device, **arguments):
     """A buffer, the number of ranks, and where tensors go."""
     if device == "cuda":
-        torch.cuda.set_device(rank)
-        device = f"cuda:{rank}"
+        device = gpus.take(rank)
     buffer = Buffer(group, int(1e6), explicitly_destroy=True, **arguments)
     return buffer, group.size(), torch.device(device)
 

@@ -4,6 +4,7 @@ CPUs: deepseek-ai/DeepEP, deep_ep/buffers/elastic.py and tests/elastic/test_ep.p
 from __future__ import annotations
 
 import deep_ep_cases as v1
+import gpus
 import torch
 from deep_ep_cases import EXPERTS_PER_RANK, HIDDEN, TOP_K
 
@@ -16,8 +17,7 @@ MOST = 40
 def ready(rank, group, device):
     """A buffer, the number of ranks, and where tensors go."""
     if device == "cuda":
-        torch.cuda.set_device(rank)
-        device = f"cuda:{rank}"
+        device = gpus.take(rank)
     buffer = ElasticBuffer(
         group,
         num_max_tokens_per_rank=MOST,

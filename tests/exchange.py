@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gpus
 import torch
 
 import ep_backend as ep
@@ -115,7 +116,7 @@ class Runner:
 def run_steps(rank, group, config, steps, schedule, transports=("cpu", "collective"), device="cpu"):
     """The job: per transport what was received and combined, by step. ``device``: "cuda" for a GPU each."""
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        device = gpus.take(rank)
     results = {}
     for transport in transports:
         with ep.Communicator(group, replace(config, transport=transport), device=device) as communicator:

@@ -4,6 +4,7 @@ A *case* is a dict: seed, tokens (per rank), layers, transport and what else `Ep
 ranks are made from the seed, so every process knows them all.
 """
 
+import gpus
 import torch
 
 import ep_backend as ep
@@ -82,7 +83,7 @@ def layers_job(rank, group, case, *, layers=2, device="cpu", compiled=None, grad
     """Forward and backward through layers with residuals; the result and the gradients of x, weights and this
     rank's experts, and which experts these are."""
     if device != "cpu":
-        torch.cuda.set_device(rank)
+        device = gpus.take(rank)
     case = dict(case)
     tokens, seed = case.pop("tokens"), case.pop("seed", 0)
     cfg = config(**case)

@@ -2,19 +2,17 @@
 
 import deep_ep_cases as cases
 import elastic_cases
+import gpus
 import pytest
-import torch
 from harness import ranks
 
-GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.gpu
 PATIENCE_S = 300
 
 
 @pytest.fixture(params=[2, 4])
 def world(request):
-    if request.param > GPUS:
-        pytest.skip(f"needs {request.param} GPUs, {GPUS} found")
+    gpus.needs(request.param)
     return request.param
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import gpus
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,20 +30,13 @@ from ep_backend.surroundings import memory_room
 from ep_backend.transports import host
 
 pytestmark = pytest.mark.gpu
-GPUS = torch.cuda.device_count()
 TRANSPORTS = ("peer", "host")
 DEADLINE_S = 2.5
 VICTIM = 1
 
 
-def needs(world):
-    if world > GPUS:
-        pytest.skip(f"needs {world} GPUs, {GPUS} found")
-
-
 def start(rank, group, transport, **more):
-    torch.cuda.set_device(rank)
-    return make(group, transport=transport, device=f"cuda:{rank}", **more)
+    return make(group, transport=transport, device=gpus.take(rank), **more)
 
 
 def end(comm):
@@ -79,7 +73,7 @@ def nothing_is_left(group, windows):
 @pytest.mark.parametrize(("layout", "point"), [("rank_major", POINTS[0]), ("expert_major", POINTS[1])])
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_is_killed_in_an_exchange(world, layout, point, transport):
-    needs(world)
+    gpus.needs(world)
     with fresh_ranks(world) as group:
         group.start(die_at, transport, layout, point)
         outcomes = group.outcomes(90)
@@ -133,7 +127,7 @@ def replay(rank, group, transport, folder):
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_is_killed_while_a_graph_is_replayed(world, transport, tmp_path):
     """From outside, at any moment: a kernel of its may be at work in its peers' windows."""
-    needs(world)
+    gpus.needs(world)
     with fresh_ranks(world) as group:
         group.start(replay, transport, str(tmp_path))
         deadline = time.monotonic() + 60
@@ -192,7 +186,7 @@ def refused_by_cuda(rank, group):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_memory_that_cuda_does_not_pin(world):
-    needs(world)
+    gpus.needs(world)
     found, left = zip(*ranks(world).run(refused_by_cuda, timeout=90), strict=True)
     check_refusals(found, f"rank {VICTIM} cannot start", "cannot be pinned for a GPU")
     assert left == ([],) * world
@@ -214,7 +208,7 @@ def with_little_memlock(rank, group):
 
 
 def test_a_small_memlock_limit():
-    needs(2)
+    gpus.needs(2)
     said = ranks(2).run(with_little_memlock, timeout=60)
     print(f"with a memlock limit of 64 KiB: {said}")
     assert said == ["", ""] or all("cannot be pinned for a GPU" in text for text in said)
@@ -228,7 +222,7 @@ def too_much(rank, group):
 
 def test_windows_larger_than_the_memory():
     """Here the kernel would end a rank: the host's memory does not hold two windows of 64 GiB."""
-    needs(2)
+    gpus.needs(2)
     if memory_room(Path("/")).free > 128 << 30:
         pytest.skip("the windows would fit")
     found = ranks(2).run(too_much, timeout=60)

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from unittest import mock
 
+import gpus
 import pytest
 import torch
 from harness import fresh_ranks, ranks
@@ -15,7 +16,6 @@ from ep_backend import reference
 from ep_backend.transports import collective_gpu
 
 pytestmark = pytest.mark.gpu
-GPUS = torch.cuda.device_count()
 CONFIGS = {
     "bf16": {"payload": torch.bfloat16},
     "fp16 fp32-wire": {"payload": torch.float16, "wire_dtype": torch.float32},
@@ -29,11 +29,6 @@ CONFIGS = {
 LAYOUTS = ("rank_major", "compact", "expert_major")
 OF_WINDOWS = ("peer", "host")
 TRANSPORTS = (*OF_WINDOWS, "collective")
-
-
-def needs(world):
-    if world > GPUS:
-        pytest.skip(f"needs {world} GPUs, {GPUS} found")
 
 
 def config(more, world, transport, **common):
@@ -76,8 +71,7 @@ def results(cfg, rank, received, seed, dtype):
 
 def same_bits_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 40, 7, 128), gpu_of_rank=None):
     """Each exchange, T after T, on the GPU and on the CPU; returns what differs."""
-    device = torch.device("cuda", rank if gpu_of_rank is None else gpu_of_rank)
-    torch.cuda.set_device(device)
+    device = gpus.take(rank if gpu_of_rank is None else gpu_of_rank)
     world = torch.distributed.get_world_size(group)
     wrong = []
     with (
@@ -126,7 +120,7 @@ def same_bits_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 40, 7,
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
-    needs(world)
+    gpus.needs(world)
     more = {**CONFIGS[name], "layout": layout}
     assert ranks(world).run(same_bits_job, transport, more, timeout=120) == [[]] * world
 
@@ -136,7 +130,7 @@ def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_same_bits_with_many_tokens_and_ranks_without_experts(world, layout, transport):
     """Bulk copies, several tiles of slots; neighbouring experts live on different ranks, none on the last."""
-    needs(world)
+    gpus.needs(world)
     more = {
         "payload": torch.bfloat16,
         "layout": layout,
@@ -158,7 +152,7 @@ def shared_gpu_job(rank, group, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_collective_by_ranks_that_share_a_gpu(world, name, layout):
-    needs(1)
+    gpus.needs(1)
     more = {**CONFIGS[name], "layout": layout}
     assert ranks(world).run(shared_gpu_job, more, timeout=120) == [[]] * world
 
@@ -174,7 +168,7 @@ def counting_job(rank, group, more, gpu_of_rank):
 @pytest.mark.parametrize("name", ["bf16", "fp8", "opaque"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_collective_with_ids_first(world, name, layout, shared):
-    needs(1 if shared else world)
+    gpus.needs(1 if shared else world)
     more = {**CONFIGS[name], "layout": layout}
     gpu = 0 if shared else None
     assert ranks(world).run(counting_job, more, gpu, timeout=120) == [[]] * world
@@ -199,7 +193,7 @@ def traffic_job(rank, group, worth):
 
 
 def test_collective_with_ids_first_sends_only_rows():
-    needs(1)
+    gpus.needs(1)
     (rows_of_0, back_of_0, bytes_of_0), (rows_of_1, back_of_1, bytes_of_1) = ranks(2).run(traffic_job, 0)
     assert (rows_of_0, back_of_0, rows_of_1, back_of_1) == (0, 40, 40, 0)
     blocks = ranks(2).run(traffic_job, 1 << 40)
@@ -211,8 +205,7 @@ def test_collective_with_ids_first_sends_only_rows():
 
 def collective_stall_job(rank, group, shared):
     """The last rank does not come to the second exchange."""
-    device = f"cuda:{0 if shared else rank}"
-    torch.cuda.set_device(device)
+    device = gpus.take(0 if shared else rank)
     world = torch.distributed.get_world_size(group)
     cfg = replace(config({"payload": torch.bfloat16}, world, "collective"), timeout_s=2.0)
     comm = ep.Communicator(group, cfg, device=device)
@@ -241,7 +234,7 @@ def collective_stall_job(rank, group, shared):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["nccl", "gloo"])
 def test_collective_has_a_deadline(shared):
-    needs(1 if shared else 2)
+    gpus.needs(1 if shared else 2)
     with fresh_ranks(2) as group:
         (said, waited), _ = group.run(collective_stall_job, shared, timeout=60)
     assert [name for name, _ in said] == ["EpTimeoutError"] * 3 + ["EpError"]
@@ -251,11 +244,11 @@ def test_collective_has_a_deadline(shared):
 
 def half_captured_job(rank, group):
     """An exchange that is open when a capture begins cannot be ended in it."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = config({"payload": torch.bfloat16}, world, "collective")
     said = []
-    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, cfg, device=device) as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
         received, handle = comm.dispatch(x, ids, weights)
         y = torch.zeros_like(received.rows)
@@ -270,7 +263,7 @@ def half_captured_job(rank, group):
 
 
 def test_collective_is_captured_whole():
-    needs(2)
+    gpus.needs(2)
     for said, combined in ranks(2).run(half_captured_job, timeout=60):
         assert len(said) == 2
         assert all("from dispatch to combine" in text for text in said)
@@ -279,11 +272,11 @@ def test_collective_is_captured_whole():
 
 def graph_job(rank, group, transport):
     """One captured exchange, replayed with other tokens and another count, between eager ones."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = config({"payload": torch.bfloat16}, world, transport)
     wrong = []
-    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, cfg, device=device) as comm:
         slots = 24
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, slots, 0)[:3])
         count = torch.tensor([slots], dtype=torch.int32, device=comm.device)
@@ -324,17 +317,17 @@ def graph_job(rank, group, transport):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_graph_replays_with_other_counts(world, transport):
-    needs(world)
+    gpus.needs(world)
     assert ranks(world).run(graph_job, transport, timeout=120) == [[]] * world
 
 
 def expert_major_graph_job(rank, group, transport):
     """The same in the expert-major layout: each expert answers with its number times the row."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = config({"payload": torch.bfloat16, "layout": "expert_major"}, world, transport)
     wrong = []
-    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, cfg, device=device) as comm:
         slots = 24
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, slots, 0)[:3])
         count = torch.tensor([slots], dtype=torch.int32, device=comm.device)
@@ -380,17 +373,17 @@ def expert_major_graph_job(rank, group, transport):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_expert_major_graph_replays_with_other_counts(world, transport):
-    needs(world)
+    gpus.needs(world)
     assert ranks(world).run(expert_major_graph_job, transport, timeout=120) == [[]] * world
 
 
 def compact_capture_job(rank, group, transport):
     """A compact dispatch while a graph is captured; then an exchange as usual."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = config({"payload": torch.bfloat16, "layout": "compact"}, world, transport)
     said = []
-    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, cfg, device=device) as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
 
         def exchange():
@@ -414,7 +407,7 @@ def compact_capture_job(rank, group, transport):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [1, 2])
 def test_compact_refuses_to_be_captured(world, transport):
-    needs(world)
+    gpus.needs(world)
     for said, right_again in ranks(world).run(compact_capture_job, transport, timeout=60):
         assert len(said) == 2
         assert all("CUDA graph" in text and "expert_major was wanted" in text for text in said)
@@ -423,10 +416,10 @@ def test_compact_refuses_to_be_captured(world, transport):
 
 def twice_job(rank, group, transport, layout):
     """An expert that stands twice in a token: nobody looks for that on a GPU, and nothing may break."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = config({"payload": torch.bfloat16, "layout": layout}, world, transport)
-    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, cfg, device=device) as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
 
         def exchange(ids):
@@ -445,7 +438,7 @@ def twice_job(rank, group, transport, layout):
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_expert_twice_in_a_token(world, layout, transport):
-    needs(world)
+    gpus.needs(world)
     outcomes = ranks(world).run(twice_job, transport, layout, timeout=60)
     assert all(right_again for _, right_again in outcomes)
     assert outcomes[0][0][0] == world * 20  # as much as it has room for
@@ -454,10 +447,10 @@ def test_an_expert_twice_in_a_token(world, layout, transport):
 
 def closing_job(rank, group, transport):
     """Exchanges that are left at every point, then one that must be right; then ranks that disagree."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = config({"payload": torch.bfloat16}, world, transport)
-    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, cfg, device=device) as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 20, 3)[:3])
 
         def dispatch():
@@ -493,7 +486,7 @@ def closing_job(rank, group, transport):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_closing(world, transport):
-    needs(world)
+    gpus.needs(world)
     results = ranks(world).run(closing_job, transport, timeout=60)
     assert [same for same, _ in results] == [[True] * 4] * world
     assert "ended the exchange without a combine" in results[0][1]
@@ -501,7 +494,7 @@ def test_closing(world, transport):
 
 def loop_job(rank, group, transport, stall_s):
     """Replays until a peer fails; then says what was raised, how long it took, and whether recovery works."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = ep.EpConfig(
         num_experts=4 * world,
@@ -511,7 +504,7 @@ def loop_job(rank, group, transport, stall_s):
         transport=transport,
         timeout_s=2.0,
     )
-    with ep.Communicator(group, cfg, device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, cfg, device=device) as comm:
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, 8, 1)[:3])
         out = torch.empty(8, cfg.hidden_size, dtype=cfg.result_dtype, device=comm.device)
 
@@ -554,7 +547,7 @@ def loop_job(rank, group, transport, stall_s):
 @pytest.mark.parametrize("transport", OF_WINDOWS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_dies_between_replays(world, transport):
-    needs(world)
+    gpus.needs(world)
     with fresh_ranks(world) as group:
         group.start(loop_job, transport, None)
         outcomes = group.outcomes(timeout=60)
@@ -571,7 +564,7 @@ def test_a_rank_dies_between_replays(world, transport):
 @pytest.mark.parametrize("transport", OF_WINDOWS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_recovery_after_a_stall(world, transport):
-    needs(world)
+    gpus.needs(world)
     with fresh_ranks(world) as group:
         results = group.run(loop_job, transport, 4.0, timeout=60)
     for rank, ((peer, _, _), right_again) in enumerate(results):
@@ -581,13 +574,13 @@ def test_recovery_after_a_stall(world, transport):
 
 def two_streams_job(rank, group, transport):
     """Two communicators at the same time on two streams."""
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
     cfg = config({"payload": torch.bfloat16}, world, transport)
     wrong = 0
     with (
-        ep.Communicator(group, cfg, device=f"cuda:{rank}") as one,
-        ep.Communicator(group, cfg, device=f"cuda:{rank}") as two,
+        ep.Communicator(group, cfg, device=device) as one,
+        ep.Communicator(group, cfg, device=device) as two,
     ):
         streams = [torch.cuda.Stream(), torch.cuda.Stream()]
         for number in range(200):
@@ -610,5 +603,5 @@ def two_streams_job(rank, group, transport):
 @pytest.mark.parametrize("transport", OF_WINDOWS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_two_communicators_on_two_streams(world, transport):
-    needs(world)
+    gpus.needs(world)
     assert ranks(world).run(two_streams_job, transport, timeout=120) == [0] * world

@@ -6,6 +6,7 @@ On two GPUs there is one pair: it is joined, or it is not. Only four show both w
 import sys
 from pathlib import Path
 
+import gpus
 import pytest
 from harness import fresh_ranks, ranks
 
@@ -31,7 +32,7 @@ def divided_job(rank, group, job, parts, *args):
 
 def world_of(parts):
     world = sum(map(len, parts))
-    test_gpus.needs(world)
+    gpus.needs(world)
     return world
 
 
@@ -93,7 +94,7 @@ def refused_job(rank, group, parts):
 
 
 def test_memory_that_cannot_be_mapped():
-    test_gpus.needs(2)
+    gpus.needs(2)
     for said in ranks(2).run(refused_job, ((0, 1),), timeout=60):
         assert "rank 1 cannot start: a peer's GPU memory cannot be mapped (made up by a test)" in said
     answers = ranks(2).run(divided_job, "same_bits_job", ((0, 1),), "mixed", {}, timeout=120)

@@ -1,17 +1,12 @@
 """Gradients through exchanges between GPUs: against one process without exchanges."""
 
+import gpus
 import pytest
 import torch
 from gradients import check_layers, layers_job
 from harness import ranks
 
 pytestmark = pytest.mark.gpu
-GPUS = torch.cuda.device_count()
-
-
-def needs(world):
-    if world > GPUS:
-        pytest.skip(f"needs {world} GPUs, {GPUS} found")
 
 
 def gpu_job(rank, group, case, compiled, gradient_dtype):
@@ -35,7 +30,7 @@ def case(layout, transport, world, payload=torch.float32):
 @pytest.mark.parametrize("layout", ["rank_major", "compact"])
 @pytest.mark.parametrize("transport", ["peer", "host", "collective"])
 def test_layers_equal_one_process(transport, layout, world):
-    needs(world)
+    gpus.needs(world)
     tried = case(layout, transport, world)
     check_layers(tried, ranks(world).run(gpu_job, tried, None, None, timeout=300), tolerance=1e-3)
 
@@ -43,13 +38,13 @@ def test_layers_equal_one_process(transport, layout, world):
 @pytest.mark.parametrize("gradient_dtype", [None, torch.float32])
 @pytest.mark.parametrize("layout", ["rank_major", "compact"])
 def test_layers_in_bfloat16(layout, gradient_dtype):
-    needs(2)
+    gpus.needs(2)
     tried = case(layout, "peer", 2, torch.bfloat16)
     check_layers(tried, ranks(2).run(gpu_job, tried, None, gradient_dtype, timeout=300), tolerance=0.05)
 
 
 @pytest.mark.parametrize("layout", ["rank_major", "compact"])
 def test_compiled(layout):
-    needs(2)
+    gpus.needs(2)
     tried = case(layout, "peer", 2)
     check_layers(tried, ranks(2).run(gpu_job, tried, "inductor", None, timeout=600), tolerance=1e-3)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import gpus
 import pytest
 import torch
 from exchange import check_steps, one_by_one, run_steps
@@ -29,8 +30,7 @@ def test_exchanges_in_flight(world, data):
 @pytest.mark.parametrize("world", [1, 2, 4])
 @given(data=st.data())
 def test_exchanges_in_flight_on_gpus(world, data):
-    if world > (found := torch.cuda.device_count()):
-        pytest.skip(f"needs {world} GPUs, {found} found")
+    gpus.needs(world)
     config, listed, schedule = data.draw(interleaved(world))
     config = replace(config, num_sms=24)  # three channels must fit a GPU together
     if config.sum_dtype not in (config.result_dtype, torch.float32):

@@ -10,6 +10,7 @@ import random
 import time
 from itertools import zip_longest
 
+import gpus
 import pytest
 import torch
 from harness import fresh_ranks, ranks
@@ -19,7 +20,6 @@ from whole_numbers import TIMES, Bank, factors_of
 import ep_backend as ep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.stress]
-GPUS = torch.cuda.device_count()
 SLOTS = (1, 1, 7, 7, 7, 32, 32, 100, 260)
 MANY = 2050  # T that bulk copies carry if rows have 10 KB; seldom, as comparing takes longer
 GRAPHS, TURNS = 6, 24  # graphs of a communicator, and turns in each
@@ -279,9 +279,9 @@ def config_of(world, part, transport):
 
 
 def a_gpu_each(rank, group, seed, part, transport):
-    torch.cuda.set_device(rank)
+    device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
-    with ep.Communicator(group, config_of(world, part, transport), device=f"cuda:{rank}") as comm:
+    with ep.Communicator(group, config_of(world, part, transport), device=device) as comm:
         player = Player(comm, torch.cuda.Stream(), seed)
         torch.cuda.synchronize()
         return play([player], seed, part[-1])
@@ -320,15 +320,13 @@ def run_parts(group, job, where, capsys, *more):
 @pytest.mark.parametrize("transport", ["peer", "host"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_many_exchanges(world, transport, capsys):
-    if world > GPUS:
-        pytest.skip(f"needs {world} GPUs, {GPUS} found")
+    gpus.needs(world)
     run_parts(ranks(world), a_gpu_each, f"{world} GPUs, {transport}", capsys, transport)
 
 
 @pytest.mark.timeout(900)
 def test_many_exchanges_on_one_gpu(capsys):
     """4 ranks in one process, each on its own stream, which needs a hardware queue of its own."""
-    if not GPUS:
-        pytest.skip("needs a GPU")
+    gpus.needs(1)
     with fresh_ranks(1, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}) as group:
         run_parts(group, all_on_one_gpu, "4 ranks on one GPU", capsys, 4)
