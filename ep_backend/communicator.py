@@ -41,7 +41,9 @@ TRANSPORTS: dict[str, Make] = {
     MixedTransport.name: lambda group, config, device, records: MixedTransport(
         group, config, device, parts(records)
     ),
-    HierTransport.name: lambda group, config, device, records: HierTransport(group, config, nodes(records)),
+    HierTransport.name: lambda group, config, device, records: HierTransport(
+        group, config, device, nodes(records), parts(records)
+    ),
 }
 
 
@@ -49,7 +51,7 @@ def available(device: torch.device) -> frozenset[str]:
     """Names of the transports that this build has for tensors on ``device``."""
     if device.type == "cpu":
         return frozenset({CpuTransport.name, CollectiveTransport.name, HierTransport.name})
-    return frozenset({CollectiveTransport.name, *OF_GPUS} if _native.HAS_CUDA else ())
+    return frozenset({CollectiveTransport.name, HierTransport.name, *OF_GPUS} if _native.HAS_CUDA else ())
 
 
 P = ParamSpec("P")
@@ -170,8 +172,9 @@ class Communicator:
         wish = self.config.transport
         if wish == "auto":
             wish = records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip()
-        by_peers = (PeerTransport.name, MixedTransport.name)
-        return wish in ("auto", *by_peers) and not available(self.device).isdisjoint(by_peers)
+        by_peers = (PeerTransport.name, MixedTransport.name, HierTransport.name)
+        on_gpu = self.device.type == "cuda" and available(self.device)
+        return bool(on_gpu) and wish in ("auto", *by_peers)
 
     @property
     def transport(self) -> str:

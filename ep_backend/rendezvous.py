@@ -81,14 +81,13 @@ def part(group: dist.ProcessGroup | None, ranks: Sequence[int], timeout_s: float
     return together(group, connect)[0]
 
 
-def nccl(group: dist.ProcessGroup | None) -> Any:
-    """A ProcessGroupNCCL of the ranks of ``group`` that torch.distributed does not know of. Collective;
-    connects when it is first used. Its traffic on the network has the class EP_BACKEND_TRAFFIC_CLASS, if that
-    is set.
+def nccl(group: dist.ProcessGroup | None, ranks: Sequence[int]) -> Any:
+    """As `part`, a ProcessGroupNCCL that connects when it is first used. Its traffic on the network has the
+    class EP_BACKEND_TRAFFIC_CLASS, if that is set.
 
     Its own deadlines must never pass: torch ends the whole process then.
     """
-    store = _own_store(group, 0)
+    store = _own_store(group, ranks[0])
 
     def make() -> Any:
         options = dist.ProcessGroupNCCL.Options()
@@ -96,7 +95,7 @@ def nccl(group: dist.ProcessGroup | None) -> Any:
         traffic_class = env.get("EP_BACKEND_TRAFFIC_CLASS")
         if traffic_class is not None:
             options.config.traffic_class = traffic_class  # type: ignore[attr-defined]  # torch's stubs lack it
-        return dist.ProcessGroupNCCL(store, dist.get_rank(group), dist.get_world_size(group), options)
+        return dist.ProcessGroupNCCL(store, ranks.index(dist.get_rank(group)), len(ranks), options)
 
     return together(group, make)[0]
 

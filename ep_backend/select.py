@@ -19,6 +19,7 @@ from ep_backend.facts import (
     gather,
     islands,
     nodes,
+    parts,
     reaches,
     short_of_shared_memory,
     uneven,
@@ -450,12 +451,10 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
     if facts.gpus != "none" and (old := _old_driver(records)):
         return old
     if transport == "hier":
-        if facts.gpus != "none":
-            return "this version joins machines only where ranks compute on CPUs"
         return uneven(nodes(records))
     if transport in ("peer", "mixed") and (why := _no_peer_access(records)):
         return why
-    if transport == "mixed" and all(len(island) == 1 for island in islands(records)):
+    if transport == "mixed" and all(len(part) == 1 for part in parts(records)):
         return "no two of its GPUs are known to reach each other's memory"
     return _failure(facts) if transport == "peer" else ""
 

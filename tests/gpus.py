@@ -1,7 +1,8 @@
 """The GPUs that tests use, one per rank.
 
 With EP_TEST_SHARED_GPUS=1 ranks share the GPUs there are. Their kernels then take turns, a few milliseconds
-each, and wait for each other across turns: this shows whether results are right, and no time.
+each, and wait for each other across turns: this shows whether results are right, and no time. NCCL refuses
+ranks of one host that share a GPU, so every rank is a host of its own to it, joined by sockets.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ FOUND = torch.cuda.device_count()
 SHARED = os.environ.get("EP_TEST_SHARED_GPUS") == "1"
 if SHARED:  # for the rank processes, which inherit it
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
-def needs(count: int) -> None:
-    """Skip the test if there are not ``count`` GPUs."""
-    if count > FOUND and not (SHARED and FOUND):
+def needs(count: int, *, own: bool = False) -> None:
+    """Skip the test if there are not ``count`` GPUs. ``own``: ranks cannot share them."""
+    if count > FOUND and (own or not (SHARED and FOUND)):
         pytest.skip(f"needs {count} GPUs, {FOUND} found")
 
 
 def take(rank: int) -> torch.device:
     """The GPU of ``rank``, which becomes this process's current one."""
+    if SHARED:
+        os.environ["NCCL_HOSTID"] = f"rank-{rank}"
     device = torch.device("cuda", rank % FOUND)
     torch.cuda.set_device(device)
     return device

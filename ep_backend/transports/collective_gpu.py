@@ -93,12 +93,18 @@ class GpuCollectiveTransport(GpuTransport):
     recoverable = False
     dispatch, combine = Transport.dispatch, Transport.combine  # one half after the other
 
-    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        config: EpConfig,
+        device: torch.device,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self.traffic = Traffic()
         self._open: list[_Open | None] = [None] * config.num_channels
         self._failure: EpTimeoutError | None = None
         self._timeout_s = config.timeout()
-        super().__init__(group, config, device)
+        super().__init__(group, config, device, ranks)
         self.window_bytes *= 2  # with the staging window
         self._shape = config.window_shape(self._world, FLAGS_PER_SOURCE)
         self._regions = lru_cache(CACHED_SIZES)(self._find_regions)
@@ -107,7 +113,7 @@ class GpuCollectiveTransport(GpuTransport):
         bytes_of_row = config.row_bytes + config.row_scale_bytes + config.wire_row_bytes
         empty = (1 - 1 / self._world) ** config.top_k  # of the slots for a rank, if experts are chosen alike
         self._saved_per_slot = (self._world - 1) * bytes_of_row * empty
-        self._wire = wires.choose(group, device, self._timeout_s)
+        self._wire = wires.choose(group, self._names, device, self._timeout_s)
         self.capturable = self._wire.capturable
         # What torch.distributed makes when it is first used must not be made while a graph is captured.
         rendezvous.together(group, self._first_use)
@@ -271,8 +277,8 @@ class GpuCollectiveTransport(GpuTransport):
             exchange.wait(self._timeout_s)
         except RuntimeError as error:
             self._failure = EpTimeoutError(
-                rank=self._rank,
-                peer=1 - self._rank if self._world == 2 else -1,  # torch does not say
+                rank=self._names[self._rank],
+                peer=self._names[1 - self._rank] if self._world == 2 else -1,  # torch does not say
                 phase=phase,
                 channel=channel,
                 waited_s=monotonic() - start,

@@ -54,20 +54,31 @@ class Windows:
 
 class GpuTransport(Transport):
     """Raises EpConfigError on all ranks if any GPU cannot use its peers' windows, or its kernels would not
-    fit."""
+    fit.
+
+    ``ranks``: those of the group that exchange with this one, itself included; None for all. Every rank of
+    the group must be in exactly one such part. A part cannot recover.
+    """
 
     capturable = True
     recoverable = True
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
 
-    def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        config: EpConfig,
+        device: torch.device,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self._config, self._group, self._device = config, group, device
-        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self._names = range(dist.get_world_size(group)) if ranks is None else ranks
+        self._rank, self._world = self._names.index(dist.get_rank(group)), len(self._names)
         self.window_bytes = window_bytes(config, self._world)
         _, sms = rendezvous.together(group, self._check_config, lambda sms: sms)
         # Where ranks meet to recover: windows in host memory, which also work when a GPU's queue does not.
         self._meeting: CpuTransport | None = None
-        if self.recoverable:
+        if self.recoverable and ranks is None:
             self._meeting = CpuTransport(group, _meeting_config(self._world, config.timeout()))
         windows = self._share_windows(group, config.window_shape(self._world, FLAGS_PER_SOURCE))
         blocks = min(sms) if config.num_sms is None else min(*sms, config.num_sms)
@@ -161,11 +172,18 @@ class GpuTransport(Transport):
         """The closing flags leave with the next dispatch on the channel, which all ranks make."""
         self.check()
 
+    def close_now(self, channel: int) -> None:
+        """As ``close_exchange``, but the closing flags leave at once, and this rank waits for those of the
+        others: by two kernels, where the next dispatch needs none."""
+        self.check()
+        for send in (True, False):
+            ops.cuda_close(self._exchange, channel, send)
+
     def check(self) -> None:
         word = ops.cuda_exchange_error(self._exchange)
         if word[0] == _native.OK:
             return
-        error = error_for(word, self._rank, self._world)
+        error = error_for(word, self._rank, self._world, self._names)
         if word[0] == _native.PEER_CLOSED:
             raise EpProtocolError(f"{error} in an exchange before; the communicator stays usable")
         raise error

@@ -2,8 +2,9 @@
 
 A token crosses the network once for each node that has one of its experts, from rank (n, i) to rank (m, i):
 transport ``collective`` among the ranks of the same place, to which nodes are what ranks are otherwise. There
-transport ``cpu`` brings it to the ranks that hold the experts. The sums go back the same way: added up inside
-the node first, then one row per token and node. See docs/architecture.md for the numerics.
+transport ``cpu``, or on GPUs ``peer``, ``mixed`` or ``host``, brings it to the ranks that hold the experts.
+The sums go back the same way: added up inside the node first, then one row per token and node. See
+docs/architecture.md for the numerics.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from ep_backend.facts import uneven
 from ep_backend.host_sum import HostSum
 from ep_backend.transports.base import DispatchCall, Received, Transport, opened
 from ep_backend.transports.collective import CollectiveTransport, Traffic
+from ep_backend.transports.collective_gpu import GpuCollectiveTransport
 from ep_backend.transports.cpu import CpuTransport
+from ep_backend.transports.gpu import GpuTransport, sms
+from ep_backend.transports.host import HostTransport
+from ep_backend.transports.mixed import MixedTransport
+from ep_backend.transports.peer import PeerTransport
 
 NODE_PATIENCE = 1.25
 """How much longer than a wait between nodes one inside a node lasts: a rank that misses another node can then
@@ -41,14 +47,23 @@ class _Open:
 
 
 class HierTransport(Transport):
-    """``nodes``: the ranks of each node (`ep_backend.facts.nodes`). Raises EpConfigError on all ranks if
-    nodes differ in their number of ranks, or cannot be reached. A failed operation of torch.distributed
-    cannot be recovered from."""
+    """``nodes``: the ranks of each node (`ep_backend.facts.nodes`); ``parts``: of GPUs, those that reach each
+    other's memory (`ep_backend.facts.parts`). Raises EpConfigError on all ranks if nodes differ in their
+    number of ranks, or cannot be reached. A failed operation of torch.distributed cannot be recovered
+    from.
+
+    On GPUs, too, every half waits on the host until what it needs has come.
+    """
 
     name = "hier"
 
     def __init__(
-        self, group: dist.ProcessGroup | None, config: EpConfig, nodes: Sequence[Sequence[int]]
+        self,
+        group: dist.ProcessGroup | None,
+        config: EpConfig,
+        device: torch.device,
+        nodes: Sequence[Sequence[int]],
+        parts: Sequence[Sequence[int]] = (),
     ) -> None:
         if wrong := uneven(nodes):
             raise EpConfigError(f"transport hier: {wrong}")
@@ -58,6 +73,7 @@ class HierTransport(Transport):
                 f"for each of {len(nodes)} nodes; at most {MAX_TOKENS} together were wanted"
             )
         self._config, self._nodes, self._rank = config, nodes, dist.get_rank(group)
+        self._device = device
         self._world = dist.get_world_size(group)
         here, place = next(
             (n, ranks.index(self._rank)) for n, ranks in enumerate(nodes) if self._rank in ranks
@@ -66,17 +82,16 @@ class HierTransport(Transport):
         node_of = {rank: n for n, ranks in enumerate(nodes) for rank in ranks}
         expert_ranks = config.expert_ranks(self._world)
         expert_nodes = tuple(node_of[rank] for rank in expert_ranks)
-        self._network = CollectiveTransport(
-            group,
-            replace(config, expert_map=expert_nodes, layout="rank_major", expert_ids="global", pad_id=-1),
-            ranks=self._partners,
+        network_config = replace(
+            config, expert_map=expert_nodes, layout="rank_major", expert_ids="global", pad_id=-1
         )
 
         # Inside a node its experts have numbers of their own, in the order of their ids, and rows are bytes.
         # Behind their scales the rows of some layouts carry more: see _carried.
         mine = [e for e, node in enumerate(expert_nodes) if node == here]
-        self._number = torch.full((config.num_experts + 1,), -1, dtype=torch.int32)  # [-1] is -1
-        self._number[mine] = torch.arange(len(mine), dtype=torch.int32)
+        number = torch.full((config.num_experts + 1,), -1, dtype=torch.int32)  # [-1] is -1
+        number[mine] = torch.arange(len(mine), dtype=torch.int32)
+        self._number = number.to(device)
         self._num_local = expert_ranks.count(self._rank)
         nobody = max(0, config.top_k - len(mine))  # experts that fill up what a configuration must have
         owners = [nodes[here].index(expert_ranks[e]) for e in mine] + [0] * nobody
@@ -92,23 +107,52 @@ class HierTransport(Transport):
             quantization=None,
             payload_bytes=config.row_bytes,
             scale_bytes=config.row_scale_bytes + 4 * self._sorts + 8 * config.top_k * self._keeps_ids,
-            out_dtype=torch.float32,
+            out_dtype=config.sum_dtype,
             wire_dtype=config.sum_dtype,
             expert_ids="local",
             pad_id=-1,
         )
-        self._node = CpuTransport(group, node_config, ranks=nodes[here])
+        self._join(group, network_config, node_config, here, parts)
         self._tokens = HostSum(group, self._world, config.timeout(), ranks=nodes[here])
         self.set_timeout(config.timeout())
 
         # Blocks of T rows: (place, node) as the node's exchange has them, and by rank as they are handed out.
         size = len(nodes[here])
-        self._sources = torch.tensor([nodes[n][i] for i in range(size) for n in range(len(nodes))])
-        self._blocks = self._sources.argsort()
-        self.gives_views = self._in_order = bool((self._sources == torch.arange(self._world)).all())
+        sources = torch.tensor([nodes[n][i] for i in range(size) for n in range(len(nodes))])
+        self.gives_views = self._in_order = bool((sources == torch.arange(self._world)).all())
+        self._sources, self._blocks = sources.to(device), sources.argsort().to(device)
         self.window_bytes = self._network.window_bytes + self._node.window_bytes
         self._open: list[_Open | None] = [None] * config.num_channels
         self._failure: EpError | None = None
+
+    def _join(
+        self,
+        group: dist.ProcessGroup | None,
+        network: EpConfig,
+        node: EpConfig,
+        here: int,
+        parts: Sequence[Sequence[int]],
+    ) -> None:
+        """Make what carries rows between nodes and inside this one. Collective, and the same kind on all
+        nodes."""
+        self._network: CollectiveTransport | GpuCollectiveTransport
+        self._node: CpuTransport | GpuTransport
+        ranks, device = self._nodes[here], self._device
+        if device.type == "cpu":
+            self._network = CollectiveTransport(group, network, ranks=self._partners)
+            self._node = CpuTransport(group, node, ranks=ranks)
+            return
+        # The two may be on the GPU at once.
+        half = max(1, (self._config.num_sms or sms(device)) // 2)
+        network, node = replace(network, num_sms=half), replace(node, num_sms=half)
+        self._network = GpuCollectiveTransport(group, network, device, self._partners)
+        reaching = [set(part) for part in parts]
+        if all(any(part.issuperset(each) for part in reaching) for each in self._nodes):
+            self._node = PeerTransport(group, node, device, ranks)
+        elif any(len(part.intersection(each)) > 1 for part in reaching for each in self._nodes):
+            self._node = MixedTransport(group, node, device, parts, ranks)
+        else:
+            self._node = HostTransport(group, node, device, ranks)
 
     @property
     def traffic(self) -> Traffic:
@@ -120,7 +164,12 @@ class HierTransport(Transport):
         self.check()
         if call.num_tokens is not None:
             raise EpArgumentError("num_tokens is for CUDA graphs, and transport hier cannot be captured")
-        self._network.check_ids(call.ids)
+        if isinstance(self._network, CollectiveTransport):
+            self._network.check_ids(call.ids)
+        elif torch.cuda.is_current_stream_capturing():
+            raise EpArgumentError(
+                "dispatch was called while a CUDA graph is captured, but with transport hier the host waits"
+            )
         self.close_exchange(call.channel)
         with self._watched(call.channel, between_nodes=True):
             self._network.dispatch_send(call)
@@ -135,6 +184,8 @@ class HierTransport(Transport):
         self.check()
         exchange = opened(self._open, channel)
         y = self._as_received(y, exchange)
+        if y.dtype != self._config.sum_dtype:
+            y = y.float()  # which the node's exchange takes, too
         with self._watched(channel):
             self._node.combine_send(channel, y)
         exchange.returned = True
@@ -145,6 +196,7 @@ class HierTransport(Transport):
         self._open[channel] = None
         with self._watched(channel, between_nodes=True):
             self._network.combine_recv(channel, out)
+            self._settle(self._network)
 
     def close_exchange(self, channel: int) -> None:
         self.check()
@@ -161,7 +213,7 @@ class HierTransport(Transport):
                 return
         else:
             with self._watched(channel):
-                self._node.close_exchange(channel)
+                self._close_node(channel)
         self._open[channel] = None
         with self._watched(channel, between_nodes=True):
             self._network.close_exchange(channel)
@@ -193,6 +245,7 @@ class HierTransport(Transport):
         exchange = opened(self._open, channel)
         with self._watched(channel, between_nodes=True):
             arrived = self._network.dispatch_recv(channel, exchange.slots)
+            self._settle(self._network)
         assert arrived.topk_ids is not None
         assert arrived.topk_weights is not None
         rows, slots = arrived.rows.view(torch.uint8), len(self._nodes) * exchange.slots
@@ -200,21 +253,23 @@ class HierTransport(Transport):
         ids = self._number[arrived.topk_ids.long()]
         call = DispatchCall(channel, rows, carried, ids, arrived.topk_weights, slots)
         tokens = torch.zeros(self._world, dtype=torch.int32)
-        tokens[list(self._partners)] = arrived.tokens_per_source
+        tokens[list(self._partners)] = arrived.tokens_per_source.cpu()
         with self._watched(channel):
-            self._node.dispatch_send(call)
-            received = self._node.dispatch_recv(channel, slots)
+            received = self._node.dispatch(call)
             self._tokens.all_reduce(tokens)
+            self._settle(self._node)
         exchange.received = True
+        tokens = tokens.to(self._device)
         return self._as_documented(replace(received, tokens_per_source=tokens), exchange)
 
     def _return_sums(self, channel: int) -> None:
         """Add up what the ranks of this node give for each token, and send it to the token's node."""
         shape = (len(self._nodes) * opened(self._open, channel).slots, self._config.hidden_size)
-        sums = torch.empty(shape, dtype=torch.float32)
+        sums = torch.empty(shape, dtype=self._config.sum_dtype, device=self._device)
         try:
             with self._watched(channel):
                 self._node.combine_recv(channel, sums)
+                self._settle(self._node)
         except EpProtocolError:
             self.check()
             # A rank of this node has closed the exchange. It is over for all: the other nodes must learn it.
@@ -225,25 +280,39 @@ class HierTransport(Transport):
         with self._watched(channel, between_nodes=True):
             self._network.combine_send(channel, sums)
 
+    def _settle(self, transport: Transport) -> None:
+        """Wait until what was started on a GPU has ended; raise what it found, as on a CPU."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+            transport.check()
+
+    def _close_node(self, channel: int) -> None:
+        """Tell this node at once: its other ranks would keep other nodes waiting."""
+        if isinstance(self._node, GpuTransport):
+            self._node.close_now(channel)
+        else:
+            self._node.close_exchange(channel)
+
     @contextmanager
     def _watched(self, channel: int, *, between_nodes: bool = False) -> Iterator[None]:
         """Around everything that may fail for good: the first failure stays, and this node learns of it."""
         try:
             yield
         except (EpTimeoutError, EpProtocolError) as error:
-            cause = _native.TIMEOUT
-            if isinstance(error, EpProtocolError):
-                cause = self._network.status
-                if cause == _native.OK and self._node_is_well():
-                    raise  # a peer closed the exchange
+            if isinstance(error, EpProtocolError) and self._is_well():
+                raise  # a peer closed the exchange
             self._failure = self._between_nodes(error) if between_nodes else error
-            self._node.stop(channel, cause)
+            if isinstance(self._node, CpuTransport):  # a GPU's peers learn it by their own deadline
+                assert isinstance(self._network, CollectiveTransport)
+                protocol = isinstance(error, EpProtocolError)
+                self._node.stop(channel, self._network.status if protocol else _native.TIMEOUT)
             if self._failure is error:
                 raise
             raise self._failure from error
 
-    def _node_is_well(self) -> bool:
+    def _is_well(self) -> bool:
         try:
+            self._network.check()
             self._node.check()
         except EpError:
             return False
@@ -268,8 +337,8 @@ class HierTransport(Transport):
         sorted, the int32 number source * T + token; if global ids were asked for, all ids and weights."""
         parts = [] if arrived.scales is None else [arrived.scales.view(torch.uint8)]
         if self._sorts:
-            firsts = torch.tensor(self._partners, dtype=torch.int32) * slots
-            numbers = firsts[:, None] + torch.arange(slots, dtype=torch.int32)
+            firsts = torch.tensor(self._partners, dtype=torch.int32, device=self._device) * slots
+            numbers = firsts[:, None] + torch.arange(slots, dtype=torch.int32, device=self._device)
             parts.append(numbers.view(-1, 1).view(torch.uint8))
         if self._keeps_ids:
             assert arrived.topk_ids is not None
@@ -284,8 +353,8 @@ class HierTransport(Transport):
         token)."""
         config = self._config
         per_expert = got.rows_per_expert
-        assert per_expert is not None
-        per_expert = per_expert[: self._num_local]
+        if per_expert is not None:
+            per_expert = per_expert[: self._num_local]
         rows, carried, ids, weights = got.rows, got.scales, got.topk_ids, got.topk_weights
         if config.layout == "expert_major":
             rows = rows[: self._num_local]
@@ -294,7 +363,8 @@ class HierTransport(Transport):
             lists = carried[None] if config.layout == "compact" else carried[: self._num_local]
             at = config.row_scale_bytes
             numbers = lists[..., at : at + 4].contiguous().view(torch.int32).squeeze(-1)
-            filled = torch.tensor([len(rows)]) if config.layout == "compact" else per_expert
+            filled = numbers.new_tensor([len(rows)]) if config.layout == "compact" else per_expert
+            assert filled is not None
             exchange.places = _in_order(numbers, filled)
             rows, carried = (_moved(t, exchange.places) for t in (rows, carried[: len(rows)]))
             if ids is not None and weights is not None:
@@ -341,9 +411,9 @@ def _in_order(numbers: torch.Tensor, filled: torch.Tensor) -> tuple[torch.Tensor
     """Where rows stand and where they go if each list is sorted by the rows' numbers: two [rows] int64 of
     places in all lists. ``numbers``: [lists, capacity]; ``filled``: how many count in each list."""
     capacity = numbers.shape[1]
-    is_row = torch.arange(capacity) < filled[:, None]
+    is_row = torch.arange(capacity, device=numbers.device) < filled[:, None]
     order = numbers.masked_fill(~is_row, torch.iinfo(torch.int32).max).argsort(dim=1, stable=True)
-    firsts = torch.arange(len(numbers))[:, None] * capacity
+    firsts = torch.arange(len(numbers), device=numbers.device)[:, None] * capacity
     return (order + firsts)[is_row], is_row.flatten().nonzero().flatten()
 
 

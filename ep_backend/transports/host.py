@@ -53,7 +53,7 @@ class HostTransport(GpuTransport):
 
         def map_all() -> list[mmap.mmap]:
             with near(self._device):
-                return share.map_peers(addresses)
+                return share.map_peers([addresses[r] for r in self._names])
 
         # The owner takes the pages, near its GPU, before others pin them.
         windows, _ = rendezvous.together(group, map_all)

@@ -1,5 +1,5 @@
 """Transport ``peer``: windows in GPU memory that every peer can write, mapped by PyTorch's symmetric memory,
-whose own barriers are not used."""
+whose own barriers are not used. Where only some ranks of a group exchange, descriptors take its place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ep_backend import rendezvous
+from ep_backend.transports import gpu_memory
 from ep_backend.transports.gpu import GpuTransport, Windows
 
 
@@ -16,6 +17,8 @@ class PeerTransport(GpuTransport):
     name = "peer"
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
+        if self._world < dist.get_world_size(group):
+            return self._share_descriptors(group)
         from torch.distributed import _symmetric_memory as symmetric
 
         window, _ = rendezvous.together(
@@ -27,3 +30,9 @@ class PeerTransport(GpuTransport):
             group, lambda: symmetric.rendezvous(window, group or dist.distributed_c10d._get_default_group())
         )
         return Windows(mapping.buffer_ptrs, window, keep=mapping)
+
+    def _share_descriptors(self, group: dist.ProcessGroup | None) -> Windows:
+        timeout_s = self._config.timeout()
+        own, others = gpu_memory.share(group, self._names, self._device, self.window_bytes, timeout_s)
+        addresses = [others[r].address if r in others else own.data_ptr() for r in self._names]
+        return Windows(addresses, own, keep=others)

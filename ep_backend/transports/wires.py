@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,15 +25,19 @@ Wait = Callable[[float], None]
 SPIN_S = 2e-3  # how long the host asks without a pause whether everything has come
 
 
-def choose(group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> Wire:
-    """NCCL if every rank has a GPU of its own, which NCCL insists on; else gloo. Collective."""
+def choose(
+    group: dist.ProcessGroup | None, ranks: Sequence[int], device: torch.device, timeout_s: float
+) -> Wire:
+    """NCCL if every rank has a GPU of its own, which NCCL insists on among those it takes for one host's;
+    else gloo. Among ``ranks`` of ``group``, this rank among them. Collective over ``group``, each rank of
+    which must be in exactly one such part."""
     has_nccl = dist.is_nccl_available()
-    gpu = str(torch.cuda.get_device_properties(device).uuid)
+    gpu = (os.environ.get("NCCL_HOSTID"), str(torch.cuda.get_device_properties(device).uuid))
     told = rendezvous.gather(group, (has_nccl, gpu))
     distinct = len({gpu for _, gpu in told}) == len(told)
     if distinct and all(has for has, _ in told):
-        return NcclWire(group, device)
-    return GlooWire(group, device, timeout_s)
+        return NcclWire(group, ranks, device)
+    return GlooWire(group, ranks, device, timeout_s)
 
 
 class Wire(ABC):
@@ -61,9 +66,9 @@ class NcclWire(Wire):
 
     capturable = True
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, ranks: Sequence[int], device: torch.device) -> None:
         self._device = device
-        self._nccl = rendezvous.nccl(group)
+        self._nccl = rendezvous.nccl(group, ranks)
         self._options = dist.distributed_c10d.AllToAllOptions()
         self._options.asyncOp = False  # on the current stream
 
@@ -99,9 +104,11 @@ def _poll(done: torch.cuda.Event, timeout_s: float) -> None:
 class GlooWire(Wire):
     """Through memory of the CPU, one all-to-all for all pieces; the host waits for the GPU."""
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, ranks: Sequence[int], device: torch.device, timeout_s: float
+    ) -> None:
         self._device = device
-        self._gloo: Any = rendezvous.part(group, range(dist.get_world_size(group)), timeout_s)
+        self._gloo: Any = rendezvous.part(group, ranks, timeout_s)
 
     def start(self, pieces: Sequence[Piece], timeout_s: float) -> Wait:
         into = [[blocks[rank] for blocks, _ in pieces] for rank in range(self._gloo.size())]

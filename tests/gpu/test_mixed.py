@@ -72,7 +72,7 @@ def test_recovery_after_a_stall(parts):
 
 def refused_job(rank, group, parts):
     """Memory that the driver does not share on one rank: all say so and go on with another transport."""
-    from ep_backend.transports import mixed
+    from ep_backend.transports import gpu_memory
 
     class Refusing:
         def __getattr__(self, name):
@@ -81,15 +81,15 @@ def refused_job(rank, group, parts):
         def gpu_memory_map(self, *args):
             raise RuntimeError("made up by a test")
 
-    kept = mixed.ops
+    kept = gpu_memory.ops
     if rank == 1:
-        mixed.ops = Refusing()
+        gpu_memory.ops = Refusing()
     try:
         divided_job(rank, group, "same_bits_job", parts, "mixed", {})
     except ep.EpConfigError as error:
         return str(error)
     finally:
-        mixed.ops = kept
+        gpu_memory.ops = kept
     return ""
 
 

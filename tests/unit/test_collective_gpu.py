@@ -38,7 +38,7 @@ def test_both_sides_find_the_same_rows(world, slots):
 def wire_job(rank, group):
     """Two pieces of other sizes for each pair of ranks, twice under way at once."""
     world = group.size()
-    wire = GlooWire(group, torch.device("cpu"), 10.0)
+    wire = GlooWire(group, range(group.size()), torch.device("cpu"), 10.0)
 
     def pieces(round):
         def block(source, to, number):
@@ -70,7 +70,7 @@ def test_gloo_brings_every_piece_to_its_place():
 
 
 def late_job(rank, group):
-    wire = GlooWire(group, torch.device("cpu"), 10.0)
+    wire = GlooWire(group, range(group.size()), torch.device("cpu"), 10.0)
     blocks = [torch.zeros(8, dtype=torch.uint8) for _ in range(group.size())]
     if rank:
         time.sleep(4)
@@ -102,7 +102,7 @@ def traffic_class_job(rank, group, value):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
         patch.setenv("EP_BACKEND_TRAFFIC_CLASS", value)
-        return rendezvous.nccl(group).config
+        return rendezvous.nccl(group, range(2)).config
 
 
 def test_its_communicator_has_a_traffic_class_of_its_own():

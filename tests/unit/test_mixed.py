@@ -13,7 +13,7 @@ import torch.distributed as dist
 from harness import ranks
 
 from ep_backend import EpConfig, EpConfigError
-from ep_backend.transports import mixed
+from ep_backend.transports import gpu_memory, mixed
 
 SIZE = 4096
 DEVICE = torch.device("cuda", 0)
@@ -49,20 +49,21 @@ class FileOps:
 def share(rank, group, parts, refusing=None):
     """The transport's windows, the addresses of the made-up windows in host memory, and open files left."""
     before = len(os.listdir("/proc/self/fd"))
-    kept, mixed.ops = mixed.ops, FileOps(rank == refusing)
+    kept, gpu_memory.ops = gpu_memory.ops, FileOps(rank == refusing)
     released = []
     host = SimpleNamespace(
         addresses=list(range(dist.get_world_size(group))), release=lambda: released.append(1)
     )
     try:
         transport = mixed.MixedTransport.__new__(mixed.MixedTransport)
-        transport._rank, transport._device, transport.window_bytes = rank, DEVICE, SIZE
+        transport._names = range(dist.get_world_size(group))
+        transport._device, transport.window_bytes = DEVICE, SIZE
         transport._config = EpConfig(num_experts=4, top_k=1, hidden_size=8, max_tokens_per_rank=1)
         transport._part = next(part for part in parts if rank in part)
         transport._share_host_windows = lambda group: host
         windows = transport._share_windows(group, [])
     finally:
-        mixed.ops = kept
+        gpu_memory.ops = kept
     return windows, released, len(os.listdir("/proc/self/fd")) - before
 
 

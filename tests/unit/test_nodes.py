@@ -7,7 +7,7 @@ import torch
 from exchange import check_steps, make_call, one_by_one, run_steps, step
 from harness import fresh_ranks, ranks
 from machines import cpu_rank
-from nodes import make, run_steps_on
+from nodes import crossings, make, run_steps_on
 
 import ep_backend as ep
 from ep_backend import reference
@@ -30,17 +30,6 @@ def test_nodes_are_ranks_that_share_memory():
 
 
 # --- what travels ---
-
-
-def crossings(config, calls, on):
-    """Rows that leave their node: one per token and other node that has an expert of it."""
-    node_of = {rank: n for n, ranks in enumerate(on) for rank in ranks}
-    owners = config.expert_ranks(len(calls))
-    return sum(
-        len({node_of[owners[e]] for e in ids if e >= 0} - {node_of[rank]})
-        for rank, call in enumerate(calls)
-        for ids in call.topk_ids.tolist()
-    )
 
 
 def traffic_job(rank, group, on, config, one):

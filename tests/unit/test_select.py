@@ -96,9 +96,8 @@ def test_nvswitch_with_a_build_that_has_everything():
     machine = gpu_machine(8)
     assert decide(machine, available=EVERYTHING).transport == "peer"
     two = machine + gpu_machine(8, host="node1")
-    decision = decide(two, available=EVERYTHING)
-    assert decision.transport == "collective"
-    assert "passed over: hier, because this version joins machines only where" in decision.reason
+    assert decide(two, available=EVERYTHING).transport == "collective"
+    assert decide(two, "hier", available=EVERYTHING).transport == "hier"
 
 
 def test_only_the_gpus_of_the_group_count():
@@ -219,7 +218,7 @@ MACHINES = [
     ("laptop", [cpu_rank()] * 2, "cpu", "cpu", "cpu", {}, "gpus is none"),
     ("DGX", gpu_machine(8, **HCA), "nvswitch", "peer", "peer", NVSWITCH, "nvlink is all"),
     ("two DGX", two(gpu_machine, 8, **HCA), "nvswitch", "collective", "collective", NVSWITCH,
-     "across 2 machines; passed over: hier, because this version joins machines only where"),
+     "nvlink is all"),
     ("NVL72 tray", fabric_machine(), "nvl72", "peer", "peer", FABRIC, "fabric is true"),
     ("NVL72 trays", two(fabric_machine, 4), "nvl72", "collective", "collective", FABRIC,
      "peer, because this version maps GPU memory inside one machine only"),

@@ -80,7 +80,7 @@ def test_the_transport_can_be_forced():
     ("records", "wish", "message"),
     [
         ([cpu_rank()], "colective", "unknown transport 'colective'; did you mean 'collective'"),
-        (gpu_machine(2), "hier", "only where ranks compute on CPUs"),
+        (gpu_machine(2) + gpu_machine(1, host="node1"), "hier", "the nodes have 2, 1 ranks"),
         ([cpu_rank(), cpu_rank(boot_id="b1")], "cpu", "the ranks share no memory"),
         (gpu_machine(2), "cpu", "it moves CPU tensors and rank 0 computes on GPU-node0-0"),
         (gpu_machine(2) + gpu_machine(2, host="node1"), "peer", "inside one machine only"),
