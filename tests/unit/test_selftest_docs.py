@@ -3,6 +3,7 @@
 import json
 
 import msgspec
+import pytest
 from measurements import RESULTS
 
 from ep_backend.probe import Record
@@ -21,8 +22,9 @@ def report_of(plain):
     return phases.Report(**{**plain, "groups": groups})
 
 
-def test_the_sample_without_gpus():
-    document = json.loads((RESULTS / "selftest-cpu.json").read_text())
+@pytest.mark.parametrize("file", ["selftest-cpu.json", "selftest-1h200.json"])
+def test_the_sample_of_a_kept_run(file):
+    document = json.loads((RESULTS / file).read_text())
     named = {name: document[name] for name in ("device", "ranks", "transport")}
     options = phases.Options(**named, deadline_s=120.0, timeout_s=30.0)
     reports = [report_of(plain) for plain in document["phases"]]
