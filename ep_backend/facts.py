@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ep_backend.checks import OrderRates, order_matters
 from ep_backend.nvml import Link
 from ep_backend.probe import Record
 from ep_backend.profiles import Condition, version
@@ -76,15 +77,27 @@ def gather(records: Sequence[Record]) -> Facts:
     )
 
 
+def order_rates(records: Sequence[Record]) -> tuple[OrderRates, ...]:
+    """What each rank knows of the orders in which just the group's GPUs store into each other."""
+    used = tuple(sorted({uuid for record in records for uuid in record.used_gpus()}))
+    return tuple(one for record in records for one in record.orders if one.gpus == used)
+
+
 def unchecked(records: Sequence[Record]) -> bool:
-    """Whether profiles depend on peer access that nobody has tried out: some pairs of the group's GPUs are
-    known to lack NVLink, and of one of these nothing else is known."""
+    """Whether the choice depends on what nobody has tried out: some pairs of the group's GPUs are known to
+    lack NVLink, and of one of these nothing else is known, or all work and the orders of stores were not
+    compared."""
     links = [link for pair in (_pairs(host) for host in _hosts(records).values()) for link in pair.values()]
     known = [link for link in links if link is not None and link.nvlink is not None]
     used = {uuid for record in records for uuid in record.used_gpus()}
-    return len(known) == len(links) and any(
-        not link.nvlink and link.peer_works is None and used.issuperset((link.a, link.b)) for link in known
-    )
+    if len(known) < len(links):
+        return False
+    between = [link for link in known if used.issuperset((link.a, link.b))]
+    if any(not link.nvlink and link.peer_works is None for link in between):
+        return True
+    if len(_hosts(records)) > 1 or not all(link.peer_works for link in between):
+        return False
+    return order_matters(sorted(used), between) and not order_rates(records)
 
 
 def neighbours(records: Sequence[Record], rank: int) -> tuple[str, ...]:

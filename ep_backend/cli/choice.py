@@ -57,6 +57,7 @@ def as_json(
         "conflicts": msgspec.to_builtins(conflicts),
         "engine_arguments": msgspec.to_builtins(decision.engine),
         "sms": decision.sms,
+        "peer_order": decision.peer_order,
     }
 
 
@@ -75,9 +76,11 @@ def chosen(decision: Decision) -> list[str]:
     budget = (
         [] if decision.sms is None else [f"SM budget    {decision.sms}; num_sms of a communicator goes first"]
     )
+    order = ["order        staggered: a rank stores all to one rank, then all to the next"]
     return [
         f"profile      {decision.profile or 'none'}",
         f"transport    {decision.transport}",
+        *(order if decision.peer_order == "staggered" else []),
         *budget,
         f"reason       {decision.reason}",
     ]

@@ -59,6 +59,7 @@ class GpuTransport(Transport):
     capturable = True
     recoverable = True
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
+    _staggered = False  # whether a rank sends everything to one rank, then to the next
 
     def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
         self._config, self._group, self._device = config, group, device
@@ -129,6 +130,7 @@ class GpuTransport(Transport):
                 windows.own.data_ptr() if windows.copies or windows.direct else 0,
                 list(windows.direct),
                 windows.staged,
+                self._staggered,
             )
         )
 

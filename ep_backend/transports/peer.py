@@ -7,13 +7,28 @@ import torch
 import torch.distributed as dist
 
 from ep_backend import rendezvous
+from ep_backend.config import EpConfig
 from ep_backend.transports.gpu import GpuTransport, Windows
 
 
 class PeerTransport(GpuTransport):
-    """Received rows are the window itself: nothing is copied after they have come."""
+    """Received rows are the window itself: nothing is copied after they have come.
+
+    ``staggered``: a rank sends everything to its neighbour, then to the next, to itself last, instead of each
+    row to all its ranks. Equal on all ranks.
+    """
 
     name = "peer"
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        config: EpConfig,
+        device: torch.device,
+        staggered: bool = False,
+    ) -> None:
+        self._staggered = staggered
+        super().__init__(group, config, device)
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
         from torch.distributed import _symmetric_memory as symmetric

@@ -34,6 +34,9 @@ struct Settings {
     std::vector<int64_t> direct;
     // Windows of others are one of this GPU's, from which the host has everything moved: see View.
     bool staged;
+    // Each rank writes to one other at a time, and is written to by one; equal on all ranks. Not with
+    // `copies` or `staged`.
+    bool staggered;
 };
 
 // How `slots` tokens per rank are divided among at most `max_blocks` blocks and `max_chunks` flags.
