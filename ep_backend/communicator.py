@@ -37,7 +37,7 @@ TRANSPORTS: dict[str, Make] = {
         else GpuCollectiveTransport(group, config, device)
     ),
     PeerTransport.name: lambda group, config, device, records, decision: PeerTransport(
-        group, config, device, decision.peer_order == "staggered"
+        group, config, device, decision.peer_group if decision.peer_order == "staggered" else 0
     ),
     HostTransport.name: lambda group, config, device, *_: HostTransport(group, config, device),
     MixedTransport.name: lambda group, config, device, records, _: MixedTransport(

@@ -20,6 +20,7 @@ from ep_backend.facts import (
     islands,
     nodes,
     order_rates,
+    peer_group,
     reaches,
     short_of_shared_memory,
     uneven,
@@ -60,8 +61,10 @@ class Argument(msgspec.Struct, frozen=True):
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit.
-    ``peer_order``: how transport peer stores, "together" or "staggered". ``misfit``: why a profile that was
-    asked for would not have been chosen. ``warnings``: what a user should be told unasked, a sentence each.
+    ``peer_order``: how transport peer stores, "together" or "staggered"; ``peer_group``: ranks, one after
+    another, behind one PCIe switch, which then send to one switch at a time. ``misfit``: why a profile that
+    was asked for would not have been chosen. ``warnings``: what a user should be told unasked, a sentence
+    each.
     """
 
     profile: str | None
@@ -71,6 +74,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     engine: tuple[Argument, ...] = ()
     sms: int | None = None
     peer_order: str = "together"
+    peer_group: int = 1
     misfit: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -179,6 +183,7 @@ def select(
         ),
         sms=sms,
         peer_order=order,
+        peer_group=peer_group(records) if order == "staggered" else 1,
         misfit=tuple(unmet(chosen.recognition.require, facts)) if chosen and chosen.recognition else (),
         warnings=doubts,
     )
@@ -394,13 +399,16 @@ def _sms(
 
 def _peer_order(records: Sequence[Record], transport: str) -> tuple[str, str]:
     """How transport peer stores, and why, where the reader may wonder. All ranks must do it alike; where they
-    have measured different rates, the staggered order must have been faster for each."""
+    have measured different rates, the staggered order must have been faster for each. Rates of other groups
+    behind switches do not count."""
     wanted = env.get("EP_BACKEND_PEER_ORDER", records[0].environment)
     if transport != "peer":
         return "together", ""
     if wanted != "auto":
         return wanted, f"Order of stores: {wanted}, by EP_BACKEND_PEER_ORDER."
-    gains = {one.gain: one for one in order_rates(records) if one.gain is not None}
+    group = peer_group(records)
+    known = [one for one in order_rates(records) if one.group == group]
+    gains = {one.gain: one for one in known if one.gain is not None}
     least = min(gains, default=1.0)
     if least <= STAGGERED_GAIN:
         return "together", ""

@@ -46,12 +46,12 @@ def pcie_machine(count=8, works=True, ancestor="PXB", **changes):
     return with_peer_access(records, works, ancestor)
 
 
-def with_orders(records, *measured):
+def with_orders(records, *measured, group=1):
     """The same machine; each rank has measured a pair of ``measured``: bytes per second of each GPU in the
     two orders. Fewer pairs: the other ranks have measured nothing."""
-    gpus = tuple(sorted({uuid for record in records for uuid in record.used_gpus()}))
+    gpus = tuple(record.device for record in records)
     rates = [
-        (OrderRates(gpus=gpus, together_bytes_per_s=together, staggered_bytes_per_s=staggered),)
+        (OrderRates(gpus=gpus, group=group, together_bytes_per_s=together, staggered_bytes_per_s=staggered),)
         for together, staggered in measured
     ]
     rates += [()] * (len(records) - len(rates))

@@ -46,8 +46,8 @@ std::string gpu_fabric_handle(int64_t device) {
     return cuda::fabric_handle(static_cast<int>(device));
 }
 
-std::tuple<double, double> gpu_order_rates(std::vector<int64_t> devices, int64_t bytes) {
-    const auto rates = cuda::order_rates({devices.begin(), devices.end()}, bytes);
+std::tuple<double, double> gpu_order_rates(std::vector<int64_t> devices, int64_t group, int64_t bytes) {
+    const auto rates = cuda::order_rates({devices.begin(), devices.end()}, static_cast<int>(group), bytes);
     return {rates.together, rates.staggered};
 }
 

@@ -19,6 +19,6 @@ double gpu_pair_latency(int64_t pair, int64_t rounds, int64_t timeout_us);
 double gpu_pair_bandwidth(int64_t pair, bool copy_engine);
 std::string gpu_fabric_handle(int64_t device);
 // {together, staggered}: bytes per second and GPU.
-std::tuple<double, double> gpu_order_rates(std::vector<int64_t> devices, int64_t bytes);
+std::tuple<double, double> gpu_order_rates(std::vector<int64_t> devices, int64_t group, int64_t bytes);
 
 }  // namespace ep::ops

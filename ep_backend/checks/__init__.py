@@ -15,7 +15,7 @@ import msgspec
 
 from ep_backend.checks import cache, supervise
 from ep_backend.checks.data import Direction, OrderRates, Results
-from ep_backend.nvml import Gpu, Link
+from ep_backend.nvml import BEHIND_A_SWITCH, Gpu, Link
 
 __all__ = [
     "DEADLINE_S",
@@ -26,6 +26,7 @@ __all__ = [
     "order_matters",
     "results",
     "staged",
+    "switch_group",
     "testable",
 ]
 
@@ -70,7 +71,9 @@ def results(
         asked = _Asked(
             pairs=tuple(itertools.permutations(wanted, 2)),
             fabric=tuple(with_fabric),
-            order=tuple(sorted(wanted)) if order_matters(wanted, links) else (),
+            order=OrderRates(gpus=tuple(wanted), group=switch_group(wanted, links))
+            if order_matters(wanted, links)
+            else None,
         )
         return _results(store, asked, fresh, time.monotonic() + deadline_s, environ)
     except Exception as error:
@@ -86,6 +89,19 @@ def order_matters(gpus: Sequence[str], links: Iterable[Link]) -> bool:
     """Whether it may matter in which order these GPUs, by UUID, store into each other: with two there is but
     one, and NVLink has the bandwidth for any."""
     return len(gpus) > 2 and any(link.nvlink is False for link in links if {link.a, link.b} <= set(gpus))
+
+
+def switch_group(gpus: Sequence[str], links: Iterable[Link]) -> int:
+    """How many GPUs, one after another in ``gpus``, are behind one PCIe switch, if as many are behind each; 1
+    if not, or if all are behind one."""
+    near = {frozenset((link.a, link.b)) for link in links if link.ancestor in BEHIND_A_SWITCH}
+    for size in range(2, len(gpus) // 2 + 1):
+        if len(gpus) % size == 0 and all(
+            (frozenset((gpus[i], gpus[j])) in near) == (i // size == j // size)
+            for i, j in itertools.combinations(range(len(gpus)), 2)
+        ):
+            return size
+    return 1
 
 
 def has_fabric(gpu: Gpu) -> bool:
@@ -119,11 +135,11 @@ def staged(direction: Direction, source: Gpu, target: Gpu) -> str:
 
 
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be known. ``order``: between these all ``pairs`` are."""
+    """What is to be known. ``order``: of the GPUs between which all ``pairs`` are."""
 
     pairs: tuple[supervise.Pair, ...] = ()
     fabric: tuple[str, ...] = ()
-    order: tuple[str, ...] = ()
+    order: OrderRates | None = None
 
     @property
     def nothing(self) -> bool:
@@ -159,12 +175,15 @@ def _unanswered(entry: cache.Entry, asked: _Asked, fresh: bool) -> _Asked:
     )
     measured = {one.gpus for one in entry.orders if one.failed or not one.problem or not old}
     may_work = {(d.source, d.target) for d in entry.directions if d.works}.union(pairs)
-    order = asked.order if asked.order not in measured and may_work.issuperset(asked.pairs) else ()
+    order = asked.order
+    if order is not None and (order.gpus in measured or not may_work.issuperset(asked.pairs)):
+        order = None
     return _Asked(pairs=pairs, fabric=fabric, order=order)
 
 
 def _tried(entry: cache.Entry, asked: _Asked, end: float, environ: Mapping[str, str]) -> cache.Entry:
-    gpus = list(dict.fromkeys([*itertools.chain.from_iterable(asked.pairs), *asked.fabric, *asked.order]))
+    compared = asked.order.gpus if asked.order else ()
+    gpus = list(dict.fromkeys([*itertools.chain.from_iterable(asked.pairs), *asked.fabric, *compared]))
     outcome = supervise.run(
         gpus, asked.pairs, asked.fabric, order=asked.order, environ=environ,
         deadline_s=max(end - time.monotonic(), 0.0),

@@ -30,9 +30,11 @@ class OrderRates(msgspec.Struct, frozen=True, kw_only=True):
     """How fast ``gpus`` store into each other's memory, all at the same time, in the two orders that
     transport ``peer`` knows: bytes per second of each GPU. Without rates: why not, in ``problem``."""
 
-    gpus: tuple[str, ...]  # UUIDs, sorted
+    gpus: tuple[str, ...]  # UUIDs, in the driver's order
+    group: int = 1  # so many of them, one after another, are behind one PCIe switch
     together_bytes_per_s: float | None = None  # a piece to one GPU, the next piece to the next
-    # All to one GPU, then all to the next, so that each is stored into by one other at a time
+    # All to one GPU, then all to the next, so that each is stored into by one other at a time, and all of a
+    # group store into one group
     staggered_bytes_per_s: float | None = None
     failed: bool = False  # the process that measured it hung or died
     problem: str = ""
@@ -56,13 +58,13 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is asked to do. ``gpus``: UUIDs in the order of CUDA_VISIBLE_DEVICES. ``order``: between
-    which the orders of stores are compared, if all that is tried works; empty: none."""
+    """What a worker is asked to do. ``gpus``: UUIDs in the order of CUDA_VISIBLE_DEVICES. ``order``: GPUs
+    between which the orders of stores are compared, if all that is tried works; None: no comparison."""
 
     gpus: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
     fabric: tuple[str, ...]
-    order: tuple[str, ...]
+    order: OrderRates | None
     limit_s: float  # it ends by itself after this time
 
 

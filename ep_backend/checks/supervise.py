@@ -65,7 +65,7 @@ def run(
     pairs: Sequence[Pair],
     fabric: Sequence[str],
     *,
-    order: Sequence[str] = (),
+    order: OrderRates | None = None,
     environ: Mapping[str, str],
     deadline_s: float,
     answer_s: float = ANSWER_S,
@@ -86,7 +86,7 @@ def run(
             gpus=tuple(gpus),
             pairs=tuple(pair for pair in pairs if pair not in outcome.directions),
             fabric=tuple(gpu for gpu in fabric if gpu not in outcome.fabric),
-            order=tuple(order) if outcome.order is None and outcome.all_work else (),
+            order=order if outcome.order is None and outcome.all_work else None,
             limit_s=max(limits.end - time.monotonic(), 0.0) + 5,
         )
         if why or not (request.pairs or request.fabric or request.order):
@@ -97,7 +97,7 @@ def run(
 
 
 def _fill_up(
-    pairs: Sequence[Pair], fabric: Sequence[str], order: Sequence[str], why: str, outcome: Outcome
+    pairs: Sequence[Pair], fabric: Sequence[str], order: OrderRates | None, why: str, outcome: Outcome
 ) -> None:
     untried = [pair for pair in pairs if pair not in outcome.directions]
     for source, target in untried:
@@ -113,7 +113,7 @@ def _fill_up(
     if no_fabric:
         outcome.problems.append(f"fabric handles were not tried on {len(no_fabric)} GPUs: {why}")
     if order and outcome.order is None and outcome.all_work:
-        _take(Order(OrderRates(gpus=tuple(order), problem=f"not measured: {why}")), outcome)
+        _take(Order(msgspec.structs.replace(order, problem=f"not measured: {why}")), outcome)
 
 
 def _follow(
@@ -172,7 +172,9 @@ def _was_asked(line: Line, request: Request) -> bool:
         return (line.direction.source, line.direction.target) in request.pairs
     if isinstance(line, Fabric):
         return line.gpu in request.fabric
-    return isinstance(line, Order) and line.rates.gpus == request.order
+    if isinstance(line, Order) and request.order is not None:
+        return (line.rates.gpus, line.rates.group) == (request.order.gpus, request.order.group)
+    return False
 
 
 def _take(line: Line, outcome: Outcome) -> None:
@@ -193,8 +195,8 @@ def _failed(at: Begin, request: Request, problem: str, outcome: Outcome) -> None
         _take(Done(Direction(source=at.source, target=at.target, works=False, problem=problem)), outcome)
     elif at.source:
         _take(Fabric(at.source, False, problem), outcome)
-    else:
-        _take(Order(OrderRates(gpus=request.order, failed=True, problem=problem)), outcome)
+    elif request.order is not None:
+        _take(Order(msgspec.structs.replace(request.order, failed=True, problem=problem)), outcome)
 
 
 def _decoded(text: str) -> Line | None:

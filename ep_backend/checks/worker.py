@@ -53,7 +53,7 @@ def main(text: str) -> int:
         _say(try_fabric(ops, ordinals[gpu], gpu))
     if request.order and all_work:
         _say(Begin())
-        _say(try_orders(ops, [ordinals[gpu] for gpu in request.order], request.order))
+        _say(try_orders(ops, [ordinals[gpu] for gpu in request.order.gpus], request.order))
     return 0
 
 
@@ -121,13 +121,14 @@ def try_fabric(ops: Any, ordinal: int, gpu: str) -> Fabric:
     return Fabric(gpu, not problem, problem)
 
 
-def try_orders(ops: Any, ordinals: Sequence[int], gpus: Sequence[str]) -> Order:
-    """Compare the orders of stores between GPUs that all reach each other."""
+def try_orders(ops: Any, ordinals: Sequence[int], of: OrderRates) -> Order:
+    """Compare the orders of stores between the GPUs of ``of``, which all reach each other."""
     try:
-        together, staggered = ops.gpu_order_rates(list(ordinals), ORDER_BYTES)
+        together, staggered = ops.gpu_order_rates(list(ordinals), of.group, ORDER_BYTES)
     except RuntimeError as error:
-        return Order(OrderRates(gpus=tuple(gpus), problem=f"not measured: {first_line(error)}"))
-    return Order(OrderRates(gpus=tuple(gpus), together_bytes_per_s=together, staggered_bytes_per_s=staggered))
+        return Order(msgspec.structs.replace(of, problem=f"not measured: {first_line(error)}"))
+    rates = {"together_bytes_per_s": together, "staggered_bytes_per_s": staggered}
+    return Order(msgspec.structs.replace(of, **rates))
 
 
 def first_line(error: BaseException) -> str:

@@ -59,7 +59,7 @@ class GpuTransport(Transport):
     capturable = True
     recoverable = True
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
-    _staggered = False  # whether a rank sends everything to one rank, then to the next
+    _stagger = 0  # ranks of a group in the staggered order; 0: each row to all its ranks in turn
 
     def __init__(self, group: dist.ProcessGroup | None, config: EpConfig, device: torch.device) -> None:
         self._config, self._group, self._device = config, group, device
@@ -130,7 +130,7 @@ class GpuTransport(Transport):
                 windows.own.data_ptr() if windows.copies or windows.direct else 0,
                 list(windows.direct),
                 windows.staged,
-                self._staggered,
+                self._stagger,
             )
         )
 

@@ -14,8 +14,9 @@ from ep_backend.transports.gpu import GpuTransport, Windows
 class PeerTransport(GpuTransport):
     """Received rows are the window itself: nothing is copied after they have come.
 
-    ``staggered``: a rank sends everything to its neighbour, then to the next, to itself last, instead of each
-    row to all its ranks. Equal on all ranks.
+    ``stagger``: 0, or how many ranks, one after another, share a link. Then a rank sends everything to one
+    rank, then to the next, to itself last, instead of each row to all its ranks, and the ranks that share a
+    link always send to such as share one. It divides the number of ranks and is equal on all.
     """
 
     name = "peer"
@@ -25,9 +26,9 @@ class PeerTransport(GpuTransport):
         group: dist.ProcessGroup | None,
         config: EpConfig,
         device: torch.device,
-        staggered: bool = False,
+        stagger: int = 0,
     ) -> None:
-        self._staggered = staggered
+        self._stagger = stagger
         super().__init__(group, config, device)
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:

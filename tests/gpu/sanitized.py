@@ -50,8 +50,8 @@ def exchanges(plan):
                 # A few blocks: more would only take longer.
                 wanted = config(world, layout=layout, num_sms=4, **payload)
                 parts = PARTS.get((plan, world), ())
-                order = plan == "staggered"
-                with local_ranks(wanted, world, plan=PLANS[plan], parts=parts, staggered=order) as comms:
+                stagger = int(plan == "staggered")
+                with local_ranks(wanted, world, plan=PLANS[plan], parts=parts, stagger=stagger) as comms:
                     for number, (ranks, slots, tokens, routing) in enumerate(EXCHANGES):
                         if ranks != world:
                             continue

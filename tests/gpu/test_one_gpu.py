@@ -33,6 +33,7 @@ PARTS = (
 )
 # 4 tokens a chunk, by bulk copies, which the kernels would not choose for few tokens.
 BULK = (4, 1, 4, 1)
+GROUPS = {16: 4, 33: 1, 72: 8}  # by number of ranks, for the staggered order
 # Kernels of several ranks are under way at the same time, so each stream needs a hardware queue of its own.
 ENVIRON = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
@@ -70,10 +71,10 @@ def config(more, world, **common):
     return ep.EpConfig(**{**usual, **more, **common, "transport": "peer"})
 
 
-def exchanges_job(rank, group, config, world, cases, plan, parts=(), staggered=False):
+def exchanges_job(rank, group, config, world, cases, plan, parts=(), stagger=0):
     """The cases in halves and, where every rank has a stream of its own, whole in turns."""
     wrong, chance = [], random.Random(world)
-    with local_ranks(config, world, plan=plan, parts=parts, staggered=staggered) as comms:
+    with local_ranks(config, world, plan=plan, parts=parts, stagger=stagger) as comms:
         on = streams(comms)
         # A whole compact dispatch waits for the GPU on the host, before the next rank's has been launched.
         may_be_whole = world <= MOST_STREAMS and config.layout != "compact"
@@ -111,11 +112,13 @@ def test_same_bits_as_the_reference(process, world, plan, name, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("world", "plan"), [(1, ()), (3, ()), (8, ()), (4, BULK)], ids=lambda v: str(v))
-def test_same_bits_in_staggered_order(process, world, plan, name, layout):
+@pytest.mark.parametrize(
+    ("world", "stagger", "plan"), [(1, 1, ()), (3, 1, ()), (8, 4, ()), (4, 2, BULK)], ids=lambda v: str(v)
+)
+def test_same_bits_in_staggered_order(process, world, stagger, plan, name, layout):
     """A plan for bulk copies, too, which are not used then."""
     more = config(CONFIGS[name], world, layout=layout)
-    (wrong,) = process.run(exchanges_job, more, world, CASES, plan, (), True, timeout=120)
+    (wrong,) = process.run(exchanges_job, more, world, CASES, plan, (), stagger, timeout=120)
     assert wrong == []
 
 
@@ -130,10 +133,10 @@ def test_some_reach_each_other_and_others_do_not(process, parts, name, layout):
     assert wrong == []
 
 
-def left_open_job(rank, group, config, parts, staggered):
+def left_open_job(rank, group, config, parts, stagger):
     """Exchanges that nobody combines, at every point where one can be left; the next one must be right."""
     wrong = []
-    with local_ranks(config, 4, parts=parts, staggered=staggered) as comms:
+    with local_ranks(config, 4, parts=parts, stagger=stagger) as comms:
         device = comms[0].device
         for point in ("sent", "received", "returned"):
             x = torch.ones(6, config.hidden_size, dtype=config.payload, device=device)
@@ -151,17 +154,17 @@ def left_open_job(rank, group, config, parts, staggered):
     return wrong
 
 
-@pytest.mark.parametrize(("parts", "staggered"), [(PARTS[0], False), ((), True)])
-def test_exchanges_left_open(process, parts, staggered):
+@pytest.mark.parametrize(("parts", "stagger"), [(PARTS[0], 0), ((), 1)])
+def test_exchanges_left_open(process, parts, stagger):
     wanted = config({"payload": torch.bfloat16}, 4)
-    (wrong,) = process.run(left_open_job, wanted, parts, staggered, timeout=60)
+    (wrong,) = process.run(left_open_job, wanted, parts, stagger, timeout=60)
     assert wrong == []
 
 
 def graphs_job(rank, group, config, world):
     """Captured exchanges in staggered order, replayed with other rows, between eager ones."""
     wrong, slots = [], 24
-    with local_ranks(config, world, staggered=True) as comms:
+    with local_ranks(config, world, stagger=2) as comms:
         on, device = streams(comms), comms[0].device
         calls = [
             inputs.make_call(config, world, r, seed=1, count=slots - r, routing="uniform")
@@ -213,7 +216,7 @@ def absent_job(rank, group, config):
     """Rank 1 of 3 does not come, to a dispatch or to a combine: what the others say."""
     said = []
     for phase in ("dispatch", "combine"):
-        with local_ranks(config, 3, staggered=True) as comms:
+        with local_ranks(config, 3, stagger=1) as comms:
             device, on = comms[0].device, streams(comms)
             x = torch.ones(6, config.hidden_size, dtype=config.payload, device=device)
             ids = torch.arange(config.top_k, device=device).expand(6, -1)
@@ -253,7 +256,9 @@ def test_many_ranks(process, world, hidden, layout, plan, staggered):
     more = {"hidden_size": hidden, "num_experts": 1024, "top_k": 16, "max_tokens_per_rank": 20}
     wanted = config(more, world, layout=layout, payload=torch.bfloat16)
     cases = ((3, "uniform"), (1, "skew"), (5, "sparse"))
-    (wrong,) = process.run(exchanges_job, wanted, world, cases, plan, (), staggered, timeout=300)
+    (wrong,) = process.run(
+        exchanges_job, wanted, world, cases, plan, (), GROUPS[world] * staggered, timeout=300
+    )
     assert wrong == []
 
 

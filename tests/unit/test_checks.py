@@ -47,10 +47,11 @@ FINE = (
     + """
 if request["order"]:
     begin(("", ""))
-    out(type="order", rates={"gpus": request["order"], "together_bytes_per_s": 4e9,
+    out(type="order", rates={**request["order"], "together_bytes_per_s": 4e9,
                              "staggered_bytes_per_s": 1e10})
 """
 )
+ORDER = OrderRates(gpus=tuple(UUIDS))
 MEASURED = OrderRates(gpus=tuple(UUIDS), together_bytes_per_s=4e9, staggered_bytes_per_s=1e10)
 
 
@@ -58,7 +59,7 @@ def fake(body):
     return (sys.executable, "-c", PREAMBLE + body)
 
 
-def run(body, pairs=PAIRS, fabric=(), order=(), deadline_s=20.0, answer_s=1.0, start_s=10.0, environ=None):
+def run(body, pairs=PAIRS, fabric=(), order=None, deadline_s=20.0, answer_s=1.0, start_s=10.0, environ=None):
     return supervise.run(
         UUIDS, pairs, fabric, order=order, environ=dict(os.environ) if environ is None else environ,
         deadline_s=deadline_s, answer_s=answer_s, start_s=start_s, command=fake(body),
@@ -142,15 +143,15 @@ def test_a_note_is_the_reason():
 
 
 def test_orders_are_compared_where_all_directions_work():
-    outcome = run(FINE, order=UUIDS)
+    outcome = run(FINE, order=ORDER)
     assert (outcome.order, outcome.problems) == (MEASURED, [])
-    assert run(FINE, pairs=(), order=UUIDS).order == MEASURED
+    assert run(FINE, pairs=(), order=ORDER).order == MEASURED
     failed = """
 if pairs:
     out(type="done", direction={"source": "GPU-a", "target": "GPU-b", "works": False})
-    pairs, request["order"] = pairs[1:], []
+    pairs, request["order"] = pairs[1:], None
 """
-    assert run(failed + FINE, order=UUIDS).order is None, "no fresh worker is asked for it, either"
+    assert run(failed + FINE, order=ORDER).order is None, "no fresh worker is asked for it, either"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ if pairs:
     ],
 )
 def test_orders_that_could_not_be_compared(body, failed, words):
-    outcome = run(PAIRS_FINE + body, order=UUIDS, answer_s=0.5)
+    outcome = run(PAIRS_FINE + body, order=ORDER, answer_s=0.5)
     assert all(direction.works for direction in outcome.directions.values())
     assert (outcome.order.gpus, outcome.order.gain, outcome.order.failed) == (tuple(UUIDS), None, failed)
     assert words in outcome.order.problem
@@ -309,8 +310,8 @@ def test_fabric_handles():
 
 
 def test_orders():
-    assert worker.try_orders(FakeOps(), [0, 1, 2], UUIDS).rates == MEASURED
-    rates = worker.try_orders(FakeOps(broken="gpu_order_rates"), [0, 1, 2], UUIDS).rates
+    assert worker.try_orders(FakeOps(), [0, 1, 2], ORDER).rates == MEASURED
+    rates = worker.try_orders(FakeOps(broken="gpu_order_rates"), [0, 1, 2], ORDER).rates
     assert rates.problem == "not measured: gpu_order_rates failed: out of memory"
     assert (rates.gain, rates.failed) == (None, False)
 
@@ -421,6 +422,12 @@ def test_orders_are_compared_once_for_each_group(machine, monkeypatch):
     found, _ = machine(gpus=four, links=more)
     found, starts = machine(gpus=four, links=more, among=UUIDS)
     assert (len(found.orders), starts) == (2, 1), "what directions are known need not be tried again"
+    near = [("GPU-a", "GPU-b"), ("GPU-c", "GPU-d")]
+    more = tuple(
+        Link(a=a, b=b, nvlink=False, ancestor="PIX" if (a, b) in near else "PHB")
+        for a, b in itertools.combinations([gpu.uuid for gpu in four], 2)
+    )
+    assert machine(gpus=four, links=more)[0].orders[0].group == 2
     joined = tuple(msgspec.structs.replace(link, nvlink=True) for link in LINKS)
     assert machine(links=joined)[0].orders == ()
 
@@ -546,6 +553,18 @@ def test_nothing_escapes(machine, monkeypatch):
 # --- which GPUs, and what the numbers say ---
 
 
+@pytest.mark.parametrize(
+    ("switches", "group"),
+    [("aabb", 2), ("aaabbb", 3), ("abab", 1), ("aaaa", 1), ("abcd", 1), ("aab", 1), ("aabbbb", 1), ("", 1)],
+)
+def test_groups_behind_switches(switches, group):
+    links = [
+        Link(a=str(i), b=str(j), ancestor="PXB" if switches[i] == switches[j] else "NODE")
+        for i, j in itertools.combinations(range(len(switches)), 2)
+    ]
+    assert checks.switch_group([str(i) for i in range(len(switches))], links) == group
+
+
 def test_slices_and_undescribed_gpus_are_not_tried(machine):
     gpus = (*GPUS[:2], Gpu(uuid="GPU-m", mig=True), Gpu(uuid="undescribed-3"), Gpu(uuid="MIG-4"))
     assert checks.testable(gpus) == ["GPU-a", "GPU-b"]
@@ -590,5 +609,5 @@ def test_peer_access_that_is_staged_through_the_host(speed, said):
 
 
 def test_requests_and_results_are_plain_data():
-    request = Request(gpus=("a",), pairs=(("a", "b"),), fabric=(), order=(), limit_s=1.0)
+    request = Request(gpus=("a",), pairs=(("a", "b"),), fabric=(), order=ORDER, limit_s=1.0)
     assert msgspec.json.decode(msgspec.json.encode(request), type=Request) == request

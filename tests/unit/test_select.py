@@ -465,6 +465,19 @@ def test_an_order_that_was_measured_between_other_gpus_says_nothing():
     assert decide(records[:3]).peer_order == "together"
 
 
+def test_ranks_behind_a_switch_store_to_one_switch_at_a_time():
+    def machine(group):
+        records = partial_machine(4)
+        links = tuple(msgspec.structs.replace(link, peer_works=True) for link in records[0].links)
+        records = [msgspec.structs.replace(record, links=links) for record in records]
+        return with_orders(records, (4e9, 12e9), group=group)
+
+    assert (decide(machine(2)).peer_order, decide(machine(2)).peer_group) == ("staggered", 2)
+    decision = decide(machine(1))
+    assert (decision.peer_order, decision.peer_group) == ("together", 1), "measured between other groups"
+    assert decide(machine(2)[::2]).peer_group == 1
+
+
 def test_only_transport_peer_has_an_order():
     records = with_orders(pcie_machine(4), (4e9, 12e9))
     assert decide(records, "host").peer_order == "together"

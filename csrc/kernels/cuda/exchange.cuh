@@ -86,8 +86,9 @@ __device__ inline int hop(const View& v, int n) {
     return d < v.world ? d : d - v.world;
 }
 // Whom a pass over this block's chunks sends to, as hops from this rank. The usual order has one pass with
-// all; the staggered one a pass for each, so that at any time about one rank writes to each. Kernels are
-// compiled for either: the usual one has no registers for a second loop.
+// all; the staggered one a pass for each, so that at any time about one rank writes to each, and the ranks of
+// one group write to one group. Kernels are compiled for either: the usual one has no registers for a second
+// loop.
 struct Hops {
     int first, last;
 };
@@ -100,8 +101,9 @@ __device__ int passes_of(const View& v) {
 }
 template <bool kStaggered>
 __device__ Hops hops_of(const View& v, int pass) {
-    if (kStaggered) return {pass, pass};
-    return to_all(v);
+    if (!kStaggered) return to_all(v);
+    const int n = staggered_target(v.rank, v.world, v.group, pass) - v.rank;
+    return {n > 0 ? n : n + v.world, n > 0 ? n : n + v.world};
 }
 // Where a combine's rows for a rank go.
 __device__ inline char* outbox(const View& v, int d) {

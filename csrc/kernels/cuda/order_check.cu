@@ -6,11 +6,11 @@
 
 #include "../../common/ptx.cuh"
 #include "driver.h"
+#include "types.h"
 
 namespace ep::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kMaxTargets = 15;
 constexpr int kLoads = 4;                 // 16-byte stores of a thread to one target, as in dispatch
 constexpr int kPieceWords = 32 * kLoads;  // of 16 bytes: what a warp stores before it turns to the next
@@ -40,10 +40,11 @@ __global__ void store_in_turn(const __grid_constant__ Targets to, int64_t pieces
 // A stream of each rank, and memory into which each of the others stores.
 class Ranks {
   public:
-    Ranks(const std::vector<int>& devices, int64_t bytes)
-        : ranks_(devices.size()), pieces_(bytes / (kPieceWords * 16)) {
-        if (devices.size() < 2 || devices.size() > kMaxTargets + 1 || pieces_ <= 0)
-            throw std::runtime_error("ep_backend: 2 to 16 GPUs and a size were wanted");
+    Ranks(const std::vector<int>& devices, int group, int64_t bytes)
+        : ranks_(devices.size()), group_(group), pieces_(bytes / (kPieceWords * 16)) {
+        if (devices.size() < 2 || devices.size() > kMaxTargets + 1 || group < 1 ||
+            devices.size() % group != 0 || pieces_ <= 0)
+            throw std::runtime_error("ep_backend: 2 to 16 GPUs in equal groups and a size were wanted");
         try {
             for (size_t r = 0; r < devices.size(); ++r) open(ranks_[r], devices[r]);
             for (const int from : devices)
@@ -61,12 +62,14 @@ class Ranks {
     // Bytes per second that a rank stores. Both orders have as many launches, and wait as often.
     double rate(bool staggered, int repeats) {
         const auto start = std::chrono::steady_clock::now();
-        const int others = static_cast<int>(ranks_.size()) - 1;
+        const int world = static_cast<int>(ranks_.size()), others = world - 1;
         for (int step = 1; step <= others; ++step) {
-            for (size_t r = 0; r < ranks_.size(); ++r) {
+            for (int r = 0; r < world; ++r) {
                 Targets to{};
-                for (int n = staggered ? step : 1; n <= (staggered ? step : others); ++n)
-                    to.rows[to.count++] = part(ranks_[(r + n) % ranks_.size()], r);
+                if (staggered)
+                    to.rows[to.count++] = part(ranks_[staggered_target(r, world, group_, step)], r);
+                else
+                    for (int n = 1; n <= others; ++n) to.rows[to.count++] = part(ranks_[(r + n) % world], r);
                 const OnDevice on(ranks_[r].device);
                 store_in_turn<<<ranks_[r].blocks, kThreads, 0, ranks_[r].stream>>>(
                     to, pieces_, staggered ? others * repeats : repeats);
@@ -100,7 +103,7 @@ class Ranks {
         check(cudaMalloc(&rank.rows, ranks_.size() * pieces_ * kPieceWords * 16), "cudaMalloc");
         check(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "cudaStreamCreate");
     }
-    uint4* part(const Rank& of, size_t source) const { return of.rows + source * pieces_ * kPieceWords; }
+    uint4* part(const Rank& of, int source) const { return of.rows + source * pieces_ * kPieceWords; }
     // Errors cannot be reported here, and after most of them the process is of no more use.
     void close() {
         int before = 0;
@@ -114,13 +117,14 @@ class Ranks {
     }
 
     std::vector<Rank> ranks_;
+    int group_;
     int64_t pieces_;
 };
 
 }  // namespace
 
-OrderRates order_rates(const std::vector<int>& devices, int64_t bytes) {
-    Ranks ranks(devices, bytes);
+OrderRates order_rates(const std::vector<int>& devices, int group, int64_t bytes) {
+    Ranks ranks(devices, group, bytes);
     ranks.rate(false, 1);  // what is slow only the first time
     const double once = ranks.bytes_of(1) / ranks.rate(false, 1);
     const int repeats = std::clamp(static_cast<int>(kMeasureS / once), 1, kMaxRepeats);
