@@ -28,20 +28,22 @@ from ep_backend.transports.host import HostTransport
 from ep_backend.transports.mixed import MixedTransport
 from ep_backend.transports.peer import PeerTransport
 
-Make = Callable[[dist.ProcessGroup | None, EpConfig, torch.device, list[Record]], Transport]
+Make = Callable[[dist.ProcessGroup | None, EpConfig, torch.device, list[Record], Decision], Transport]
 TRANSPORTS: dict[str, Make] = {
-    CpuTransport.name: lambda group, config, device, records: CpuTransport(group, config),
-    CollectiveTransport.name: lambda group, config, device, records: (
+    CpuTransport.name: lambda group, config, *_: CpuTransport(group, config),
+    CollectiveTransport.name: lambda group, config, device, *_: (
         CollectiveTransport(group, config)
         if device.type == "cpu"
         else GpuCollectiveTransport(group, config, device)
     ),
-    PeerTransport.name: lambda group, config, device, records: PeerTransport(group, config, device),
-    HostTransport.name: lambda group, config, device, records: HostTransport(group, config, device),
-    MixedTransport.name: lambda group, config, device, records: MixedTransport(
+    PeerTransport.name: lambda group, config, device, records, decision: PeerTransport(
+        group, config, device, decision.peer_group if decision.peer_order == "staggered" else 0
+    ),
+    HostTransport.name: lambda group, config, device, *_: HostTransport(group, config, device),
+    MixedTransport.name: lambda group, config, device, records, _: MixedTransport(
         group, config, device, parts(records)
     ),
-    HierTransport.name: lambda group, config, device, records: HierTransport(
+    HierTransport.name: lambda group, config, device, records, _: HierTransport(
         group, config, device, nodes(records), parts(records)
     ),
 }
@@ -148,7 +150,8 @@ class Communicator:
             warnings.warn(sentence, stacklevel=2)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
         config = replace(config, num_sms=self.decision.sms)
-        self._transport = TRANSPORTS[self.decision.transport](group, config, self.device, records)
+        make = TRANSPORTS[self.decision.transport]
+        self._transport = make(group, config, self.device, records, self.decision)
         self._handles: list[Handle | None] = [None] * config.num_channels
         self._alive = True
 

@@ -145,6 +145,13 @@ VARIABLES: tuple[Variable, ...] = (
         choices=("auto", "0"),
     ),
     _read(
+        "EP_BACKEND_PEER_ORDER",
+        "str",
+        "auto",
+        "How transport peer stores: each row to all its ranks, or rank after rank; auto: what was faster.",
+        choices=("auto", "together", "staggered"),
+    ),
+    _read(
         "EP_BACKEND_NUM_SMS",
         "int",
         None,

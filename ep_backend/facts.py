@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from ep_backend.nvml import Link
+from ep_backend.checks import OrderRates, order_matters, switch_group
+from ep_backend.nvml import BEHIND_A_SWITCH, Link
 from ep_backend.probe import Record
 from ep_backend.profiles import Condition, version
 
@@ -57,9 +58,7 @@ def gather(records: Sequence[Record]) -> Facts:
         several_gpus=bool(_verdicts(pairs, lambda link: True)),
         nvlink=_share(pairs, lambda link: link.nvlink),
         peer_access=_share(pairs, lambda link: link.peer_works),
-        pcie_switch=_share(
-            pairs, lambda link: link.ancestor in ("LOC", "PIX", "PXB") if link.ancestor else None
-        ),
+        pcie_switch=_share(pairs, lambda link: link.ancestor in BEHIND_A_SWITCH if link.ancestor else None),
         several_hosts=len(hosts) > 1,
         hca=all(any(record.hcas for record in host) for host in hosts.values()),
         peer_level=_peer_level(pairs),
@@ -76,15 +75,33 @@ def gather(records: Sequence[Record]) -> Facts:
     )
 
 
+def order_rates(records: Sequence[Record]) -> tuple[OrderRates, ...]:
+    """What each rank knows of the orders in which just the group's GPUs store into each other."""
+    used = {uuid for record in records for uuid in record.used_gpus()}
+    return tuple(one for record in records for one in record.orders if set(one.gpus) == used)
+
+
+def peer_group(records: Sequence[Record]) -> int:
+    """How many ranks, one after another, have GPUs behind one PCIe switch, if as many behind each; else 1."""
+    used = list(dict.fromkeys(uuid for record in records for uuid in record.used_gpus()))
+    return switch_group(used, [link for record in records for link in record.links])
+
+
 def unchecked(records: Sequence[Record]) -> bool:
-    """Whether profiles depend on peer access that nobody has tried out: some pairs of the group's GPUs are
-    known to lack NVLink, and of one of these nothing else is known."""
+    """Whether the choice depends on what nobody has tried out: some pairs of the group's GPUs are known to
+    lack NVLink, and of one of these nothing else is known, or all work and the orders of stores were not
+    compared."""
     links = [link for pair in (_pairs(host) for host in _hosts(records).values()) for link in pair.values()]
     known = [link for link in links if link is not None and link.nvlink is not None]
     used = {uuid for record in records for uuid in record.used_gpus()}
-    return len(known) == len(links) and any(
-        not link.nvlink and link.peer_works is None and used.issuperset((link.a, link.b)) for link in known
-    )
+    if len(known) < len(links):
+        return False
+    between = [link for link in known if used.issuperset((link.a, link.b))]
+    if any(not link.nvlink and link.peer_works is None for link in between):
+        return True
+    if len(_hosts(records)) > 1 or not all(link.peer_works for link in between):
+        return False
+    return order_matters(sorted(used), between) and not order_rates(records)
 
 
 def neighbours(records: Sequence[Record], rank: int) -> tuple[str, ...]:

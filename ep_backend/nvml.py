@@ -59,6 +59,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Values of nvmlGpuTopologyLevel_t, in the words that NCCL_P2P_LEVEL uses.
+BEHIND_A_SWITCH = ("LOC", "PIX", "PXB")
 _ANCESTORS = {0: "LOC", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 _PEERS = {0: "gpu", 2: "switch"}  # nvmlIntNvLinkDeviceType_t
 _VIRTUALIZATION = {0: "none", 1: "passthrough", 2: "vgpu", 3: "host vgpu", 4: "host vsga"}

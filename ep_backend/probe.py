@@ -49,6 +49,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     links: tuple[nvml.Link, ...] = ()  # every pair of ``gpus`` that could be asked about
     hcas: tuple[str, ...] = ()  # active InfiniBand/RoCE ports, as "device:port"
     directions: tuple[checks.Direction, ...] = ()  # what was tried out between ``gpus``
+    orders: tuple[checks.OrderRates, ...] = ()  # and measured in groups of them
     # A fabric handle of each GPU that counts was really exported and imported; None: not tried
     fabric_works: bool | None = None
     iommu: str = ""  # off, passthrough, translated; empty: not known
@@ -148,6 +149,7 @@ def _with_checks(
         record,
         links=links,
         directions=results.directions,
+        orders=results.orders,
         fabric_works=False if vetoed else results.fabric_works,
         problems=(*problems, *results.problems),
     )
@@ -246,6 +248,7 @@ def _choices(root: Path, environ: Mapping[str, str], problems: list[str]) -> dic
         "EP_BACKEND_PROFILE",
         "EP_BACKEND_TRANSPORT",
         "EP_BACKEND_PEER_ACCESS",
+        "EP_BACKEND_PEER_ORDER",
         "EP_BACKEND_NUM_SMS",
     }
     ours = env.applied(environ)

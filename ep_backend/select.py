@@ -19,7 +19,9 @@ from ep_backend.facts import (
     gather,
     islands,
     nodes,
+    order_rates,
     parts,
+    peer_group,
     reaches,
     short_of_shared_memory,
     uneven,
@@ -34,6 +36,9 @@ from ep_backend.transports import OF_GPUS, OLDEST_CUDA
 # narrows this to what its build has for its device.
 AVAILABLE = frozenset({"cpu", "collective", "hier", *OF_GPUS})
 OWN_WISH = "the communicator's configuration"
+# The staggered order reads a row once for each of its ranks and does without bulk copies: it is chosen only
+# where it was so many times faster.
+STAGGERED_GAIN = 1.1
 
 
 class EnvValue(msgspec.Struct, frozen=True):
@@ -57,8 +62,11 @@ class Argument(msgspec.Struct, frozen=True):
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit.
-    ``misfit``: why a profile that was asked for would not have been chosen. ``warnings``: what a user should
-    be told unasked, a sentence each."""
+    ``peer_order``: how transport peer stores, "together" or "staggered"; ``peer_group``: ranks, one after
+    another, behind one PCIe switch, which then send to one switch at a time. ``misfit``: why a profile that
+    was asked for would not have been chosen. ``warnings``: what a user should be told unasked, a sentence
+    each.
+    """
 
     profile: str | None
     transport: str
@@ -66,6 +74,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     engine: tuple[Argument, ...] = ()
     sms: int | None = None
+    peer_order: str = "together"
+    peer_group: int = 1
     misfit: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -150,6 +160,7 @@ def select(
     environment, engine = _settings(chosen, facts)
     wished = chosen if profile != "auto" and chosen is profiles.find(profile, known) else None
     sms, why_sms, doubts = _sms(records, chosen, wished, transport, shape, num_sms)
+    order, why_order = _peer_order(records, transport)
     why_level = _keep_from_failed(environment, facts, refused)
     return Decision(
         profile=chosen.name if chosen else None,
@@ -160,6 +171,7 @@ def select(
                 why_profile,
                 why_transport,
                 *_ways(records, transport),
+                *([why_order] if why_order else []),
                 *([why_sms] if why_sms else []),
                 *_remarks(facts, transport, refused, why_transport),
                 *why_level,
@@ -171,6 +183,8 @@ def select(
             for n, s in sorted(engine[e].items())
         ),
         sms=sms,
+        peer_order=order,
+        peer_group=peer_group(records) if order == "staggered" else 1,
         misfit=tuple(unmet(chosen.recognition.require, facts)) if chosen and chosen.recognition else (),
         warnings=doubts,
     )
@@ -382,6 +396,28 @@ def _sms(
         return budget, "", problems
     why = f"SMs of an exchange: {said[0]}, tuned on this machine for this shape on {found[0].date}."
     return found[0].num_sms, why, problems
+
+
+def _peer_order(records: Sequence[Record], transport: str) -> tuple[str, str]:
+    """How transport peer stores, and why, where the reader may wonder. All ranks must do it alike; where they
+    have measured different rates, the staggered order must have been faster for each. Rates of other groups
+    behind switches do not count."""
+    wanted = env.get("EP_BACKEND_PEER_ORDER", records[0].environment)
+    if transport != "peer":
+        return "together", ""
+    if wanted != "auto":
+        return wanted, f"Order of stores: {wanted}, by EP_BACKEND_PEER_ORDER."
+    group = peer_group(records)
+    known = [one for one in order_rates(records) if one.group == group]
+    gains = {one.gain: one for one in known if one.gain is not None}
+    least = min(gains, default=1.0)
+    if least <= STAGGERED_GAIN:
+        return "together", ""
+    slower, faster = gains[least].together_bytes_per_s or 0, gains[least].staggered_bytes_per_s or 0
+    return "staggered", (
+        f"Order of stores: staggered, because these {len(gains[least].gpus)} GPUs, all at the same time, "
+        f"each store {faster / 1e9:.1f} GB/s rank after rank and {slower / 1e9:.1f} GB/s to all in turn."
+    )
 
 
 def _ways(records: Sequence[Record], transport: str) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import msgspec
 
 from ep_backend import profiles
+from ep_backend.checks import OrderRates
 from ep_backend.nvml import Gpu, Link
 from ep_backend.probe import Record
 
@@ -43,6 +44,20 @@ def pcie_machine(count=8, works=True, ancestor="PXB", **changes):
     """Records of ranks on a machine without NVLink. ``works``: whether the data check of a pair passed."""
     records = gpu_machine(count, nvlink=lambda a, b: False, **changes)
     return with_peer_access(records, works, ancestor)
+
+
+def with_orders(records, *measured, group=1):
+    """The same machine; each rank has measured a pair of ``measured``: bytes per second of each GPU in the
+    two orders. Fewer pairs: the other ranks have measured nothing."""
+    gpus = tuple(record.device for record in records)
+    rates = [
+        (OrderRates(gpus=gpus, group=group, together_bytes_per_s=together, staggered_bytes_per_s=staggered),)
+        for together, staggered in measured
+    ]
+    rates += [()] * (len(records) - len(rates))
+    return [
+        msgspec.structs.replace(record, orders=orders) for record, orders in zip(records, rates, strict=True)
+    ]
 
 
 def with_peer_access(records, works, ancestor):

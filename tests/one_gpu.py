@@ -29,7 +29,8 @@ class LocalTransport(PeerTransport):
     """All of the transport but what its ranks do together. ``windows``: of all ranks; ``mailboxes``: the same
     in host memory, for ranks of different ``parts``."""
 
-    def __init__(self, config, rank, windows, plan, mailboxes=(), parts=()):
+    def __init__(self, config, rank, windows, plan, mailboxes=(), parts=(), stagger=0):
+        self._stagger = stagger
         self._config, self._device, self._plan = config, windows[rank].device, plan
         self._rank, self._world = rank, len(windows)
         self.window_bytes = window_bytes(config, len(windows))
@@ -64,12 +65,12 @@ class LocalRank(ep.Communicator):
 
 
 @contextlib.contextmanager
-def local_ranks(config, world, *, plan=(), parts=(), device="cuda:0"):
+def local_ranks(config, world, *, plan=(), parts=(), stagger=0, device="cuda:0"):
     """``world`` communicators on one GPU; each has its share of SMs unless ``config.num_sms`` says less.
 
     ``plan``, how tokens are divided: () for the kernels' own choice, else tokens per chunk, segments of a
     row, warps per token, and whether by bulk copies (1 or 0). ``parts``: as for
-    `MixedTransport`; () for one window each.
+    `MixedTransport`; () for one window each. ``stagger``: as for `PeerTransport`.
     """
     device = torch.device(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -81,7 +82,8 @@ def local_ranks(config, world, *, plan=(), parts=(), device="cuda:0"):
     torch.cuda.synchronize(device)
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(LocalRank(config, r, windows, plan, mailboxes, parts)) for r in range(world)
+            stack.enter_context(LocalRank(config, r, windows, plan, mailboxes, parts, stagger))
+            for r in range(world)
         ]
 
 

@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int "
         "pad_id, "
         "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows, int "
-        "copies, int[] direct, bool staged) -> int");
+        "copies, int[] direct, bool staged, int stagger) -> int");
     m.def("cuda_exchange_destroy(int exchange) -> ()");
     m.def("gpu_bus_id(int device) -> str");
     m.def("cuda_host_register(int address, int bytes) -> int");
@@ -49,6 +49,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def("gpu_pair_latency(int pair, int rounds, int timeout_us) -> float");
     m.def("gpu_pair_bandwidth(int pair, bool copy_engine) -> float");
     m.def("gpu_fabric_handle(int device) -> str");
+    m.def("gpu_order_rates(int[] devices, int group, int bytes) -> (float, float)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
@@ -73,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("gpu_pair_latency", TORCH_BOX(&ep::ops::gpu_pair_latency));
     m.impl("gpu_pair_bandwidth", TORCH_BOX(&ep::ops::gpu_pair_bandwidth));
     m.impl("gpu_fabric_handle", TORCH_BOX(&ep::ops::gpu_fabric_handle));
+    m.impl("gpu_order_rates", TORCH_BOX(&ep::ops::gpu_order_rates));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {

@@ -1,6 +1,7 @@
-// Operators of the checks between two GPUs; see pair_ops.h.
+// Operators of the checks between GPUs; see pair_ops.h.
 #include "pair_ops.h"
 
+#include "../kernels/cuda/order_check.h"
 #include "../kernels/cuda/pair_check.h"
 
 namespace ep::ops {
@@ -43,6 +44,11 @@ double gpu_pair_bandwidth(int64_t pair, bool copy_engine) {
 
 std::string gpu_fabric_handle(int64_t device) {
     return cuda::fabric_handle(static_cast<int>(device));
+}
+
+std::tuple<double, double> gpu_order_rates(std::vector<int64_t> devices, int64_t group, int64_t bytes) {
+    const auto rates = cuda::order_rates({devices.begin(), devices.end()}, static_cast<int>(group), bytes);
+    return {rates.together, rates.staggered};
 }
 
 }  // namespace ep::ops

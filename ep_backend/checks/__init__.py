@@ -11,11 +11,24 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from ep_backend.checks import cache, supervise
-from ep_backend.checks.data import Direction, Results
-from ep_backend.nvml import Gpu, Link
+import msgspec
 
-__all__ = ["DEADLINE_S", "Direction", "Results", "has_fabric", "results", "staged", "testable"]
+from ep_backend.checks import cache, supervise
+from ep_backend.checks.data import Direction, OrderRates, Results
+from ep_backend.nvml import BEHIND_A_SWITCH, Gpu, Link
+
+__all__ = [
+    "DEADLINE_S",
+    "Direction",
+    "OrderRates",
+    "Results",
+    "has_fabric",
+    "order_matters",
+    "results",
+    "staged",
+    "switch_group",
+    "testable",
+]
 
 DEADLINE_S = 90.0  # for everything, waiting for another process that does the same included
 RETRY_S = 600.0  # what could not be tried is not tried again before that: other ranks ask, too
@@ -38,9 +51,10 @@ def results(
 ) -> Results:
     """What is known of this machine's GPUs; what is asked for and not known yet is tried out. Never raises.
 
-    ``gpus``, ``links``: all of the machine. ``among``: UUIDs between which every direction must be known, and
-    ``fabric``: those whose fabric handles must be; None: all that can be tested, so that () and () only look
-    up. ``fresh``: try it out again whatever is known.
+    ``gpus``, ``links``: all of the machine. ``among``: UUIDs between which every direction must be known and,
+    if all work and it matters, which order of stores is faster; ``fabric``: those whose fabric handles must
+    be; None: all that can be tested, so that () and () only look up. ``fresh``: try it out again whatever is
+    known.
     """
     try:
         environ = dict(os.environ) if environ is None else environ
@@ -54,8 +68,14 @@ def results(
         # Without a boot id nobody could tell whether a machine was started anew.
         place = cache.folder(environ) if boot_id and (len(can) > 1 or with_fabric) else None
         store = cache.Cache(place, gpus, cache.identity(gpus, links, driver, boot_id))
-        pairs = list(itertools.permutations(wanted, 2))
-        return _results(store, pairs, with_fabric, fresh, time.monotonic() + deadline_s, environ)
+        asked = _Asked(
+            pairs=tuple(itertools.permutations(wanted, 2)),
+            fabric=tuple(with_fabric),
+            order=OrderRates(gpus=tuple(wanted), group=switch_group(wanted, links))
+            if order_matters(wanted, links)
+            else None,
+        )
+        return _results(store, asked, fresh, time.monotonic() + deadline_s, environ)
     except Exception as error:
         return Results(problems=(f"the checks of peer access broke: {type(error).__name__}: {error}",))
 
@@ -63,6 +83,25 @@ def results(
 def testable(gpus: Sequence[Gpu]) -> list[str]:
     """UUIDs of the GPUs that CUDA can be asked for by UUID and that can have peers: not in slices (MIG)."""
     return [gpu.uuid for gpu in gpus if gpu.uuid.startswith("GPU-") and not gpu.mig]
+
+
+def order_matters(gpus: Sequence[str], links: Iterable[Link]) -> bool:
+    """Whether it may matter in which order these GPUs, by UUID, store into each other: with two there is but
+    one, and NVLink has the bandwidth for any."""
+    return len(gpus) > 2 and any(link.nvlink is False for link in links if {link.a, link.b} <= set(gpus))
+
+
+def switch_group(gpus: Sequence[str], links: Iterable[Link]) -> int:
+    """How many GPUs, one after another in ``gpus``, are behind one PCIe switch, if as many are behind each; 1
+    if not, or if all are behind one."""
+    near = {frozenset((link.a, link.b)) for link in links if link.ancestor in BEHIND_A_SWITCH}
+    for size in range(2, len(gpus) // 2 + 1):
+        if len(gpus) % size == 0 and all(
+            (frozenset((gpus[i], gpus[j])) in near) == (i // size == j // size)
+            for i, j in itertools.combinations(range(len(gpus)), 2)
+        ):
+            return size
+    return 1
 
 
 def has_fabric(gpu: Gpu) -> bool:
@@ -95,63 +134,77 @@ def staged(direction: Direction, source: Gpu, target: Gpu) -> str:
     )
 
 
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be known. ``order``: of the GPUs between which all ``pairs`` are."""
+
+    pairs: tuple[supervise.Pair, ...] = ()
+    fabric: tuple[str, ...] = ()
+    order: OrderRates | None = None
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.pairs or self.fabric or self.order)
+
+
 def _results(
-    store: cache.Cache,
-    pairs: list[supervise.Pair],
-    fabric: list[str],
-    fresh: bool,
-    end: float,
-    environ: Mapping[str, str],
+    store: cache.Cache, asked: _Asked, fresh: bool, end: float, environ: Mapping[str, str]
 ) -> Results:
     entry = store.load()
-    if not _unanswered(entry, pairs, fabric, fresh):
-        return _view(entry, fabric)
+    if _unanswered(entry, asked, fresh).nothing:
+        return _view(entry, asked.fabric)
     with store.locked(end) as mine:
         if not mine:
             problem = "another process was trying out peer access and did not finish in time"
-            return _view(store.load(), fabric, problem)
+            return _view(store.load(), asked.fabric, problem)
         entry = store.load()  # perhaps somebody else has just done it
-        asked = _unanswered(entry, pairs, fabric, fresh)
-        if asked:
-            entry = _tried(entry, *asked, end, environ)
+        left = _unanswered(entry, asked, fresh)
+        if not left.nothing:
+            entry = _tried(entry, left, end, environ)
             store.save(entry)
-    return _view(entry, fabric)
+    return _view(entry, asked.fabric)
 
 
-def _unanswered(
-    entry: cache.Entry, pairs: list[supervise.Pair], fabric: list[str], fresh: bool
-) -> tuple[list[supervise.Pair], list[str]] | None:
-    if not fresh:
-        old = not 0 <= time.time() - entry.at < RETRY_S
-        answered = {(d.source, d.target) for d in entry.directions if d.works is not None or not old}
-        pairs = [pair for pair in pairs if pair not in answered]
-        fabric = [gpu for gpu in fabric if entry.fabric.get(gpu) is None and (old or gpu not in entry.fabric)]
-    return (pairs, fabric) if pairs or fabric else None
+def _unanswered(entry: cache.Entry, asked: _Asked, fresh: bool) -> _Asked:
+    if fresh:
+        return asked
+    old = not 0 <= time.time() - entry.at < RETRY_S
+    answered = {(d.source, d.target) for d in entry.directions if d.works is not None or not old}
+    pairs = tuple(pair for pair in asked.pairs if pair not in answered)
+    fabric = tuple(
+        gpu for gpu in asked.fabric if entry.fabric.get(gpu) is None and (old or gpu not in entry.fabric)
+    )
+    measured = {one.gpus for one in entry.orders if one.failed or not one.problem or not old}
+    may_work = {(d.source, d.target) for d in entry.directions if d.works}.union(pairs)
+    order = asked.order
+    if order is not None and (order.gpus in measured or not may_work.issuperset(asked.pairs)):
+        order = None
+    return _Asked(pairs=pairs, fabric=fabric, order=order)
 
 
-def _tried(
-    entry: cache.Entry,
-    pairs: list[supervise.Pair],
-    fabric: list[str],
-    end: float,
-    environ: Mapping[str, str],
-) -> cache.Entry:
-    gpus = list(dict.fromkeys([*itertools.chain.from_iterable(pairs), *fabric]))
-    outcome = supervise.run(gpus, pairs, fabric, environ=environ, deadline_s=max(end - time.monotonic(), 0.0))
+def _tried(entry: cache.Entry, asked: _Asked, end: float, environ: Mapping[str, str]) -> cache.Entry:
+    compared = asked.order.gpus if asked.order else ()
+    gpus = list(dict.fromkeys([*itertools.chain.from_iterable(asked.pairs), *asked.fabric, *compared]))
+    outcome = supervise.run(
+        gpus, asked.pairs, asked.fabric, order=asked.order, environ=environ,
+        deadline_s=max(end - time.monotonic(), 0.0),
+    )  # fmt: skip
     directions = {(d.source, d.target): d for d in entry.directions} | outcome.directions
+    orders = {one.gpus: one for one in (*entry.orders, outcome.order) if one is not None}
     return cache.Entry(
         identity=entry.identity,
         at=time.time(),
         directions=tuple(directions[pair] for pair in sorted(directions)),
+        orders=tuple(orders[some] for some in sorted(orders)),
         fabric=entry.fabric | outcome.fabric,
         problems=tuple(outcome.problems),
     )
 
 
-def _view(entry: cache.Entry, fabric: list[str], *problems: str) -> Results:
+def _view(entry: cache.Entry, fabric: Iterable[str], *problems: str) -> Results:
     answers = {entry.fabric.get(gpu) for gpu in fabric}
     return Results(
         directions=entry.directions,
+        orders=entry.orders,
         fabric_works=False if False in answers else None if None in answers or not answers else True,
         problems=(*entry.problems, *problems),
     )

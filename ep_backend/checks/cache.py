@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from ep_backend import __version__
-from ep_backend.checks.data import Direction
+from ep_backend.checks.data import Direction, OrderRates
 from ep_backend.nvml import Gpu, Link
 
 LIBRARY = Path(__file__).parents[1] / "libep_backend.so"
@@ -30,6 +30,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     identity: str
     at: float = 0.0
     directions: tuple[Direction, ...] = ()
+    orders: tuple[OrderRates, ...] = ()
     fabric: dict[str, bool | None] = {}
     problems: tuple[str, ...] = ()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from ep_backend.checks.data import Begin, Direction, Done, Fabric, Line, Note, Request
+from ep_backend.checks.data import Begin, Direction, Done, Fabric, Line, Note, Order, OrderRates, Request
 
 ANSWER_S = 10.0  # for one direction, whose own waits are shorter
 START_S = 60.0  # until the first line: importing torch from a cold disk takes long
@@ -39,11 +39,17 @@ Pair = tuple[str, str]
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """What the workers found. Everything that was asked for is in here, tried or not."""
+    """What the workers found. Everything that was asked for is in here, tried or not; ``order`` if all
+    ``directions`` work."""
 
     directions: dict[Pair, Direction] = {}
     fabric: dict[str, bool | None] = {}
+    order: OrderRates | None = None
     problems: list[str] = []
+
+    @property
+    def all_work(self) -> bool:
+        return all(direction.works for direction in self.directions.values())
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,13 +65,15 @@ def run(
     pairs: Sequence[Pair],
     fabric: Sequence[str],
     *,
+    order: OrderRates | None = None,
     environ: Mapping[str, str],
     deadline_s: float,
     answer_s: float = ANSWER_S,
     start_s: float = START_S,
     command: Sequence[str] | None = None,
 ) -> Outcome:
-    """Try out ``pairs`` (source, target) and the fabric handles of ``fabric``, all UUIDs among ``gpus``.
+    """Try out ``pairs`` (source, target) and the fabric handles of ``fabric`` and, if all pairs work, compare
+    the orders of stores between the GPUs of ``order``; all UUIDs among ``gpus``.
 
     Ends within ``deadline_s`` and a few seconds. ``command`` takes the place of the worker in tests; the
     request is appended to it.
@@ -78,16 +86,19 @@ def run(
             gpus=tuple(gpus),
             pairs=tuple(pair for pair in pairs if pair not in outcome.directions),
             fabric=tuple(gpu for gpu in fabric if gpu not in outcome.fabric),
+            order=order if outcome.order is None and outcome.all_work else None,
             limit_s=max(limits.end - time.monotonic(), 0.0) + 5,
         )
-        if why or not (request.pairs or request.fabric):
+        if why or not (request.pairs or request.fabric or request.order):
             break
         why = _follow(request, environ, command, limits, outcome)
-    _fill_up(pairs, fabric, why or "the process that tries it broke too often", outcome)
+    _fill_up(pairs, fabric, order, why or "the process that tries it broke too often", outcome)
     return outcome
 
 
-def _fill_up(pairs: Sequence[Pair], fabric: Sequence[str], why: str, outcome: Outcome) -> None:
+def _fill_up(
+    pairs: Sequence[Pair], fabric: Sequence[str], order: OrderRates | None, why: str, outcome: Outcome
+) -> None:
     untried = [pair for pair in pairs if pair not in outcome.directions]
     for source, target in untried:
         outcome.directions[source, target] = Direction(
@@ -101,6 +112,8 @@ def _fill_up(pairs: Sequence[Pair], fabric: Sequence[str], why: str, outcome: Ou
         )
     if no_fabric:
         outcome.problems.append(f"fabric handles were not tried on {len(no_fabric)} GPUs: {why}")
+    if order and outcome.order is None and outcome.all_work:
+        _take(Order(msgspec.structs.replace(order, problem=f"not measured: {why}")), outcome)
 
 
 def _follow(
@@ -133,14 +146,15 @@ def _follow(
             if isinstance(line, Note):
                 return line.text
             at = line if isinstance(line, Begin) else None
-            _take(line, request, outcome)
+            if _was_asked(line, request):
+                _take(line, outcome)
     except TimeoutError:
         waited = time.monotonic() - since
         if not heard:
             return f"the process that tries it said nothing within {waited:.2g} s"
         if at is None or waited < limits.answer_s / 2:
             return "the time for it was up"
-        _failed(at, f"no answer within {waited:.2g} s", outcome)
+        _failed(at, request, f"no answer within {waited:.2g} s", outcome)
         return ""
     finally:
         status = worker.end()
@@ -149,28 +163,40 @@ def _follow(
     if not heard or -status in _FROM_OUTSIDE:
         return ended
     if at is not None:
-        _failed(at, ended, outcome)
+        _failed(at, request, ended, outcome)
     return ""
 
 
-def _take(line: Line, request: Request, outcome: Outcome) -> None:
+def _was_asked(line: Line, request: Request) -> bool:
     if isinstance(line, Done):
-        pair = (line.direction.source, line.direction.target)
-        if pair in request.pairs:
-            outcome.directions[pair] = line.direction
-    elif isinstance(line, Fabric) and line.gpu in request.fabric:
+        return (line.direction.source, line.direction.target) in request.pairs
+    if isinstance(line, Fabric):
+        return line.gpu in request.fabric
+    if isinstance(line, Order) and request.order is not None:
+        return (line.rates.gpus, line.rates.group) == (request.order.gpus, request.order.group)
+    return False
+
+
+def _take(line: Line, outcome: Outcome) -> None:
+    if isinstance(line, Done):
+        outcome.directions[line.direction.source, line.direction.target] = line.direction
+    elif isinstance(line, Fabric):
         outcome.fabric[line.gpu] = line.works
         if line.problem:
             outcome.problems.append(f"fabric handle of {line.gpu}: {line.problem}")
+    elif isinstance(line, Order):
+        outcome.order = line.rates
+        if line.rates.problem:
+            outcome.problems.append(f"orders of stores: {line.rates.problem}")
 
 
-def _failed(at: Begin, problem: str, outcome: Outcome) -> None:
+def _failed(at: Begin, request: Request, problem: str, outcome: Outcome) -> None:
     if at.target:
-        direction = Direction(source=at.source, target=at.target, works=False, problem=problem)
-        outcome.directions[at.source, at.target] = direction
-    else:
-        outcome.fabric[at.source] = False
-        outcome.problems.append(f"fabric handle of {at.source}: {problem}")
+        _take(Done(Direction(source=at.source, target=at.target, works=False, problem=problem)), outcome)
+    elif at.source:
+        _take(Fabric(at.source, False, problem), outcome)
+    elif request.order is not None:
+        _take(Order(msgspec.structs.replace(request.order, failed=True, problem=problem)), outcome)
 
 
 def _decoded(text: str) -> Line | None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import faulthandler
 import random
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from ep_backend.checks.data import Begin, Direction, Done, Fabric, Line, Note, Request
+from ep_backend.checks.data import Begin, Direction, Done, Fabric, Line, Note, Order, OrderRates, Request
 from ep_backend.errors import EpError
 
 BYTES = 16 << 20  # on each of the two GPUs, beside what CUDA itself takes
+ORDER_BYTES = 2 << 20  # on each GPU, for each that stores into it
 ROUNDS = 8
 FLAG_ROUNDS = 500
 TIMEOUT_S = 2.0  # of a wait on a GPU
@@ -38,15 +40,20 @@ def main(text: str) -> int:
     if found != len(request.gpus):
         return _nothing(f"CUDA shows {found} of {len(request.gpus)} GPUs to PyTorch {torch.__version__}")
     ordinals = {uuid: ordinal for ordinal, uuid in enumerate(request.gpus)}
+    all_work = True
     for source, target in request.pairs:
         _say(Begin(source, target))
         direction, broken = try_direction(ops, ordinals[source], ordinals[target], source, target)
         _say(Done(direction))
         if broken:  # CUDA reports the same error from now on, whatever is asked: a fresh process goes on
             return 1
+        all_work = all_work and direction.works is True
     for gpu in request.fabric:
         _say(Begin(gpu))
         _say(try_fabric(ops, ordinals[gpu], gpu))
+    if request.order and all_work:
+        _say(Begin())
+        _say(try_orders(ops, [ordinals[gpu] for gpu in request.order.gpus], request.order))
     return 0
 
 
@@ -112,6 +119,16 @@ def try_fabric(ops: Any, ordinal: int, gpu: str) -> Fabric:
     except RuntimeError as error:
         return Fabric(gpu, None, f"not tried: {first_line(error)}")
     return Fabric(gpu, not problem, problem)
+
+
+def try_orders(ops: Any, ordinals: Sequence[int], of: OrderRates) -> Order:
+    """Compare the orders of stores between the GPUs of ``of``, which all reach each other."""
+    try:
+        together, staggered = ops.gpu_order_rates(list(ordinals), of.group, ORDER_BYTES)
+    except RuntimeError as error:
+        return Order(msgspec.structs.replace(of, problem=f"not measured: {first_line(error)}"))
+    rates = {"together_bytes_per_s": together, "staggered_bytes_per_s": staggered}
+    return Order(msgspec.structs.replace(of, **rates))
 
 
 def first_line(error: BaseException) -> str:

@@ -57,6 +57,8 @@ def as_json(
         "conflicts": msgspec.to_builtins(conflicts),
         "engine_arguments": msgspec.to_builtins(decision.engine),
         "sms": decision.sms,
+        "peer_order": decision.peer_order,
+        "peer_group": decision.peer_group,
     }
 
 
@@ -75,9 +77,13 @@ def chosen(decision: Decision) -> list[str]:
     budget = (
         [] if decision.sms is None else [f"SM budget    {decision.sms}; num_sms of a communicator goes first"]
     )
+    order = "order        staggered: a rank stores all to one rank, then all to the next"
+    if decision.peer_group > 1:
+        order += f"; {decision.peer_group} ranks behind a switch always to such as are behind one"
     return [
         f"profile      {decision.profile or 'none'}",
         f"transport    {decision.transport}",
+        *([order] if decision.peer_order == "staggered" else []),
         *budget,
         f"reason       {decision.reason}",
     ]

@@ -10,6 +10,7 @@ from ep_backend.cli import choice
 from ep_backend.doctor.findings import Finding, gpu_names
 from ep_backend.doctor.report import Report
 from ep_backend.doctor.warmup import WarmUp
+from ep_backend.facts import order_rates
 from ep_backend.nvml import Gpu, Link
 from ep_backend.probe import Record
 
@@ -141,6 +142,12 @@ def _peer_access(record: Record) -> list[str]:
     )
     for title, show in numbers:
         shown += [f"{title}:", *_matrix(used, record, of(show))]
+    for rates in order_rates([record]):
+        together, staggered = rates.together_bytes_per_s, rates.staggered_bytes_per_s
+        shown += [
+            f"All at the same time, GB/s of each: {_scaled(together, 1e-9)} to all in turn (together), "
+            f"{_scaled(staggered, 1e-9)} GPU after GPU (staggered)"
+        ]
     atomics = [one.atomics for one in found.values() if one.atomics is not None]
     if atomics:
         pairs = "all pairs" if all(atomics) else "some pairs" if any(atomics) else "no pair"

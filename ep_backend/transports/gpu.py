@@ -63,6 +63,7 @@ class GpuTransport(Transport):
     capturable = True
     recoverable = True
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
+    _stagger = 0  # ranks of a group in the staggered order; 0: each row to all its ranks in turn
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class GpuTransport(Transport):
                 windows.own.data_ptr() if windows.copies or windows.direct else 0,
                 list(windows.direct),
                 windows.staged,
+                self._stagger,
             )
         )
 

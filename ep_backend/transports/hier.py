@@ -148,7 +148,7 @@ class HierTransport(Transport):
         self._network = GpuCollectiveTransport(group, network, device, self._partners)
         reaching = [set(part) for part in parts]
         if all(any(part.issuperset(each) for part in reaching) for each in self._nodes):
-            self._node = PeerTransport(group, node, device, ranks)
+            self._node = PeerTransport(group, node, device, ranks=ranks)
         elif any(len(part.intersection(each)) > 1 for part in reaching for each in self._nodes):
             self._node = MixedTransport(group, node, device, parts, ranks)
         else:

@@ -3,18 +3,37 @@ whose own barriers are not used. Where only some ranks of a group exchange, desc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
 from ep_backend import rendezvous
+from ep_backend.config import EpConfig
 from ep_backend.transports import gpu_memory
 from ep_backend.transports.gpu import GpuTransport, Windows
 
 
 class PeerTransport(GpuTransport):
-    """Received rows are the window itself: nothing is copied after they have come."""
+    """Received rows are the window itself: nothing is copied after they have come.
+
+    ``stagger``: 0, or how many ranks, one after another, share a link. Then a rank sends everything to one
+    rank, then to the next, to itself last, instead of each row to all its ranks, and the ranks that share a
+    link always send to such as share one. It divides the number of ranks and is equal on all.
+    """
 
     name = "peer"
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        config: EpConfig,
+        device: torch.device,
+        stagger: int = 0,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
+        self._stagger = stagger
+        super().__init__(group, config, device, ranks)
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
         if self._world < dist.get_world_size(group):

@@ -1,10 +1,10 @@
 """Small exchanges on one GPU for compute-sanitizer (test_sanitizers.py), compared with the reference.
 
-usage: sanitized.py own|bulk|mixed|short
+usage: sanitized.py own|bulk|mixed|staggered|short
 
 own: as the kernels divide tokens themselves; bulk: by bulk copies; mixed: some ranks write into each other's
-GPU memory and others into memory of the host; short: combine is given memory that is too short for its
-result, which a memory checker must notice.
+GPU memory and others into memory of the host; staggered: rank after rank; short: combine is given
+memory that is too short for its result, which a memory checker must notice.
 """
 
 import sys
@@ -17,7 +17,7 @@ from one_gpu import differences, local_ranks
 
 import ep_backend as ep
 
-PLANS = {"own": (), "bulk": (4, 1, 4, 1), "mixed": ()}
+PLANS = {"own": (), "bulk": (4, 1, 4, 1), "mixed": (), "staggered": ()}
 PARTS = {("mixed", 3): ((0, 2), (1,))}
 LAYOUTS = ("rank_major", "compact", "expert_major")
 PAYLOADS = {
@@ -50,7 +50,8 @@ def exchanges(plan):
                 # A few blocks: more would only take longer.
                 wanted = config(world, layout=layout, num_sms=4, **payload)
                 parts = PARTS.get((plan, world), ())
-                with local_ranks(wanted, world, plan=PLANS[plan], parts=parts) as comms:
+                stagger = int(plan == "staggered")
+                with local_ranks(wanted, world, plan=PLANS[plan], parts=parts, stagger=stagger) as comms:
                     for number, (ranks, slots, tokens, routing) in enumerate(EXCHANGES):
                         if ranks != world:
                             continue

@@ -12,8 +12,8 @@ from harness import ranks
 import ep_backend as ep
 from ep_backend import checks
 from ep_backend._native import HAS_CUDA, ops
-from ep_backend.checks import worker
-from ep_backend.nvml import Gpu
+from ep_backend.checks import OrderRates, worker
+from ep_backend.nvml import Gpu, Link
 from ep_backend.probe import probe
 
 pytestmark = [
@@ -112,6 +112,46 @@ def test_too_little_memory_is_not_tried():
     assert (direction.works, broken) == (None, False)
     assert direction.problem == "not tried: cudaMalloc failed: out of memory"
     assert worker.try_direction(ops, 0, 1, "a", "b")[0].works, "the error is not taken for one of the next"
+
+
+def print_orders(rates):
+    print(f"\n{len(rates.gpus)} GPUs: {rates.problem or 'GB/s of each'}", end="")
+    if rates.gain is not None:
+        together, staggered = rates.together_bytes_per_s / 1e9, rates.staggered_bytes_per_s / 1e9
+        print(f", together {together:.1f}, staggered {staggered:.1f}")
+
+
+def test_orders_of_stores_on_one_gpu():
+    """All ranks are one GPU: that it measures and ends, not how fast it is."""
+    needs(1)
+    of = OrderRates(gpus=("a", "b", "c", "d"), group=2)
+    worker.try_orders(ops, [0] * 4, of)  # contexts and kernels stay
+    before, begin = torch.cuda.mem_get_info(0)[0], time.monotonic()
+    for _ in range(4):
+        rates = worker.try_orders(ops, [0] * 4, of).rates
+        print_orders(rates)
+        assert (rates.gpus, rates.group, rates.problem) == (of.gpus, 2, "")
+        assert min(rates.together_bytes_per_s, rates.staggered_bytes_per_s) > 1e9
+        assert 0.1 < rates.gain < 10
+    assert time.monotonic() - begin < 4
+    assert before - torch.cuda.mem_get_info(0)[0] < worker.ORDER_BYTES
+    for devices, group in (([0], 1), ([0] * 4, 3), ([0] * 4, 0), ([0] * 17, 1)):
+        with pytest.raises(RuntimeError, match="2 to 16 GPUs in equal groups and a size were wanted"):
+            ops.gpu_order_rates(devices, group, worker.ORDER_BYTES)
+    with mock.patch.object(worker, "ORDER_BYTES", 1 << 44):
+        problem = worker.try_orders(ops, [0] * 4, of).rates.problem
+    assert problem == "not measured: cudaMalloc failed: out of memory"
+
+
+def test_orders_of_stores_are_compared_and_remembered(environ):
+    needs(3)
+    links = [Link(a=a.uuid, b=b.uuid, nvlink=False) for a, b in itertools.combinations(gpus(), 2)]
+    found = checks.results(gpus(), links, "driver", "boot", environ=environ)
+    (rates,) = found.orders
+    print_orders(rates)
+    assert rates.gpus == tuple(gpu.uuid for gpu in gpus())
+    assert min(rates.together_bytes_per_s, rates.staggered_bytes_per_s) > 1e9
+    assert checks.results(gpus(), links, "driver", "boot", environ=environ) == found
 
 
 def test_a_fabric_handle_is_tried_and_the_answer_has_a_reason():

@@ -125,6 +125,22 @@ def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
     assert ranks(world).run(same_bits_job, transport, more, timeout=120) == [[]] * world
 
 
+def staggered_job(rank, group):
+    """Every rank's order of stores, and what differs."""
+    with mock.patch.dict(os.environ, {"EP_BACKEND_PEER_ORDER": "staggered"}):
+        more = {"payload": torch.bfloat16}
+        small = config(more, torch.distributed.get_world_size(group), "peer")
+        with ep.Communicator(group, small, device=f"cuda:{rank}") as comm:
+            order = comm.decision.peer_order
+        return order, same_bits_job(rank, group, "peer", more)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_bits_in_staggered_order(world):
+    needs(world)
+    assert ranks(world).run(staggered_job, timeout=120) == [("staggered", [])] * world
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [1, 2, 4])

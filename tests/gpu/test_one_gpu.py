@@ -10,6 +10,7 @@ from one_gpu import MOST_STREAMS, LocalRank, differences, local_ranks, streams
 from whole_numbers import Bank, factors_of
 
 import ep_backend as ep
+from ep_backend.selftest import inputs
 from ep_backend.transports.gpu import window_bytes
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +33,7 @@ PARTS = (
 )
 # 4 tokens a chunk, by bulk copies, which the kernels would not choose for few tokens.
 BULK = (4, 1, 4, 1)
+GROUPS = {16: 4, 33: 1, 72: 8}  # by number of ranks, for the staggered order
 # Kernels of several ranks are under way at the same time, so each stream needs a hardware queue of its own.
 ENVIRON = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
@@ -69,10 +71,10 @@ def config(more, world, **common):
     return ep.EpConfig(**{**usual, **more, **common, "transport": "peer"})
 
 
-def exchanges_job(rank, group, config, world, cases, plan, parts=()):
+def exchanges_job(rank, group, config, world, cases, plan, parts=(), stagger=0):
     """The cases in halves and, where every rank has a stream of its own, whole in turns."""
     wrong, chance = [], random.Random(world)
-    with local_ranks(config, world, plan=plan, parts=parts) as comms:
+    with local_ranks(config, world, plan=plan, parts=parts, stagger=stagger) as comms:
         on = streams(comms)
         # A whole compact dispatch waits for the GPU on the host, before the next rank's has been launched.
         may_be_whole = world <= MOST_STREAMS and config.layout != "compact"
@@ -110,6 +112,18 @@ def test_same_bits_as_the_reference(process, world, plan, name, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("world", "stagger", "plan"), [(1, 1, ()), (3, 1, ()), (8, 4, ()), (4, 2, BULK)], ids=lambda v: str(v)
+)
+def test_same_bits_in_staggered_order(process, world, stagger, plan, name, layout):
+    """A plan for bulk copies, too, which are not used then."""
+    more = config(CONFIGS[name], world, layout=layout)
+    (wrong,) = process.run(exchanges_job, more, world, CASES, plan, (), stagger, timeout=120)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 def test_some_reach_each_other_and_others_do_not(process, parts, name, layout):
     """Rows inside a part go to the GPU's window, between parts through host memory."""
@@ -119,10 +133,10 @@ def test_some_reach_each_other_and_others_do_not(process, parts, name, layout):
     assert wrong == []
 
 
-def left_open_job(rank, group, config, parts):
+def left_open_job(rank, group, config, parts, stagger):
     """Exchanges that nobody combines, at every point where one can be left; the next one must be right."""
     wrong = []
-    with local_ranks(config, 4, parts=parts) as comms:
+    with local_ranks(config, 4, parts=parts, stagger=stagger) as comms:
         device = comms[0].device
         for point in ("sent", "received", "returned"):
             x = torch.ones(6, config.hidden_size, dtype=config.payload, device=device)
@@ -140,21 +154,111 @@ def left_open_job(rank, group, config, parts):
     return wrong
 
 
-def test_exchanges_left_open(process):
+@pytest.mark.parametrize(("parts", "stagger"), [(PARTS[0], 0), ((), 1)])
+def test_exchanges_left_open(process, parts, stagger):
     wanted = config({"payload": torch.bfloat16}, 4)
-    (wrong,) = process.run(left_open_job, wanted, PARTS[0], timeout=60)
+    (wrong,) = process.run(left_open_job, wanted, parts, stagger, timeout=60)
     assert wrong == []
 
 
-@pytest.mark.parametrize("plan", [(), BULK], ids=["own plan", "bulk"])
+def graphs_job(rank, group, config, world):
+    """Captured exchanges in staggered order, replayed with other rows, between eager ones."""
+    wrong, slots = [], 24
+    with local_ranks(config, world, stagger=2) as comms:
+        on, device = streams(comms), comms[0].device
+        calls = [
+            inputs.make_call(config, world, r, seed=1, count=slots - r, routing="uniform")
+            for r in range(world)
+        ]
+        given = [[t.to(device) for t in (call.x, call.topk_ids, call.topk_weights)] for call in calls]
+        outs = [torch.empty_like(x) for x, _, _ in given]
+
+        def exchange(comm):
+            received, handle = comm.dispatch(*given[comm.rank], tokens_per_rank=slots)
+            live = (received.topk_ids != config.pad_id).any(1, keepdim=True)
+            comm.combine(torch.where(live, received.rows, torch.nan), handle, out=outs[comm.rank])
+
+        def replay(comm):
+            graphs[comm.rank].replay()
+
+        def on_all(act):
+            torch.cuda.synchronize()
+            for comm, stream in zip(comms, on, strict=True):
+                with torch.cuda.stream(stream):
+                    act(comm)
+            torch.cuda.synchronize()
+
+        on_all(exchange)
+        want = [out.clone() for out in outs]
+        assert all(out.any() for out in want)
+        graphs = []
+        for comm, stream in zip(comms, on, strict=True):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], stream=stream):
+                exchange(comm)
+        for number in range(1, 7):
+            for (x, _, _), out in zip(given, outs, strict=True):
+                x.mul_(2)  # exact, and so are all sums of it
+                out.fill_(-1)
+            on_all(exchange if number % 3 == 0 else replay)
+            wrong += [(number, r) for r in range(world) if not torch.equal(outs[r], want[r] * 2**number)]
+        for comm in comms:
+            comm.check()
+    return wrong
+
+
+def test_graphs_in_staggered_order(process):
+    (wrong,) = process.run(graphs_job, config({"payload": torch.bfloat16}, 4), 4, timeout=60)
+    assert wrong == []
+
+
+def absent_job(rank, group, config):
+    """Rank 1 of 3 does not come, to a dispatch or to a combine: what the others say."""
+    said = []
+    for phase in ("dispatch", "combine"):
+        with local_ranks(config, 3, stagger=1) as comms:
+            device, on = comms[0].device, streams(comms)
+            x = torch.ones(6, config.hidden_size, dtype=config.payload, device=device)
+            ids = torch.arange(config.top_k, device=device).expand(6, -1)
+            weights = torch.ones(6, config.top_k, device=device)
+            torch.cuda.synchronize()
+            opened = []
+            for comm, stream in zip(comms, on, strict=True):
+                with torch.cuda.stream(stream):
+                    if phase == "combine" or comm.rank != 1:
+                        opened.append((comm, stream, *comm.dispatch(x, ids, weights, tokens_per_rank=6)))
+            for comm, stream, received, handle in opened if phase == "combine" else ():
+                with torch.cuda.stream(stream):
+                    if comm.rank != 1:
+                        comm.combine(received.rows, handle)
+            torch.cuda.synchronize()
+            for comm in (comms[0], comms[2]):
+                try:
+                    comm.check()
+                except ep.EpTimeoutError as error:
+                    said.append((comm.rank, error.peer, error.phase))
+    return said
+
+
+def test_a_rank_that_does_not_come_in_staggered_order(process):
+    wanted = config({"payload": torch.bfloat16}, 3, timeout_s=0.5)
+    (said,) = process.run(absent_job, wanted, timeout=60)
+    assert said == [(0, 1, "dispatch"), (2, 1, "dispatch"), (0, 1, "combine"), (2, 1, "combine")]
+
+
+@pytest.mark.parametrize(
+    ("plan", "staggered"), [((), False), (BULK, False), ((), True)], ids=["own plan", "bulk", "staggered"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("world", "hidden"), [(16, 1000), (33, 136), (72, 264)])
-def test_many_ranks(process, world, hidden, layout, plan):
+def test_many_ranks(process, world, hidden, layout, plan, staggered):
     """More ranks than a word has bits; rows of an odd number of 16 bytes; most experts and top-k."""
     more = {"hidden_size": hidden, "num_experts": 1024, "top_k": 16, "max_tokens_per_rank": 20}
     wanted = config(more, world, layout=layout, payload=torch.bfloat16)
     cases = ((3, "uniform"), (1, "skew"), (5, "sparse"))
-    (wrong,) = process.run(exchanges_job, wanted, world, cases, plan, timeout=300)
+    (wrong,) = process.run(
+        exchanges_job, wanted, world, cases, plan, (), GROUPS[world] * staggered, timeout=300
+    )
     assert wrong == []
 
 

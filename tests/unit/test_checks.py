@@ -15,7 +15,7 @@ import pytest
 
 from ep_backend import checks
 from ep_backend.checks import cache, supervise, worker
-from ep_backend.checks.data import Direction, Fabric, Request
+from ep_backend.checks.data import Direction, Fabric, OrderRates, Request
 from ep_backend.nvml import Gpu, Link
 
 GPUS = tuple(Gpu(uuid=f"GPU-{name}", bus_id=f"00000000:0{i}:00.0") for i, name in enumerate("abc"))
@@ -38,19 +38,30 @@ def good(pair):
                                 "store_bytes_per_s": 5e10, "latency_s": 1e-6})
 pairs = [tuple(pair) for pair in request["pairs"]]
 """
-FINE = """
+PAIRS_FINE = """
 for pair in pairs: good(pair)
 for gpu in request["fabric"]: out(type="fabric", gpu=gpu, works=True)
 """
+FINE = (
+    PAIRS_FINE
+    + """
+if request["order"]:
+    begin(("", ""))
+    out(type="order", rates={**request["order"], "together_bytes_per_s": 4e9,
+                             "staggered_bytes_per_s": 1e10})
+"""
+)
+ORDER = OrderRates(gpus=tuple(UUIDS))
+MEASURED = OrderRates(gpus=tuple(UUIDS), together_bytes_per_s=4e9, staggered_bytes_per_s=1e10)
 
 
 def fake(body):
     return (sys.executable, "-c", PREAMBLE + body)
 
 
-def run(body, pairs=PAIRS, fabric=(), deadline_s=20.0, answer_s=1.0, start_s=10.0, environ=None):
+def run(body, pairs=PAIRS, fabric=(), order=None, deadline_s=20.0, answer_s=1.0, start_s=10.0, environ=None):
     return supervise.run(
-        UUIDS, pairs, fabric, environ=dict(os.environ) if environ is None else environ,
+        UUIDS, pairs, fabric, order=order, environ=dict(os.environ) if environ is None else environ,
         deadline_s=deadline_s, answer_s=answer_s, start_s=start_s, command=fake(body),
     )  # fmt: skip
 
@@ -129,6 +140,36 @@ def test_a_note_is_the_reason():
     assert {d.problem for d in outcome.directions.values()} == {"not tried: this build has no CUDA kernels"}
     assert outcome.fabric == {"GPU-a": None}
     assert len(outcome.problems) == 2
+
+
+def test_orders_are_compared_where_all_directions_work():
+    outcome = run(FINE, order=ORDER)
+    assert (outcome.order, outcome.problems) == (MEASURED, [])
+    assert run(FINE, pairs=(), order=ORDER).order == MEASURED
+    failed = """
+if pairs:
+    out(type="done", direction={"source": "GPU-a", "target": "GPU-b", "works": False})
+    pairs, request["order"] = pairs[1:], None
+"""
+    assert run(failed + FINE, order=ORDER).order is None, "no fresh worker is asked for it, either"
+
+
+@pytest.mark.parametrize(
+    ("body", "failed", "words"),
+    [
+        ("begin(('', '')); time.sleep(60)", True, "no answer within"),
+        ("begin(('', '')); os._exit(3)", True, "ended with status 3"),
+        ("begin(('', '')); os.kill(os.getpid(), signal.SIGKILL)", False, "not measured: the process that"),
+        ("out(type='note', text='no memory left')", False, "not measured: no memory left"),
+    ],
+)
+def test_orders_that_could_not_be_compared(body, failed, words):
+    outcome = run(PAIRS_FINE + body, order=ORDER, answer_s=0.5)
+    assert all(direction.works for direction in outcome.directions.values())
+    assert (outcome.order.gpus, outcome.order.gain, outcome.order.failed) == (tuple(UUIDS), None, failed)
+    assert words in outcome.order.problem
+    (problem,) = outcome.problems
+    assert problem == f"orders of stores: {outcome.order.problem}"
 
 
 def test_garbage_between_the_lines_is_no_answer():
@@ -228,6 +269,7 @@ class FakeOps:
                 "gpu_pair_latency": self.latency,
                 "gpu_pair_bandwidth": 4e11 if arguments[1:] == (True,) else 3e11,
                 "gpu_fabric_handle": self.fabric,
+                "gpu_order_rates": (4e9, 1e10),
             }[name]
 
         return call
@@ -265,6 +307,13 @@ def test_fabric_handles():
     assert worker.try_fabric(FakeOps(), 0, "GPU-a") == Fabric("GPU-a", True)
     assert worker.try_fabric(FakeOps(fabric="cuMemCreate gives X"), 0, "GPU-a").works is False
     assert worker.try_fabric(FakeOps(broken="gpu_fabric_handle"), 0, "GPU-a").works is None
+
+
+def test_orders():
+    assert worker.try_orders(FakeOps(), [0, 1, 2], ORDER).rates == MEASURED
+    rates = worker.try_orders(FakeOps(broken="gpu_order_rates"), [0, 1, 2], ORDER).rates
+    assert rates.problem == "not measured: gpu_order_rates failed: out of memory"
+    assert (rates.gain, rates.failed) == (None, False)
 
 
 # --- what is remembered ---
@@ -361,6 +410,37 @@ def test_a_failure_is_remembered_and_what_was_not_tried_is_tried_later(machine, 
     found, starts = machine(gpus=GPUS[:2])
     assert starts == 1
     assert {direction.works for direction in found.directions} == {True}
+
+
+def test_orders_are_compared_once_for_each_group(machine, monkeypatch):
+    first, starts = machine()
+    assert (first.orders, starts) == ((MEASURED,), 1)
+    assert machine() == (first, 0)
+    assert machine(among=["GPU-a", "GPU-b"])[1] == 0, "two GPUs have one order"
+    four = (*GPUS, Gpu(uuid="GPU-d"))
+    more = (*LINKS, *(Link(a=a, b="GPU-d", nvlink=True) for a in UUIDS))
+    found, _ = machine(gpus=four, links=more)
+    found, starts = machine(gpus=four, links=more, among=UUIDS)
+    assert (len(found.orders), starts) == (2, 1), "what directions are known need not be tried again"
+    near = [("GPU-a", "GPU-b"), ("GPU-c", "GPU-d")]
+    more = tuple(
+        Link(a=a, b=b, nvlink=False, ancestor="PIX" if (a, b) in near else "PHB")
+        for a, b in itertools.combinations([gpu.uuid for gpu in four], 2)
+    )
+    assert machine(gpus=four, links=more)[0].orders[0].group == 2
+    joined = tuple(msgspec.structs.replace(link, nvlink=True) for link in LINKS)
+    assert machine(links=joined)[0].orders == ()
+
+    body = PAIRS_FINE + "if request['order']: out(type='note', text='no memory left')"
+    untried, _ = machine(boot_id="another", body=body)
+    assert untried.orders[0].problem == "not measured: no memory left"
+    assert machine(boot_id="another")[1] == 0, "other ranks do not try it again at once"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + checks.RETRY_S + 1)
+    assert machine(boot_id="another")[0].orders == (MEASURED,)
+    hung, _ = machine(boot_id="third", body=PAIRS_FINE + "begin(('', '')); time.sleep(60)")
+    monkeypatch.setattr(time, "time", lambda: now + 3 * checks.RETRY_S)
+    assert machine(boot_id="third") == (hung, 0), "a broken machine pays once per boot"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"identity": 3}', b"\xff" * 100, b"null"])
@@ -473,6 +553,18 @@ def test_nothing_escapes(machine, monkeypatch):
 # --- which GPUs, and what the numbers say ---
 
 
+@pytest.mark.parametrize(
+    ("switches", "group"),
+    [("aabb", 2), ("aaabbb", 3), ("abab", 1), ("aaaa", 1), ("abcd", 1), ("aab", 1), ("aabbbb", 1), ("", 1)],
+)
+def test_groups_behind_switches(switches, group):
+    links = [
+        Link(a=str(i), b=str(j), ancestor="PXB" if switches[i] == switches[j] else "NODE")
+        for i, j in itertools.combinations(range(len(switches)), 2)
+    ]
+    assert checks.switch_group([str(i) for i in range(len(switches))], links) == group
+
+
 def test_slices_and_undescribed_gpus_are_not_tried(machine):
     gpus = (*GPUS[:2], Gpu(uuid="GPU-m", mig=True), Gpu(uuid="undescribed-3"), Gpu(uuid="MIG-4"))
     assert checks.testable(gpus) == ["GPU-a", "GPU-b"]
@@ -517,5 +609,5 @@ def test_peer_access_that_is_staged_through_the_host(speed, said):
 
 
 def test_requests_and_results_are_plain_data():
-    request = Request(gpus=("a",), pairs=(("a", "b"),), fabric=(), limit_s=1.0)
+    request = Request(gpus=("a",), pairs=(("a", "b"),), fabric=(), order=ORDER, limit_s=1.0)
     assert msgspec.json.decode(msgspec.json.encode(request), type=Request) == request

@@ -11,6 +11,7 @@ from doctor_machines import BROKEN, EVERYTHING, PROFILES, SMALL, cpus, examined,
 
 from ep_backend import cli, env, profiles
 from ep_backend.bench.engines import models
+from ep_backend.checks import OrderRates
 from ep_backend.doctor import command, picture, report, shapes, text, warmup
 from ep_backend.errors import EpConfigError
 
@@ -114,6 +115,21 @@ def test_text_of_failed_and_missing_checks():
     unknown = shown(gpus(2, directions=()))
     assert "not tried" in unknown
     assert "no expectation: the links were not measured" in unknown
+
+
+def test_text_of_the_orders_of_stores():
+    def of(staggered, count=4):
+        rates = {"together_bytes_per_s": 6.5e9, "staggered_bytes_per_s": staggered}
+        orders = (OrderRates(gpus=tuple(map(uuid, range(count))), **rates),)
+        return shown(gpus(4, nvlink=none, ancestor="PHB", rate=50e9, orders=orders))
+
+    found = of(49e9)
+    line = "All at the same time, GB/s of each: 6.5 to all in turn (together), 49 GPU after GPU (staggered)"
+    assert f"\n{line}\n" in found
+    assert "\norder        staggered: a rank stores all to one rank, then all to the next\n" in found
+    assert "each store 49.0 GB/s rank after rank and 6.5 GB/s to all in turn" in " ".join(found.split())
+    assert "\norder " not in of(6.6e9)
+    assert "All at the same time" not in of(49e9, count=3), "of other GPUs"
 
 
 def test_text_of_a_failed_warm_up():

@@ -9,6 +9,8 @@ from machines import (
     one_bad_pair,
     pairs,
     pcie_machine,
+    two,
+    with_orders,
     with_peer_access,
 )
 
@@ -184,7 +186,11 @@ def test_what_one_rank_found_out_counts_for_all():
         ([cpu_rank()] * 2, False),
         (gpu_machine(4), False),
         (pcie_machine(4, works=None), True),
-        (pcie_machine(4), False),
+        (pcie_machine(4), True),
+        (with_orders(pcie_machine(4), (1e9, 1e9)), False),
+        (with_orders(pcie_machine(4), (1e9, 1e9))[:3], True),
+        (pcie_machine(2), False),
+        (two(pcie_machine, 2), False),
         (pcie_machine(4, works=False), False),
         (pcie_machine(4, works=None, used=[1]), False),
         (gpu_machine(4, nvlink=lambda a, b: None), False),

@@ -257,7 +257,7 @@ def test_a_group_tries_out_its_gpus_once_it_knows_them():
 def budget_job(rank, group, path):
     given = []
 
-    def transport(group, config, device, records):
+    def transport(group, config, *_):
         given.append(config.num_sms)
         return CpuTransport(group, config)
 

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) close_kernel(const __grid_constant__
         if (send && state.stage == Stage::kSent)
             alive = wait_chunk(v, state, Phase::kDispatch, state.epoch, chunk, counts);
         if (send && alive && state.stage != Stage::kReturned)
-            flag_chunk(v, state, Phase::kCombine, state.epoch, chunk, kClosed);
+            flag_chunk(v, state, Phase::kCombine, state.epoch, chunk, kClosed, to_all(v));
         if (!send) alive = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts);
         __syncthreads();  // counts are used again
     }

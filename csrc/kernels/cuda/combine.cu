@@ -71,8 +71,8 @@ __device__ void load_ahead(const View& v, const CombineArgs& a, int place, int s
 }
 
 template <class Y, class Wire>
-__device__ void send_sums(const View& v, const State& state, const CombineArgs& a, int chunk, bool loaded,
-                          Ahead& h) {
+__device__ void send_sums(const View& v, const State& state, const CombineArgs& a, int chunk, Hops hops,
+                          bool loaded, Ahead& h) {
     const Plan& plan = a.plan;
     const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
     const int segment = chunk - token_chunk * plan.segments;
@@ -81,7 +81,8 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
     const int place = warp % a.warps_per_row * 32 + lane, step = a.warps_per_row * 32;
     const Piece piece = piece_of(a.hidden, segment, plan.segments);
-    for (int unit = group; unit < v.world * plan.tokens_per_chunk; unit += groups) {
+    const int begin = (hops.first - 1) * plan.tokens_per_chunk, end = hops.last * plan.tokens_per_chunk;
+    for (int unit = begin + group; unit < end; unit += groups) {
         if (!loaded || unit != group) {
             find_ahead(v, a, Y::kWords * 2, chunk, first, width, unit, h);
             load_ahead<Y>(v, a, place, step, piece, h);
@@ -135,7 +136,7 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     }
 }
 
-template <class Y, class Wire, class Out>
+template <class Y, class Wire, class Out, bool kStaggered>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_kernel(const __grid_constant__ View v, const __grid_constant__ CombineArgs a) {
     __shared__ int counts[kMaxWorld];
@@ -168,42 +169,52 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int mine = (chunks - role.first + role.step - 1) / role.step;
     // With several chunks, receive one chunk behind: by then the peers have most likely sent theirs.
     const int behind = role.sends && role.receives && mine > 1 ? 1 : 0;
-    for (int i = 0; i < mine + behind && alive; ++i) {
-        if (role.sends && i < mine) {
-            const int chunk = role.first + i * role.step;
-            send_sums<Y, Wire>(v, state, a, chunk, i == 0, ahead);
-            flag_chunk(v, state, Phase::kCombine, state.epoch, chunk, 0);
+    const int passes = role.sends ? passes_of<kStaggered>(v) : 1;
+    for (int pass = 1; pass <= passes; ++pass) {
+        const Hops hops = hops_of<kStaggered>(v, pass);
+        const bool last = pass == passes;  // passes before the last only send
+        for (int i = 0; i < mine + (last ? behind : 0) && alive; ++i) {
+            if (role.sends && i < mine) {
+                const int chunk = role.first + i * role.step;
+                send_sums<Y, Wire>(v, state, a, chunk, hops, pass == 1 && i == 0, ahead);
+                flag_chunk(v, state, Phase::kCombine, state.epoch, chunk, 0, hops);
+            }
+            if (!left) {
+                leave(v, role.sends, end);
+                left = true;
+            }
+            if (!last || !role.receives || i < behind) continue;
+            const int chunk = role.first + (i - behind) * role.step;
+            RankSet route = first_route;
+            if (i != behind) {
+                const int token =
+                    plan.per_segments.divide(chunk) * plan.tokens_per_chunk + warp / plan.warps_per_token;
+                if (token < state.tokens) route = load_route(v, token);
+            }
+            const bool usual = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts, kClosed);
+            if (usual)
+                reduce_chunk<Y, Wire, Out>(v, a, chunk, state.tokens, route);
+            else
+                alive = closed_by_peer(v, counts, threadIdx.x == 0);
+            if (i + 1 < mine + behind) __syncthreads();  // counts are used again
         }
-        if (!left) {
-            leave(v, role.sends, end);
-            left = true;
-        }
-        if (!role.receives) continue;
-        if (i < behind) continue;
-        const int chunk = role.first + (i - behind) * role.step;
-        RankSet route = first_route;
-        if (i != behind) {
-            const int token =
-                plan.per_segments.divide(chunk) * plan.tokens_per_chunk + warp / plan.warps_per_token;
-            if (token < state.tokens) route = load_route(v, token);
-        }
-        const bool usual = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts, kClosed);
-        if (usual)
-            reduce_chunk<Y, Wire, Out>(v, a, chunk, state.tokens, route);
-        else
-            alive = closed_by_peer(v, counts, threadIdx.x == 0);
-        if (i + 1 < mine + behind) __syncthreads();  // counts are used again
     }
     if (!left) leave(v, false, end);
+}
+
+template <class Y, class Wire, class Out>
+cudaError_t launch_in_order(const View& v, const CombineArgs& a, const Launch& how) {
+    return how.staggered ? launch(combine_kernel<Y, Wire, Out, true>, how, v, a)
+                         : launch(combine_kernel<Y, Wire, Out, false>, how, v, a);
 }
 
 template <class Out>
 cudaError_t launch_as(const View& v, const CombineArgs& a, const Launch& how) {
     const bool y32 = a.y_type == DType::kF32, wire32 = a.wire == DType::kF32;
-    if (y32 && wire32) return launch(combine_kernel<F32, F32, Out>, how, v, a);
-    if (y32) return launch(combine_kernel<F32, Out, Out>, how, v, a);
-    if (wire32) return launch(combine_kernel<Out, F32, Out>, how, v, a);
-    return launch(combine_kernel<Out, Out, Out>, how, v, a);
+    if (y32 && wire32) return launch_in_order<F32, F32, Out>(v, a, how);
+    if (y32) return launch_in_order<F32, Out, Out>(v, a, how);
+    if (wire32) return launch_in_order<Out, F32, Out>(v, a, how);
+    return launch_in_order<Out, Out, Out>(v, a, how);
 }
 
 }  // namespace
@@ -211,7 +222,7 @@ cudaError_t launch_as(const View& v, const CombineArgs& a, const Launch& how) {
 cudaError_t launch_combine(const View& v, const CombineArgs& a, const Launch& how) {
     switch (a.out_type) {
         case DType::kF32:
-            return launch(combine_kernel<F32, F32, F32>, how, v, a);
+            return launch_in_order<F32, F32, F32>(v, a, how);
         case DType::kF16:
             return launch_as<F16>(v, a, how);
         default:
@@ -220,7 +231,7 @@ cudaError_t launch_combine(const View& v, const CombineArgs& a, const Launch& ho
 }
 
 int combine_blocks_per_sm() {
-    return resident_blocks(combine_kernel<F32, F32, BF16>);
+    return resident_blocks(combine_kernel<F32, F32, BF16, false>);
 }
 
 }  // namespace ep::cuda

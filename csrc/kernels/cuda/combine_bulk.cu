@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                     });
             __syncwarp();
             ptx::some_warps_sync(1 + group, size * 32);
-            if (place == 0) flag_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, 0);
+            if (place == 0) flag_chunk_warp(v, state, Phase::kCombine, state.epoch, chunk, 0, to_all(v));
         }
     } else if (a.receive) {
         // A piece of a token at a time, in the order in which chunks are sent.

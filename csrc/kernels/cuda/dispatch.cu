@@ -47,11 +47,11 @@ __device__ void load_ahead(const View& v, const Share& s, Ahead<F>& ahead) {
     load_units<F>(ahead.x, s.piece.begin + s.place, s.step, s.piece.end, ahead.words);
 }
 
-// A group of warps sends a piece of a token's row to all its ranks; one load serves all of them. `words` are
-// the first units.
+// A group of warps sends a piece of a token's row to those of its ranks that are among `hops`; one load
+// serves all of them. `words` are the first units.
 template <class F>
 __device__ void send_row(const View& v, const Plan& plan, const char* x, int64_t slot, const RankSet& route,
-                         const Share& s, uint4* words) {
+                         Hops hops, const Share& s, uint4* words) {
     for (int base = s.piece.begin; base < s.piece.end; base += s.step * kUnits<F>) {
         const int w = base + s.place;
         if (base != s.piece.begin) load_units<F>(x, w, s.step, s.piece.end, words);
@@ -61,7 +61,7 @@ __device__ void send_row(const View& v, const Plan& plan, const char* x, int64_t
             for (int i = 0; i < kUnits<F>; ++i)
                 words[i] = quantize<F>(words + i * kUnitLoads<F>, w + i * s.step < s.piece.end, scales[i]);
 #pragma unroll 1
-        for (int n = 1; n <= v.world; ++n) {
+        for (int n = hops.first; n <= hops.last; ++n) {
             const int d = hop(v, n);
             if (!route.test(d)) continue;
             const int64_t there = slot_for(v, plan, d, slot);
@@ -82,17 +82,19 @@ __device__ void send_row(const View& v, const Plan& plan, const char* x, int64_t
 
 // Scales that the caller brought: few bytes, any multiple of 4. A chunk's part of them, as of the row.
 __device__ void send_scales(const View& v, const Plan& plan, const char* scales, int64_t slot,
-                            const RankSet& route, const Share& s) {
+                            const RankSet& route, Hops hops, const Share& s) {
     const auto* from = reinterpret_cast<const uint32_t*>(scales);
     const Piece piece = scales_of(v, s.piece);
     for (int i = piece.begin + s.place; i < piece.end; i += s.step)
-        for (int d = 0; d < v.world; ++d)
+        for (int n = hops.first; n <= hops.last; ++n) {
+            const int d = hop(v, n);
             if (route.test(d))
                 reinterpret_cast<uint32_t*>(
                     v.windows[d] + v.layout.scale_row(v.channel, slot_for(v, plan, d, slot)))[i] = from[i];
+        }
 }
 
-template <class Id, class F>
+template <class Id, class F, bool kStaggered>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_kernel(const __grid_constant__ View v, const __grid_constant__ DispatchArgs a) {
     __shared__ int counts[kMaxWorld];
@@ -118,40 +120,46 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool sent = false;
     if (a.send && alive) {
         if (state.stage != Stage::kIdle) alive = close_open_exchange(v, state, counts);
-        for (int chunk = role.first; chunk < chunks && alive && role.sends; chunk += role.step) {
-            const bool loaded = chunk == role.first;
-            share = share_of(v, plan, chunk, tokens);
-            const int64_t slot = static_cast<int64_t>(v.rank) * plan.slots + share.first;
-            if (share.segment == 0) {
-                if (!loaded && threadIdx.x < share.count * v.top_k)
-                    meta = load_meta<Id>(v, a, share.first, threadIdx.x);
-                send_meta<Id>(v, state, a, slot, share.first, share.count, meta, threadIdx.x, kThreads);
-            }
-            for (int t = share.group; t < share.count; t += share.groups) {
-                const int64_t token = share.first + t;
-                if (!loaded || t != share.group) {
-                    find_ahead<Id, F>(v, a, token, ahead);
-                    load_ahead<Id, F>(v, share, ahead);
+        const int passes = alive && role.sends ? passes_of<kStaggered>(v) : 0;
+        for (int pass = 1; pass <= passes; ++pass) {
+            const Hops hops = hops_of<kStaggered>(v, pass);
+            for (int chunk = role.first; chunk < chunks; chunk += role.step) {
+                const bool loaded = pass == 1 && chunk == role.first;
+                share = share_of(v, plan, chunk, tokens);
+                const int64_t slot = static_cast<int64_t>(v.rank) * plan.slots + share.first;
+                if (share.segment == 0) {
+                    if (!loaded && threadIdx.x < share.count * v.top_k)
+                        meta = load_meta<Id>(v, a, share.first, threadIdx.x);
+                    send_meta<Id>(v, state, a, slot, share.first, share.count, meta, hops, threadIdx.x,
+                                  kThreads);
                 }
-                const RankSet route = route_of(v, state, ahead.id);
-                if (share.segment == 0 && share.place < kRouteWords)
-                    v.routes[token * kRouteWords + share.place] = share.place == 0   ? route.a
-                                                                  : share.place == 1 ? route.b
-                                                                                     : route.c;
-                if (!route.any()) continue;
-                send_row<F>(v, plan, ahead.x, slot + t, route, share, ahead.words);
-                if (std::is_void_v<F> && v.layout.shape.scale_bytes)
-                    send_scales(v, plan, a.scales + token * v.layout.shape.scale_bytes, slot + t, route,
-                                share);
+                for (int t = share.group; t < share.count; t += share.groups) {
+                    const int64_t token = share.first + t;
+                    if (!loaded || t != share.group) {
+                        find_ahead<Id, F>(v, a, token, ahead);
+                        load_ahead<Id, F>(v, share, ahead);
+                    }
+                    const RankSet route = route_of(v, state, ahead.id);
+                    if (pass == 1 && share.segment == 0 && share.place < kRouteWords)
+                        v.routes[token * kRouteWords + share.place] = share.place == 0   ? route.a
+                                                                      : share.place == 1 ? route.b
+                                                                                         : route.c;
+                    if (!(kStaggered ? route.test(hop(v, pass)) : route.any())) continue;
+                    send_row<F>(v, plan, ahead.x, slot + t, route, hops, share, ahead.words);
+                    if (std::is_void_v<F> && v.layout.shape.scale_bytes)
+                        send_scales(v, plan, a.scales + token * v.layout.shape.scale_bytes, slot + t, route,
+                                    hops, share);
+                }
+                if (chunk == 0)
+                    for (int n = hops.first + static_cast<int>(threadIdx.x); n <= hops.last; n += kThreads)
+                        if (const int d = hop(v, n); !state.masked(d))
+                            *reinterpret_cast<SourceHeader*>(v.windows[d] +
+                                                             v.layout.header(v.channel, source_for(v, d))) = {
+                                static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
+                flag_chunk(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(share.count),
+                           hops);
+                sent = true;
             }
-            if (chunk == 0)
-                for (int d = threadIdx.x; d < v.world; d += kThreads)
-                    if (!state.masked(d))
-                        *reinterpret_cast<SourceHeader*>(v.windows[d] +
-                                                         v.layout.header(v.channel, source_for(v, d))) = {
-                            static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
-            flag_chunk(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(share.count));
-            sent = true;
         }
     }
     leave(v, sent, [&](DeviceWord& w) {
@@ -175,17 +183,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-template <class Id>
-cudaError_t launch_with_id(const View& v, const DispatchArgs& a, const Launch& how) {
-    if (!a.quantize) return launch(dispatch_kernel<Id, void>, how, v, a);
+template <class Id, bool kStaggered>
+cudaError_t launch_in_order(const View& v, const DispatchArgs& a, const Launch& how) {
+    if (!a.quantize) return launch(dispatch_kernel<Id, void, kStaggered>, how, v, a);
     switch (a.x_type) {
         case DType::kF32:
-            return launch(dispatch_kernel<Id, F32>, how, v, a);
+            return launch(dispatch_kernel<Id, F32, kStaggered>, how, v, a);
         case DType::kF16:
-            return launch(dispatch_kernel<Id, F16>, how, v, a);
+            return launch(dispatch_kernel<Id, F16, kStaggered>, how, v, a);
         default:
-            return launch(dispatch_kernel<Id, BF16>, how, v, a);
+            return launch(dispatch_kernel<Id, BF16, kStaggered>, how, v, a);
     }
+}
+
+template <class Id>
+cudaError_t launch_with_id(const View& v, const DispatchArgs& a, const Launch& how) {
+    return how.staggered ? launch_in_order<Id, true>(v, a, how) : launch_in_order<Id, false>(v, a, how);
 }
 
 }  // namespace
@@ -195,7 +208,7 @@ cudaError_t launch_dispatch(const View& v, const DispatchArgs& a, const Launch& 
 }
 
 int dispatch_blocks_per_sm() {
-    return resident_blocks(dispatch_kernel<int64_t, F32>);
+    return resident_blocks(dispatch_kernel<int64_t, F32, false>);
 }
 
 }  // namespace ep::cuda

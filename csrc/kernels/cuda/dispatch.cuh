@@ -34,12 +34,6 @@ __device__ const char* row_of(const View& v, const DispatchArgs& a, int64_t toke
     return a.x + token * v.layout.shape.row_bytes * kUnitLoads<F>;
 }
 
-// The n-th rank to write to: each rank starts with its neighbour, so that not all write to the same one.
-__device__ inline int hop(const View& v, int n) {
-    const int d = v.rank + n;
-    return d < v.world ? d : d - v.world;
-}
-
 // 16 values to one word; 8 lanes, which all come here, share a scale.
 template <class F>
 __device__ uint4 quantize(const uint4* words, bool mine, float& scale) {
@@ -76,12 +70,12 @@ __device__ Meta load_meta(const View& v, const DispatchArgs& a, int64_t first, i
 }
 template <class Id>
 __device__ void send_meta(const View& v, const State& state, const DispatchArgs& a, int64_t slot, int first,
-                          int count, Meta meta, int thread, int threads) {
+                          int count, Meta meta, Hops hops, int thread, int threads) {
     for (int i = thread; i < count * v.top_k; i += threads) {
         if (i >= threads) meta = load_meta<Id>(v, a, first, i);
         const int id = meta.id >= 0 && meta.id < v.experts ? meta.id : -1;
 #pragma unroll 1
-        for (int n = 1; n <= v.world; ++n) {
+        for (int n = hops.first; n <= hops.last; ++n) {
             const int d = hop(v, n);
             if (state.masked(d)) continue;
             const int64_t to = slot_for(v, a.plan, d, slot);
@@ -211,7 +205,7 @@ static __device__ __noinline__ bool close_open_exchange(const View& v, const Sta
     for (int chunk = 0; chunk < chunks && s.stage == Stage::kSent; ++chunk)
         if (!wait_chunk(v, s, Phase::kDispatch, s.epoch, chunk, counts)) return false;
     for (int chunk = blockIdx.x; chunk < chunks && s.stage != Stage::kReturned; chunk += gridDim.x)
-        flag_chunk(v, s, Phase::kCombine, s.epoch, chunk, kClosed);
+        flag_chunk(v, s, Phase::kCombine, s.epoch, chunk, kClosed, to_all(v));
     for (int chunk = 0; chunk < chunks; ++chunk)
         if (!wait_chunk(v, s, Phase::kCombine, s.epoch, chunk, counts)) return false;
     return true;

@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             }
             __syncwarp();
             if (thread < count * v.top_k)
-                send_meta<Id>(v, state, a, slot, first, count, load_meta<Id>(v, a, first, thread), thread,
-                              width * 32);
+                send_meta<Id>(v, state, a, slot, first, count, load_meta<Id>(v, a, first, thread), to_all(v),
+                              thread, width * 32);
             if (chunk == 0)
                 for (int d = thread; d < v.world; d += width * 32)
                     if (!state.masked(d))
@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             __syncwarp();
             ptx::some_warps_sync(1 + group, width * 32);
             if (place == 0)
-                flag_chunk_warp(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(count));
+                flag_chunk_warp(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(count),
+                                to_all(v));
         }
     } else if (a.receive) {
         const int turn = warp - kSend;

@@ -31,6 +31,15 @@ class OnDevice {
     int before_ = 0;
 };
 
+inline void enable_access(int from, int to) {
+    const OnDevice on(from);
+    const cudaError_t error = cudaDeviceEnablePeerAccess(to, 0);
+    if (error == cudaErrorPeerAccessAlreadyEnabled)
+        cudaGetLastError();  // as wanted
+    else
+        check(error, "cudaDeviceEnablePeerAccess");
+}
+
 template <class Function>
 Function* driver(const char* name) {
     void* found = nullptr;

@@ -124,6 +124,8 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
                    const std::vector<char*>& windows)
     : settings_(settings) {
     const ExchangeShape& shape = settings.shape;
+    if (settings.stagger != 0 && (settings.copies || settings.staged || shape.world % settings.stagger != 0))
+        throw std::runtime_error("ep_backend: the staggered order is for windows of GPUs in equal groups");
     check(cudaGetDevice(&device_index_), "cudaGetDevice");
     int sms = 0, major = 0;
     check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index_),
@@ -132,8 +134,9 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
           "cudaDeviceGetAttribute");
     dependent_ = major >= 9 && !settings.staged;  // else the kernel ahead may be NCCL's
     const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
-    // Bulk copies into host memory take longer than stores (docs/performance.md).
-    bulk_ = !settings.copies && major >= 9 &&
+    // Bulk copies into host memory take longer than stores (docs/performance.md); their kernels know no
+    // staggered order.
+    bulk_ = !settings.copies && settings.stagger == 0 && major >= 9 &&
             std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
     const int capacity = sms * blocks_per_sm;
     const int blocks = static_cast<int>(settings.max_blocks * shape.num_channels);
@@ -184,6 +187,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
                 v.mailed[r / 32] |= 1u << (r % 32);
         v.returns = whole ? v.windows[settings.rank] : v.mailbox;
         v.staged = settings.staged;
+        v.group = std::max(settings.stagger, 1);
         v.word = reinterpret_cast<DeviceWord*>(device_ + words + c * kLine);
         v.error = reinterpret_cast<ErrorCell*>(device_ + error);
         v.host_error = pinned_;
@@ -241,7 +245,9 @@ cudaError_t Exchange::dispatch(int64_t channel, DispatchArgs a, cudaStream_t str
         return launch_dispatch_bulk(
             view(channel), a,
             {a.quantize ? blocks : std::min(blocks, copy_blocks(settings_.shape)), stream, dependent_});
-    return launch_dispatch(view(channel), a, {blocks, stream, dependent_});
+    return launch_dispatch(
+        view(channel), a,
+        {.blocks = blocks, .stream = stream, .dependent = dependent_, .staggered = settings_.stagger != 0});
 }
 
 cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t stream) {
@@ -249,13 +255,16 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     a.hidden = static_cast<int32_t>(settings_.hidden);
     a.wire = settings_.wire;
     a.out_type = settings_.out;
-    const int64_t rows = settings_.shape.world * a.plan.tokens_per_chunk;
+    // That a pass sends in a chunk.
+    const int64_t rows = (settings_.stagger ? 1 : settings_.shape.world) * a.plan.tokens_per_chunk;
     a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
     const int blocks = blocks_of(a.plan, a.send && a.receive);
     if (bulk_ && a.plan.bulk && a.y_type == a.wire)
         return launch_combine_bulk(view(channel), a,
                                    {std::min(blocks, copy_blocks(settings_.shape)), stream, dependent_});
-    return launch_combine(view(channel), a, {blocks, stream, dependent_});
+    return launch_combine(
+        view(channel), a,
+        {.blocks = blocks, .stream = stream, .dependent = dependent_, .staggered = settings_.stagger != 0});
 }
 
 cudaError_t Exchange::close(int64_t channel, bool send, cudaStream_t stream) {

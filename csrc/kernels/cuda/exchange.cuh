@@ -79,6 +79,32 @@ __device__ inline int source_for(const View& v, int d) {
 __device__ inline int64_t slot_for(const View& v, const Plan& plan, int d, int64_t slot) {
     return v.staged ? slot + static_cast<int64_t>(d - v.rank) * plan.slots : slot;
 }
+// The n-th rank to write to: each rank starts with its neighbour, so that not all write to the same one, and
+// ends with itself.
+__device__ inline int hop(const View& v, int n) {
+    const int d = v.rank + n;
+    return d < v.world ? d : d - v.world;
+}
+// Whom a pass over this block's chunks sends to, as hops from this rank. The usual order has one pass with
+// all; the staggered one a pass for each, so that at any time about one rank writes to each, and the ranks of
+// one group write to one group. Kernels are compiled for either: the usual one has no registers for a second
+// loop.
+struct Hops {
+    int first, last;
+};
+__device__ inline Hops to_all(const View& v) {
+    return {1, v.world};
+}
+template <bool kStaggered>
+__device__ int passes_of(const View& v) {
+    return kStaggered ? v.world : 1;
+}
+template <bool kStaggered>
+__device__ Hops hops_of(const View& v, int pass) {
+    if (!kStaggered) return to_all(v);
+    const int n = staggered_target(v.rank, v.world, v.group, pass) - v.rank;
+    return {n > 0 ? n : n + v.world, n > 0 ? n : n + v.world};
+}
 // Where a combine's rows for a rank go.
 __device__ inline char* outbox(const View& v, int d) {
     return d == v.rank ? v.returns : v.windows[d];
@@ -211,12 +237,13 @@ __device__ inline bool wait_chunk_warp(const View& v, const State& s, Phase phas
     return __any_sync(kAll, bad) == 0;
 }
 
-// By one warp, after a barrier with all that have stored: the rows of a chunk are on their way.
+// By one warp, after a barrier with all that have stored: the rows of a chunk are on their way to `hops`.
 __device__ inline void flag_chunk_warp(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
-                                       uint32_t count) {
+                                       uint32_t count, Hops hops) {
     ptx::fence_system();
 #pragma unroll 1
-    for (int d = threadIdx.x % 32; d < v.world; d += 32) {
+    for (int n = hops.first + static_cast<int>(threadIdx.x) % 32; n <= hops.last; n += 32) {
+        const int d = hop(v, n);
         if (s.masked(d)) continue;
         char* flag = v.windows[d] + (phase == Phase::kDispatch
                                          ? v.layout.dispatch_flag(v.channel, source_for(v, d), chunk)
@@ -226,9 +253,9 @@ __device__ inline void flag_chunk_warp(const View& v, const State& s, Phase phas
 }
 // The same by a whole block.
 __device__ inline void flag_chunk(const View& v, const State& s, Phase phase, uint64_t epoch, int chunk,
-                                  uint32_t count) {
+                                  uint32_t count, Hops hops) {
     __syncthreads();
-    if (threadIdx.x < 32) flag_chunk_warp(v, s, phase, epoch, chunk, count);
+    if (threadIdx.x < 32) flag_chunk_warp(v, s, phase, epoch, chunk, count, hops);
 }
 
 // The last block that has read the device word moves it; a kernel that was stopped leaves it where it was.

@@ -34,6 +34,9 @@ struct Settings {
     std::vector<int64_t> direct;
     // Windows of others are one of this GPU's, from which the host has everything moved: see View.
     bool staged;
+    // 0: each row to all its ranks in turn. Else the staggered order, with so many ranks in each group (see
+    // staggered_target); equal on all ranks. Not with `copies` or `staged`.
+    int32_t stagger;
 };
 
 // How `slots` tokens per rank are divided among at most `max_blocks` blocks and `max_chunks` flags.

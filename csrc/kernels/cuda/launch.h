@@ -14,6 +14,7 @@ struct Launch {
                      // ended
     int threads = kThreads;
     int shared_bytes = 0;
+    bool staggered = false;  // of dispatch and combine: everything to one rank, then to the next (see Hops)
 };
 
 cudaError_t launch_dispatch(const View& v, const DispatchArgs& a, const Launch& how);

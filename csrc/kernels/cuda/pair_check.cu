@@ -125,15 +125,6 @@ void load(Kernels... kernels) {
     (check(cudaFuncGetAttributes(&attributes, kernels), "loading the kernels"), ...);
 }
 
-void enable_access(int from, int to) {
-    const OnDevice on(from);
-    const cudaError_t error = cudaDeviceEnablePeerAccess(to, 0);
-    if (error == cudaErrorPeerAccessAlreadyEnabled)
-        cudaGetLastError();  // as wanted
-    else
-        check(error, "cudaDeviceEnablePeerAccess");
-}
-
 }  // namespace
 
 PairAttributes pair_attributes(int source, int target) {

@@ -30,6 +30,13 @@ struct Divisor {
 #endif
 };
 
+// Whom a rank writes to in a pass of the staggered order, 1 to world. Passes go from group to group, inside
+// the own first; in each of them all ranks of a group write to the same group, and every rank is written to
+// by one. The last pass is the rank itself.
+EP_HD inline int staggered_target(int rank, int world, int group, int pass) {
+    return (rank / group + pass / group) % (world / group) * group + (rank + pass) % group;
+}
+
 // The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block that
 // has read it writes it.
 struct alignas(16) DeviceWord {
@@ -90,6 +97,7 @@ struct View {
     // windows[d] of all others are one window of this GPU: what is for d stands where d would be the source,
     // until the host has it moved to d. Abort words stay there.
     bool staged;
+    int32_t group;  // ranks, one after another, that share a link; divides world; for the staggered order
 };
 
 struct DispatchArgs {
