@@ -137,7 +137,7 @@ def staggered_job(rank, group):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_bits_in_staggered_order(world):
-    needs(world)
+    gpus.needs(world)
     assert ranks(world).run(staggered_job, timeout=120) == [("staggered", [])] * world
 
 
