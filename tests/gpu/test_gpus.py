@@ -130,7 +130,7 @@ def staggered_job(rank, group):
     with mock.patch.dict(os.environ, {"EP_BACKEND_PEER_ORDER": "staggered"}):
         more = {"payload": torch.bfloat16}
         small = config(more, torch.distributed.get_world_size(group), "peer")
-        with ep.Communicator(group, small, device=f"cuda:{rank}") as comm:
+        with ep.Communicator(group, small, device=gpus.take(rank)) as comm:
             order = comm.decision.peer_order
         return order, same_bits_job(rank, group, "peer", more)
 

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                         v.routes[token * kRouteWords + share.place] = share.place == 0   ? route.a
                                                                       : share.place == 1 ? route.b
                                                                                          : route.c;
-                    if (!(kStaggered ? route.test(hop(v, pass)) : route.any())) continue;
+                    if (!(kStaggered ? route.test(hop(v, hops.first)) : route.any())) continue;
                     send_row<F>(v, plan, ahead.x, slot + t, route, hops, share, ahead.words);
                     if (std::is_void_v<F> && v.layout.shape.scale_bytes)
                         send_scales(v, plan, a.scales + token * v.layout.shape.scale_bytes, slot + t, route,
