@@ -17,9 +17,14 @@ if SHARED:  # for the rank processes, which inherit it
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
 
 
+def shared(ranks: int) -> bool:
+    """Whether so many ranks share the GPUs."""
+    return SHARED and 0 < FOUND < ranks
+
+
 def needs(count: int) -> None:
     """Skip the test if there are not ``count`` GPUs."""
-    if count > FOUND and not (SHARED and FOUND):
+    if count > FOUND and not shared(count):
         pytest.skip(f"needs {count} GPUs, {FOUND} found")
 
 
