@@ -19,9 +19,14 @@ if SHARED:  # for the rank processes, which inherit it
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
+def shared(ranks: int) -> bool:
+    """Whether so many ranks share the GPUs."""
+    return SHARED and 0 < FOUND < ranks
+
+
 def needs(count: int, *, own: bool = False) -> None:
     """Skip the test if there are not ``count`` GPUs. ``own``: ranks cannot share them."""
-    if count > FOUND and (own or not (SHARED and FOUND)):
+    if count > FOUND and (own or not shared(count)):
         pytest.skip(f"needs {count} GPUs, {FOUND} found")
 
 

@@ -79,6 +79,10 @@ class Session:
             f"{what}: {' '.join(self.command[:6])} ...\n--- end of {self.log}\n{self.tail(25)}"
         )
 
+    def text(self) -> str:
+        """The whole log."""
+        return self.log.read_text(errors="replace")
+
     def tail(self, lines: int) -> str:
         """The last lines of the log."""
         with self.log.open("rb") as log:

@@ -3,12 +3,14 @@
 import json
 import statistics
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import engine_nodes
 import random_models
 
+from ep_backend.bench.engines import sglang
 from ep_backend.bench.engines.base import Serving
-from ep_backend.bench.engines.sglang import Server
+from ep_backend.bench.engines.sglang import DERIVED_PORTS, Server
 from ep_backend.launch.server import ServerError, open_local
 
 NEW_TOKENS = 16
@@ -73,13 +75,37 @@ def serving(model, backend, runner="triton", extra=(), environ=(), **changes):
     )
 
 
+def server_of(asked, folder):
+    return on_two_nodes(asked, folder) if engine_nodes.wanted(asked) else Server(asked, folder, print)
+
+
+def on_two_nodes(asked, folder):
+    """A server with a node for each of its two ranks.
+
+    Each node looks whether the ports of the first are free on its own machine, so the second does before
+    the first takes them.
+    """
+    port = Server.choose_port()
+    meeting = f"{engine_nodes.ADDRESS}:{port + DERIVED_PORTS[2]}"
+    nodes = [
+        replace(
+            asked,
+            port=port + 2 * rank,  # and one more for NCCL
+            extra=(*asked.extra, "--nnodes", "2", "--node-rank", str(rank), "--dist-init-addr", meeting),
+            environ=(*engine_nodes.environ(rank), *asked.environ),
+        )
+        for rank in range(2)
+    ]
+    return engine_nodes.server(sglang, *nodes, folder, until="server_args=ServerArgs(")
+
+
 def served(folder, prompts, **options):
     """Answers per group and prompt, and the server's log."""
-    server = Server(serving(**options), folder, print)
+    server = server_of(serving(**options), folder)
     try:
         with server:
             answers = {group: ask(server, texts) for group, texts in prompts.items()}
-            return answers, server.session.log.read_text(errors="replace")
+            return answers, server.session.text()
     except (ServerError, OSError):
         print(f"--- the last {LOG_LINES} lines of {server.session.log}")
         print(server.session.tail(LOG_LINES))

@@ -5,10 +5,14 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import engine_nodes
+
+from ep_backend.bench.engines import vllm
 from ep_backend.bench.engines.vllm import Server, Serving
-from ep_backend.launch.server import ServerError
+from ep_backend.launch.server import ServerError, free_port
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
 NEW_TOKENS = 64
@@ -30,11 +34,36 @@ def serving(**changes):
     return Serving(**options)
 
 
+def server_of(asked, folder):
+    return on_two_nodes(asked, folder) if engine_nodes.wanted(asked) else Server(asked, folder, print)
+
+
+def on_two_nodes(asked, folder):
+    """A server with a node for each of its two ranks."""
+    port = ("--data-parallel-rpc-port", str(free_port()))
+    nodes = [
+        replace(
+            asked,
+            extra=(*asked.extra, *node_options(rank, 1, engine_nodes.ADDRESS), *port),
+            environ=(*engine_nodes.environ(rank), *asked.environ),
+        )
+        for rank in range(2)
+    ]
+    return engine_nodes.server(vllm, *nodes, folder)
+
+
+def node_options(rank, ranks, address):
+    """For the node with ``ranks`` ranks from ``rank`` on; the first node is at ``address``."""
+    where = ("--data-parallel-size-local", str(ranks), "--data-parallel-address", address)
+    headless = ("--headless", "--data-parallel-start-rank", str(rank)) if rank else ()
+    return (*where, *headless, "--api-server-count", "0" if rank else "1")
+
+
 def generate(folder, prompts, **changes):
     """Per prompt: new tokens, and the gap between the two best logits at each. Also the server's log."""
-    with Server(serving(**changes), folder, print) as server:
+    with server_of(serving(**changes), folder) as server:
         records = continue_greedily(server, prompts)
-        return records, server.session.log.read_text(errors="replace")
+        return records, server.session.text()
 
 
 def continue_greedily(server, prompts):
@@ -54,9 +83,9 @@ def log_of_a_stalled_rank(folder, stalled, max_tokens):
     Between two steps vLLM itself waits, with a deadline of its own; so the rank is stopped again, a little
     later, until it was stopped in time. Prompts for every rank keep all of them in steps.
     """
-    with Server(stalled, folder, print) as server:
+    with server_of(stalled, folder) as server:
         server.complete(["The"], 4)
-        worker = int(re.search(r"Worker_DP1_EP1 pid=(\d+)", server.session.log.read_text()).group(1))
+        worker = int(re.search(r"Worker_DP1_EP1 pid=(\d+)", server.session.text()).group(1))
         failures = []
 
         def ask():
@@ -80,7 +109,7 @@ def log_of_a_stalled_rank(folder, stalled, max_tokens):
                 break
         assert failures, "the request must fail, not hang"
         deadline = time.monotonic() + 60
-        while "EngineDeadError" not in (log := server.session.log.read_text(errors="replace")):
+        while "EngineDeadError" not in (log := server.session.text()):
             assert time.monotonic() < deadline
             time.sleep(0.5)
     return log

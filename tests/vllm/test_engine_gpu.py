@@ -1,16 +1,20 @@
-"""Greedy tokens of the tiny model through vLLM on GPUs with ep_backend, against transformers on the CPU."""
+"""Greedy tokens of the tiny model through vLLM on GPUs with ep_backend, against transformers on the CPU.
+
+With EP_TEST_SHARED_GPUS=1 and one GPU it serves two ranks as two nodes.
+"""
 
 import json
 import re
 
+import gpus
 import pytest
 import random_models
-import torch
 from engine_runs import (
     ALONE,
     SCALED,
     differences_bf16,
     differences_fp32,
+    exchanged,
     generate,
     log_of_a_stalled_rank,
     serving,
@@ -19,14 +23,15 @@ from engine_runs import (
 
 from ep_backend.compat import STANDS_IN
 
-GPUS = torch.cuda.device_count()
-WORLD = 4 if GPUS >= 4 else 2
+WORLD = 4 if gpus.FOUND >= 4 else 2
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, {GPUS} found"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200 if gpus.shared(WORLD) else 400)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _gpu_for_each_rank():
+    gpus.needs(WORLD)
+
 
 # Triton multiplies float32 in tf32 unless told otherwise, and that changes tokens.
 EXACT = (("TRITON_F32_DEFAULT", "ieee"),)
@@ -46,6 +51,11 @@ CASES = {
     "compiled, full and piecewise graphs": {"extra": compiled(3, "FULL_AND_PIECEWISE")},
     "two-batch overlap": {"extra": ("--enforce-eager", *OVERLAP)},
     "two-batch overlap, full decode graphs": {"extra": (*compiled(0, "FULL_DECODE_ONLY"), *OVERLAP)},
+    "full decode graphs, through host memory": {
+        "extra": compiled(0, "FULL_DECODE_ONLY"),
+        "environ": (*EXACT, ("EP_BACKEND_TRANSPORT", "host")),
+        "transport": "host",
+    },
     "chunked prefill": {"extra": (*compiled(0, "FULL_DECODE_ONLY"), "--max-num-batched-tokens", "16")},
     "redundant experts": {
         "extra": (*compiled(0, "FULL_DECODE_ONLY"), "--enable-eplb", "--eplb-config", EPLB)
@@ -77,9 +87,11 @@ def test_float32_tokens_equal_transformers(tmp_path, reference, name):
         pytest.skip("needs 4 GPUs")
     want = reference("float32")
     prompts = [record["prompt"] for record in want]
-    got, log = generate(tmp_path, prompts, **on_gpus(dtype="float32", **CASES[name]))
+    case = dict(CASES[name])
+    transport = case.pop("transport", "peer")
+    got, log = generate(tmp_path, prompts, **on_gpus(dtype="float32", **case))
     assert went_through_ep_backend(log, WORLD)
-    assert "transport peer" in log
+    assert exchanged(log, WORLD, transport)
     assert ("computed as two batches" in log) == ("overlap" in name)
     assert differences_fp32(got, want) == []
 

@@ -4,7 +4,7 @@ against transformers, and what crosses the link between the nodes."""
 import contextlib
 
 import pytest
-from engine_runs import AGREED, continue_greedily, differences_fp32, exchanged, serving
+from engine_runs import AGREED, continue_greedily, differences_fp32, exchanged, node_options, serving
 from networks import ADDRESSES, LINK, link_bytes, need_namespaces, two_nodes
 
 from ep_backend.bench.engines.vllm import Server, is_cpu_build, serve_command, serve_environment
@@ -14,32 +14,30 @@ pytestmark = pytest.mark.skipif(not is_cpu_build(), reason="this vLLM is not the
 
 PER_NODE = 2
 WORLD = 2 * PER_NODE
-WHERE = ("--data-parallel-size-local", str(PER_NODE), "--data-parallel-address", ADDRESSES[0])
 SMALL = ("--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "64")  # starts sooner
-# The last two take back what `serve_command` asks for.
-HEADLESS = ("--headless", "--data-parallel-start-rank", str(PER_NODE), "--api-server-count", "0")
 
 
-def on_node(transport, *more):
-    """How to serve on one of the nodes."""
+def on_node(transport, rank):
+    """How to serve on the node whose first rank this is."""
     environ = (("EP_BACKEND_TRANSPORT", transport), ("GLOO_SOCKET_IFNAME", LINK))
-    return serving(dtype="float32", data_parallel_size=WORLD, extra=(*WHERE, *SMALL, *more), environ=environ)
+    extra = (*node_options(rank, PER_NODE, ADDRESSES[0]), *SMALL)
+    return serving(dtype="float32", data_parallel_size=WORLD, extra=extra, environ=environ)
 
 
 def generate(folder, prompts, transport):
     """As `engine_runs.generate` on two nodes, and the bytes that leave the first one meanwhile."""
     with two_nodes() as (first, second), contextlib.ExitStack() as stack:
-        headless = on_node(transport, *HEADLESS)
+        headless = on_node(transport, PER_NODE)
         with second.inside():
             session = Session(serve_command(headless, 0), serve_environment(headless), folder / "second.log")
             stack.enter_context(session)
         stack.enter_context(first.inside())
-        server = stack.enter_context(Server(on_node(transport), folder, print))
+        server = stack.enter_context(Server(on_node(transport, 0), folder, print))
         before = link_bytes()
         records = continue_greedily(server, prompts)
         sent = link_bytes() - before
-        logs = [one.log.read_text(errors="replace") for one in (server.session, session)]
-    return records, "".join(logs), sent
+        log = server.session.text() + session.text()
+    return records, log, sent
 
 
 @pytest.mark.engine_long

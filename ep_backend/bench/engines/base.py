@@ -141,7 +141,8 @@ class Server(ABC):
             self.serve_command(), self.serve_environment(Path(self._scratch.name)), folder / "server.log"
         )
 
-    def choose_port(self) -> int:
+    @staticmethod
+    def choose_port() -> int:
         """Where to serve: free now."""
         return free_port()
 

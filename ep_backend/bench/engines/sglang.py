@@ -75,7 +75,8 @@ class Server(base.Server):
 
     engine = "SGLang"
 
-    def choose_port(self) -> int:
+    @staticmethod
+    def choose_port() -> int:
         """The first of a block of ports that are free now; programs that start servers at the same moment
         begin at different blocks."""
         begin = os.getpid()
