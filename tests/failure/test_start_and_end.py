@@ -101,6 +101,7 @@ def shared_megabytes():
     return int(re.search(r"Shmem: +(\d+)", Path("/proc/meminfo").read_text()).group(1)) / 1024
 
 
+@pytest.mark.alone  # it counts the shared memory of the whole machine
 @pytest.mark.parametrize("how", ["exit", "kill -9 of all", "kill -9 of one"])
 def test_nothing_is_left(how, tmp_path):
     def left_files():
