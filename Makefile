@@ -23,6 +23,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 # Tests run the installed package, never the checkout's folder of the same name.
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/pytest
+# Markers of tests that run one after the other, and of those that only make check runs. All others run two at a time.
+APART := alone or engine or gpu
+LONGER := stress or seam or engine_long
 
 BASE := $(VENV)/.base-$(DEVICE)
 ENGINE := $(VENV)/.engine-$(DEVICE)
@@ -46,7 +49,8 @@ demo: $(ENGINE) $(PACKAGE)  ## serve the tiny model on two ranks through ep_back
 test: $(ENGINE) $(PACKAGE)  ## unit tests, bounded property tests, failure tests, one engine run
 	@for part in unit property failure vllm sglang gpu; do \
 	    test -d tests/$$part || { echo "tests/$$part is missing"; exit 1; }; done
-	$(PYTEST) tests -m "not stress and not seam and not engine_long"
+	$(PYTEST) tests -n 2 --dist loadfile -m "not ($(APART) or $(LONGER))"
+	$(PYTEST) tests -m "($(APART)) and not ($(LONGER))"
 
 check: $(ENGINE) $(PACKAGE)  ## everything longer: models, sanitizers, stress, torch versions, CUDA, wheel
 	scripts/check.sh $(BIN) $(TORCH_INDEX)

@@ -33,7 +33,7 @@ run_tests() (
     "$1/bin/python" -c "import sys, torch, ep_backend; from ep_backend._native import ops
 print('Python', sys.version.split()[0], 'torch', torch.__version__, ep_backend.__file__)
 assert ep_backend.__file__.startswith('$1/')" || exit 1
-    "$1/bin/pytest" -q -p no:cacheprovider -c ../../pyproject.toml "${@:2}"
+    "$1/bin/pytest" -q -n 2 --dist loadfile -p no:cacheprovider -c ../../pyproject.toml "${@:2}"
 )
 
 # What meets torch's own code: operators, tensors that come and go, custom operators with gradients.
@@ -49,7 +49,7 @@ compile() {
     cmake --build "$root/headers-$1" --parallel 2 --target ep_backend >/dev/null
 }
 
-tools=(pytest pytest-timeout hypothesis numpy)
+tools=(pytest pytest-timeout pytest-xdist hypothesis numpy)
 "$python" -m venv --clear "$root/env"
 echo "abi: one CUDA build of torch with its libraries, and the wheel (5.5 GB, some minutes)"
 "$root/env/bin/pip" install -q "torch==${releases[0]}" "${tools[@]}" "$wheel"

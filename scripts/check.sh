@@ -1,17 +1,34 @@
 #!/usr/bin/env bash
 # The longer checks, one after the other; `make check` calls this. All run, then a count; any failure fails.
+# Each of the two long ones that need one core, protocol and the engines' seams, runs beside others.
 # usage: scripts/check.sh BIN TORCH_INDEX   (BIN: the environment's bin folder)
 # EP_CHECK names the parts to run, all by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1
 index=$2
-read -ra parts <<<"${EP_CHECK:-protocol sanitizers wheel cuda install abi seam stress}"
+read -ra parts <<<"${EP_CHECK:-sanitizers wheel cuda install protocol abi seam stress}"
 passed=0
 failed=()
 
-# The checker of docs/protocol.md's rules.
-check_protocol() { "$bin/python" docs/protocol/check.py --full; }
+# begin NAME COMMAND...: runs it beside what follows, until `finish NAME`, which prints what it said and has its status.
+declare -A begun=()
+trap 'kill "${begun[@]}" 2>/dev/null || true' EXIT
+begin() {
+    mkdir -p build
+    "${@:2}" >"build/$1.log" 2>&1 &
+    begun[$1]=$!
+}
+finish() {
+    local status=0
+    wait "${begun[$1]}" || status=$?
+    unset "begun[$1]"
+    cat "build/$1.log"
+    return "$status"
+}
+
+# The checker of docs/protocol.md's rules, begun before all other parts.
+check_protocol() { finish protocol; }
 
 check_sanitizers() { scripts/sanitizers.sh "$bin/python"; }
 
@@ -35,10 +52,16 @@ check_install() { "$bin/python" scripts/wheel_check.py build/check/*.whl "$index
 
 check_abi() { scripts/abi_matrix.sh build/check/*.whl "$bin/python"; }
 
-check_seam() { PYTHONSAFEPATH=1 "$bin/pytest" tests/vllm tests/sglang -m "seam or engine_long"; }
+check_seam() {
+    local status=0
+    begin seam env PYTHONSAFEPATH=1 "$bin/pytest" tests/vllm tests/sglang -m seam
+    PYTHONSAFEPATH=1 "$bin/pytest" tests/vllm tests/sglang -m engine_long || status=$?
+    finish seam && return "$status"
+}
 
 check_stress() { PYTHONSAFEPATH=1 "$bin/pytest" tests -m stress; }
 
+if [[ " ${parts[*]} " == *" protocol "* ]]; then begin protocol "$bin/python" docs/protocol/check.py --full; fi
 for part in "${parts[@]}"; do
     echo "== check: $part"
     start=$SECONDS

@@ -16,14 +16,13 @@ MARGIN_S = 15.0  # on top of a deadline, for a machine that is busy with other w
 
 
 def make(group, *, transport="cpu", layout="rank_major", channels=1, device=None, **more):
-    shape = {"num_experts": 6, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8, **more}
+    defaults = {"num_experts": 6, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8, "timeout_s": 30}
     config = ep.EpConfig(
         payload=torch.float32,
         layout=layout,
         transport=transport,
         num_channels=channels,
-        timeout_s=30,
-        **shape,
+        **{**defaults, **more},
     )
     return ep.Communicator(group, config, device=device)
 

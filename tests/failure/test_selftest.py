@@ -103,9 +103,9 @@ def test_a_rank_that_dies_or_raises(tmp_path, how, words):
 
 def test_a_rank_that_hangs(tmp_path):
     start = time.monotonic()
-    status, text = run(tmp_path, "hangs", "--phase", "node", "--deadline", "12", "--json")
+    status, text = run(tmp_path, "hangs", "--phase", "node", "--deadline", "30", "--json")
     assert status == 1
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 70
     (node,) = json.loads(text)["phases"]
     failure = node["failure"]
     # The other one waits a third of the deadline, and says for whom.
@@ -151,7 +151,7 @@ def test_network_a_rank_that_raises_is_named_by_rank_0(tmp_path):
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            command(tmp_path, "raises", "--phase", "network", "--deadline", "15"),
+            command(tmp_path, "raises", "--phase", "network", "--deadline", "60"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

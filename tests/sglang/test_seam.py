@@ -42,6 +42,7 @@ def test_seam_of_the_sources_of(version, cases):
     environ |= {"SGLANG_NCCL_SO_PATH": "no-nccl-here", "OMP_NUM_THREADS": "1"}
     for name in [name for name in environ if name.startswith("EP_BACKEND_")]:
         del environ[name]
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles the sources again
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     command += ["-p", "stand_ins", str(HERE / cases)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)

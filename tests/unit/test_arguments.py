@@ -281,7 +281,7 @@ def test_set_timeout():
 
 def result_of_other_rank_job(rank, group, transport):
     """T differs between ranks: not an argument that one rank can judge, so it is an error of the protocol."""
-    config = replace(PLAIN, transport=transport, timeout_s=5.0)
+    config = replace(PLAIN, transport=transport)
     with ep.Communicator(group, config) as c:
         good = {**good_call(config, rank), "tokens_per_rank": 6 if rank else 5}
         first = errors_of(lambda: c.dispatch(**good))

@@ -335,9 +335,9 @@ STUCK = """
 import time
 from ep_backend.launch.deadline import Deadline
 
-deadline = Deadline(0.5)
+deadline = Deadline(2.0)
 for _ in range(4):
-    time.sleep(0.2)
+    time.sleep(0.7)
     deadline.extend()
 print("went on", flush=True)
 time.sleep(60)

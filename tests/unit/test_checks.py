@@ -59,7 +59,7 @@ def fake(body):
     return (sys.executable, "-c", PREAMBLE + body)
 
 
-def run(body, pairs=PAIRS, fabric=(), order=None, deadline_s=20.0, answer_s=1.0, start_s=10.0, environ=None):
+def run(body, pairs=PAIRS, fabric=(), order=None, deadline_s=30.0, answer_s=2.0, start_s=10.0, environ=None):
     return supervise.run(
         UUIDS, pairs, fabric, order=order, environ=dict(os.environ) if environ is None else environ,
         deadline_s=deadline_s, answer_s=answer_s, start_s=start_s, command=fake(body),
@@ -79,7 +79,7 @@ def test_a_worker_that_finishes():
 def test_a_direction_that_hangs_has_failed_and_a_fresh_worker_goes_on():
     begin = time.monotonic()
     outcome = run("good(pairs[0])\nif len(pairs) == 6: begin(pairs[1]); time.sleep(60)\n" + FINE)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     hung = outcome.directions.pop(PAIRS[1])
     assert hung.works is False
     assert re.fullmatch(r"no answer within [1-9](\.\d)? s", hung.problem)
@@ -87,7 +87,7 @@ def test_a_direction_that_hangs_has_failed_and_a_fresh_worker_goes_on():
 
 
 def test_time_that_runs_out_keeps_what_was_found():
-    outcome = run("good(pairs[0]); begin(pairs[1]); time.sleep(60)", deadline_s=1.5, answer_s=30)
+    outcome = run("good(pairs[0]); begin(pairs[1]); time.sleep(60)", deadline_s=4.0, answer_s=30)
     assert outcome.directions[PAIRS[0]].works
     later = outcome.directions[PAIRS[2]]
     assert (later.works, later.problem) == (None, "not tried: the time for it was up")
@@ -187,7 +187,7 @@ out(type="done", direction={"source": "GPU-a", "target": "GPU-b", "works": "yes"
 def test_a_flood_of_garbage_does_not_extend_the_time():
     begin = time.monotonic()
     outcome = run("begin(pairs[0])\nwhile True: print('words ' * 100)", pairs=PAIRS[:1], answer_s=0.5)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     assert outcome.directions[PAIRS[0]].works is False
 
 
@@ -535,7 +535,7 @@ def test_a_lock_that_is_never_given_back(machine):
         holder.stdout.readline()
         begin = time.monotonic()
         found, starts = machine(deadline_s=0.5)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 20
         assert (len(found.directions), starts) == (2, 0), "what is known is taken"
         assert any("another process" in problem for problem in found.problems)
     finally:

@@ -86,11 +86,11 @@ def test_a_hang_is_ended_with_all_its_processes(run, tmp_path):
         FAKE
         + f"child = subprocess.Popen(['sleep', '600'])\nPath({str(child)!r}).write_text(str(child.pid))\n"
         "print('NCCL WARN something', flush=True)\ntime.sleep(600)",
-        deadline_s=1.5,
+        deadline_s=4.0,
     )
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 30
     assert found.outcome == "hang"
-    assert "no end after 1.5 s. rank 0, 1: an all-reduce of 4096 bytes over 2 GPUs." in found.why
+    assert "no end after 4 s. rank 0, 1: an all-reduce of 4096 bytes over 2 GPUs." in found.why
     assert found.log == ("NCCL WARN something",)
     state = Path(f"/proc/{child.read_text()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -117,4 +117,4 @@ def interrupted_job(rank, group):
 
 def test_a_wait_can_be_interrupted():
     with fresh_ranks(2) as group:
-        assert group.run(interrupted_job)[0] < 2
+        assert group.run(interrupted_job)[0] < 10

@@ -16,7 +16,7 @@ from ep_backend.nvml import Link
 from ep_backend.probe import Record
 from ep_backend.transports.cpu import CpuTransport
 
-CONFIG = ep.EpConfig(num_experts=6, top_k=2, hidden_size=128, max_tokens_per_rank=4, timeout_s=3.0)
+CONFIG = ep.EpConfig(num_experts=6, top_k=2, hidden_size=128, max_tokens_per_rank=4, timeout_s=10.0)
 STEPS = [step([2, 4, 0])]
 
 

@@ -16,6 +16,7 @@ RELEASES = ("0.26.0", "0.33.0")
 def run_cases(first_on_path: str | None, cases: str = "seam_cases.py") -> None:
     path = [first_on_path, os.environ.get("PYTHONPATH"), str(HERE.parent)]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles the sources again
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     command.append(str(HERE / cases))
     with tempfile.TemporaryDirectory() as sockets:  # vLLM leaves those of its message queues behind
