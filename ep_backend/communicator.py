@@ -175,9 +175,9 @@ class Communicator:
         wish = self.config.transport
         if wish == "auto":
             wish = records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip()
-        by_peers = (PeerTransport.name, MixedTransport.name, HierTransport.name)
-        on_gpu = self.device.type == "cuda" and available(self.device)
-        return bool(on_gpu) and wish in ("auto", *by_peers)
+        by_peers = (PeerTransport.name, MixedTransport.name)
+        may = wish in ("auto", HierTransport.name, *by_peers)
+        return may and not available(self.device).isdisjoint(by_peers)
 
     @property
     def transport(self) -> str:

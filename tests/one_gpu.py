@@ -32,7 +32,7 @@ class LocalTransport(PeerTransport):
     def __init__(self, config, rank, windows, plan, mailboxes=(), parts=(), stagger=0):
         self._stagger = stagger
         self._config, self._device, self._plan = config, windows[rank].device, plan
-        self._rank, self._world = rank, len(windows)
+        self._rank, self._world, self._names = rank, len(windows), range(len(windows))
         self.window_bytes = window_bytes(config, len(windows))
         self._start(self._seen(windows, mailboxes, parts), config.num_sms)
 

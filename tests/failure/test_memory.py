@@ -154,6 +154,7 @@ def refused_by_cuda(rank, group, victim):
     transport = host.HostTransport.__new__(host.HostTransport)
     transport._config, transport._device = config, torch.device("cpu")
     transport._rank, transport._world = rank, dist.get_world_size(group)
+    transport._names = range(transport._world)
     shape = config.window_shape(transport._world)
     transport.window_bytes = ops.window_layout(shape)[0]
     with (
