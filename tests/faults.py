@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ep_backend as ep
+from ep_backend import rendezvous
 
 POINTS = ("before dispatch", "before combine", "between the halves of combine")
 MARGIN_S = 15.0  # on top of a deadline, for a machine that is busy with other work
@@ -118,6 +119,7 @@ def all_pids():
 
 def refused_start(act):
     """What ``act`` said when it raised EpConfigError, how long it took, and what it left: windows, files."""
+    rendezvous.gather(None, None)  # the group opens its sockets when it is first used
     files, start = len(os.listdir("/proc/self/fd")), time.monotonic()
     try:
         act()
