@@ -490,6 +490,7 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         return uneven(nodes(records))
     if transport in ("peer", "mixed") and (why := _no_peer_access(records)):
         return why
+    # One record may stand for all GPUs of a machine, and ranks may share a GPU.
     if transport == "mixed" and all(len(each) == 1 for each in (*islands(records), *parts(records))):
         return "no two of its GPUs are known to reach each other's memory"
     return _failure(facts) if transport == "peer" else ""

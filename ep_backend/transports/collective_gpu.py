@@ -139,7 +139,7 @@ class GpuCollectiveTransport(GpuTransport):
         self.close_exchange(call.channel)
         super().dispatch_send(call)
         regions, config = self._regions(call.channel, call.slots), self._config
-        exchange = _Open(call.slots, captured=self._is_capturing())
+        exchange = _Open(call.slots, captured=self.is_capturing())
         metadata = [r.piece for r in (regions.dispatch_flags, regions.headers, regions.ids, regions.weights)]
         with_scales = [regions.scales] if config.row_scale_bytes else []
         may_wait = call.num_tokens is None and not exchange.captured
@@ -179,7 +179,7 @@ class GpuCollectiveTransport(GpuTransport):
         exchange = self._open[channel]
         if exchange is None:
             return
-        if self._is_capturing():
+        if self.is_capturing():
             self._opened(channel)
         if not exchange.arrived:
             self._finish(exchange, "dispatch", channel)
@@ -207,7 +207,7 @@ class GpuCollectiveTransport(GpuTransport):
 
     def _refuse_capture(self) -> None:
         super()._refuse_capture()
-        if not self._wire.capturable and self._is_capturing():
+        if not self._wire.capturable and self.is_capturing():
             raise EpArgumentError(
                 "dispatch was called while a CUDA graph is captured, but without NCCL the host must wait for "
                 "rows"
@@ -217,7 +217,7 @@ class GpuCollectiveTransport(GpuTransport):
         """The exchange that a channel has open, if a graph holds all of it or nothing."""
         self.check()
         exchange = opened(self._open, channel)
-        if exchange.captured != self._is_capturing():
+        if exchange.captured != self.is_capturing():
             raise EpArgumentError(
                 "a CUDA graph must hold an exchange from dispatch to combine: finish or release what is open "
                 "before the capture begins, and what it begins before it ends"
@@ -267,7 +267,7 @@ class GpuCollectiveTransport(GpuTransport):
             return None
         self.traffic.bytes += sum(block.numel() for _, out_of in pieces for block in out_of)
         wait = self._wire.start(pieces, self._timeout_s)
-        return None if self._is_capturing() else wait
+        return None if self.is_capturing() else wait
 
     def _finish(self, exchange: _Open, phase: str, channel: int) -> None:
         if exchange.wait is None:

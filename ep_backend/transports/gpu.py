@@ -254,12 +254,13 @@ class GpuTransport(Transport):
             tokens,
         )
 
-    def _is_capturing(self) -> bool:
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is captured on the current stream."""
         with torch.cuda.device(self._device):  # else the question makes a context on another GPU
             return torch.cuda.is_current_stream_capturing()
 
     def _refuse_capture(self) -> None:
-        if self._config.layout == "compact" and self._is_capturing():
+        if self._config.layout == "compact" and self.is_capturing():
             raise EpArgumentError(
                 "dispatch was called while a CUDA graph is captured, but in layout compact it waits for the "
                 "GPU to know how many rows came; layout rank_major or expert_major was wanted"

@@ -161,27 +161,23 @@ class HierTransport(Transport):
 
     def dispatch_send(self, call: DispatchCall) -> None:
         """Starts to send between nodes; waits for the counts of the other nodes only."""
-        self.check()
+        self._begin()
         if call.num_tokens is not None:
             raise EpArgumentError("num_tokens is for CUDA graphs, and transport hier cannot be captured")
         if isinstance(self._network, CollectiveTransport):
             self._network.check_ids(call.ids)
-        elif torch.cuda.is_current_stream_capturing():
-            raise EpArgumentError(
-                "dispatch was called while a CUDA graph is captured, but with transport hier the host waits"
-            )
         self.close_exchange(call.channel)
         with self._watched(call.channel, between_nodes=True):
             self._network.dispatch_send(call)
         self._open[call.channel] = _Open(call.slots)
 
     def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
-        self.check()
+        self._begin()
         return self._receive(channel)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         """Sends inside the node."""
-        self.check()
+        self._begin()
         exchange = opened(self._open, channel)
         y = self._as_received(y, exchange)
         if y.dtype != self._config.sum_dtype:
@@ -191,7 +187,7 @@ class HierTransport(Transport):
         exchange.returned = True
 
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
-        self.check()
+        self._begin()
         self._return_sums(channel)
         self._open[channel] = None
         with self._watched(channel, between_nodes=True):
@@ -199,7 +195,7 @@ class HierTransport(Transport):
             self._settle(self._network)
 
     def close_exchange(self, channel: int) -> None:
-        self.check()
+        self._begin()
         exchange = self._open[channel]
         if exchange is None:
             return
@@ -239,6 +235,14 @@ class HierTransport(Transport):
         self._network.destroy()
         self._node.destroy()
         self._tokens.destroy()
+
+    def _begin(self) -> None:
+        """Before every call of an exchange. Raises what stopped it, and EpArgumentError in a capture."""
+        self.check()
+        if isinstance(self._node, GpuTransport) and self._node.is_capturing():
+            raise EpArgumentError(
+                "a CUDA graph is captured, but with transport hier the host waits in every call"
+            )
 
     def _receive(self, channel: int) -> Received:
         """Take what came from the partners in other nodes, and give it to the ranks of this node."""

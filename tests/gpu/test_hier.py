@@ -50,7 +50,7 @@ def test_same_bits_as_the_reference(inside, on, name, layout):
     gpus.needs(4)
     cfg = config({**test_gpus.CONFIGS[name], "layout": layout})
     answers = ranks(4).run(steps_job, REACH[inside], on, cfg, STEPS, one_by_one(STEPS), timeout=120)
-    check_steps(cfg, STEPS, answers, on)
+    check_steps(cfg, STEPS, answers, on, "cuda")
 
 
 def test_closing_reaches_all_nodes():
@@ -59,7 +59,7 @@ def test_closing_reaches_all_nodes():
     cfg = config({})
     steps = [step([2, 3, 4, 5], seed=n, closers=closers) for n, closers in enumerate([(3,), (), (0, 1), ()])]
     answers = ranks(4).run(steps_job, REACH["peer"], TURNS, cfg, steps, one_by_one(steps), timeout=120)
-    check_steps(cfg, steps, answers, TURNS)
+    check_steps(cfg, steps, answers, TURNS, "cuda")
 
 
 def traffic_job(rank, group, on, cfg, one):

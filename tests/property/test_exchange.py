@@ -36,4 +36,4 @@ def test_exchanges_in_flight_on_gpus(world, data):
     if config.sum_dtype not in (config.result_dtype, torch.float32):
         config = replace(config, wire_dtype=None)  # others are refused on GPUs
     results = ranks(world).run(run_steps, config, listed, schedule, ("peer",), "cuda")
-    check_steps(config, listed, results)
+    check_steps(config, listed, results, device="cuda")
