@@ -149,7 +149,8 @@ class Communicator:
         for sentence in self.decision.warnings if self.rank == 0 else ():
             warnings.warn(sentence, stacklevel=2)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
-        config = replace(config, num_sms=self.decision.sms)
+        scale = self.decision.chunk_scale if config.chunk_scale is None else config.chunk_scale
+        config = replace(config, num_sms=self.decision.sms, chunk_scale=scale)
         make = TRANSPORTS[self.decision.transport]
         self._transport = make(group, config, self.device, records, self.decision)
         self._handles: list[Handle | None] = [None] * config.num_channels

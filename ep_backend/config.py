@@ -17,6 +17,7 @@ SCALE_BLOCK = 128  # elements that share one fp8 scale: csrc/common/numerics.h
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS, MAX_TOP_K, MAX_HIDDEN, MAX_TOKENS = 1024, 16, 16384, 16384
 MAX_ROW_BYTES = 4 * MAX_HIDDEN  # of opaque rows: as long as the longest of the others
+MAX_CHUNK_SCALE = 4.0  # and its inverse is the least
 MAX_TIMEOUT_S = 86400  # a day, as for EP_BACKEND_TIMEOUT_S
 
 
@@ -64,6 +65,9 @@ class EpConfig:
     num_sms: int | None = None
     """SMs of a GPU that an exchange may use. None: EP_BACKEND_NUM_SMS, else the budget of a profile that was
     named, else what `ep-backend tune` has chosen for this shape on this machine, else all of them."""
+    chunk_scale: float | None = None
+    """Size of the chunks that a GPU's kernels divide a call into, against their own choice; from 1/4 to 4.
+    None: what `ep-backend tune` has chosen together with the number of SMs, where that is used, else 1."""
     timeout_s: float | None = None
     """Seconds a rank waits for a peer. None: EP_BACKEND_TIMEOUT_S."""
     transport: str = "auto"
@@ -77,6 +81,13 @@ class EpConfig:
         _check_range("num_channels", self.num_channels, 16)
         if self.num_sms is not None:
             _check_range("num_sms", self.num_sms, 1024)
+        if self.chunk_scale is not None and not _within(
+            self.chunk_scale, 1 / MAX_CHUNK_SCALE, MAX_CHUNK_SCALE
+        ):
+            raise EpConfigError(
+                f"chunk_scale is {self.chunk_scale!r}; a number from {1 / MAX_CHUNK_SCALE:g} to "
+                f"{MAX_CHUNK_SCALE:g} was wanted"
+            )
         _check_choice("layout", self.layout, tuple(LAYOUTS))
         _check_choice("expert_ids", self.expert_ids, ("local", "global"))
         _check_choice("payload", self.payload, tuple(DTYPES))
@@ -218,9 +229,13 @@ class EpConfig:
 
 def wrong_timeout(seconds: Any) -> str | None:
     """What is wrong with a timeout, as the end of a sentence; None if nothing is."""
-    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds <= MAX_TIMEOUT_S:
+    if _within(seconds, 0, MAX_TIMEOUT_S) and seconds > 0:
         return None
     return f"{seconds!r}; a number of seconds above 0 and at most {MAX_TIMEOUT_S} was wanted"
+
+
+def _within(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def _whole(value: Any) -> bool:

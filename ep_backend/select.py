@@ -62,6 +62,7 @@ class Argument(msgspec.Struct, frozen=True):
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What a group of ranks will use. ``profile`` None: the machine fits none; ``sms`` None: no limit.
+    ``chunk_scale``: what was tuned with it (EpConfig).
     ``peer_order``: how transport peer stores, "together" or "staggered"; ``peer_group``: ranks, one after
     another, behind one PCIe switch, which then send to one switch at a time. ``misfit``: why a profile that
     was asked for would not have been chosen. ``warnings``: what a user should be told unasked, a sentence
@@ -74,6 +75,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     engine: tuple[Argument, ...] = ()
     sms: int | None = None
+    chunk_scale: float = 1.0
     peer_order: str = "together"
     peer_group: int = 1
     misfit: tuple[str, ...] = ()
@@ -159,7 +161,7 @@ def select(
     transport, why_transport = _transport(records, facts, chosen, requested, transport_asked_by, available)
     environment, engine = _settings(chosen, facts)
     wished = chosen if profile != "auto" and chosen is profiles.find(profile, known) else None
-    sms, why_sms, doubts = _sms(records, chosen, wished, transport, shape, num_sms)
+    limit, chunk_scale, why_sms, doubts = _sms(records, chosen, wished, transport, shape, num_sms)
     order, why_order = _peer_order(records, transport)
     why_level = _keep_from_failed(environment, facts, refused)
     return Decision(
@@ -182,7 +184,8 @@ def select(
             for e in profiles.ENGINES
             for n, s in sorted(engine[e].items())
         ),
-        sms=sms,
+        sms=limit,
+        chunk_scale=chunk_scale,
         peer_order=order,
         peer_group=peer_group(records) if order == "staggered" else 1,
         misfit=tuple(unmet(chosen.recognition.require, facts)) if chosen and chosen.recognition else (),
@@ -366,36 +369,37 @@ def _sms(
     transport: str,
     shape: tuned.Shape | None,
     asked: int | None,
-) -> tuple[int | None, str, tuple[str, ...]]:
-    """How many SMs an exchange may use, None for no limit; why, where the reader may wonder; and warnings.
+) -> tuple[int | None, float, str, tuple[str, ...]]:
+    """How many SMs an exchange may use, None for no limit; the scale of chunks that was tuned with it;
+    why, where the reader may wonder; and warnings.
 
     ``wished``: ``profile``, if somebody named it. In this order: the communicator's own configuration,
     EP_BACKEND_NUM_SMS, the budget of a profile that was named, what was tuned, the budget of one that was
     recognised. The number steers how a call is cut into chunks, so all ranks must have the same.
     """
     if asked is not None:
-        return asked, "", ()
+        return asked, 1.0, "", ()
     wanted: int | None = env.get("EP_BACKEND_NUM_SMS", records[0].environment)
     if wanted is not None:
         sms = wanted or None
-        return sms, f"SMs of an exchange: {tuned.limit(sms)}, by EP_BACKEND_NUM_SMS.", ()
+        return sms, 1.0, f"SMs of an exchange: {tuned.limit(sms)}, by EP_BACKEND_NUM_SMS.", ()
     budget = profile.sm_budget.sms if profile and profile.sm_budget else None
     if shape is None or transport not in OF_GPUS or (wished and wished.sm_budget):
-        return budget, "", ()
+        return budget, 1.0, "", ()
     problems = tuple(dict.fromkeys(record.tuned_problem for record in records if record.tuned_problem))
     found = [tuned.find(record.tuned_sms, shape, transport) for record in records]
-    said = ["nothing" if entry is None else tuned.limit(entry.num_sms) for entry in found]
+    said = ["nothing" if e is None else tuned.choice(e.num_sms, e.chunk_scale) for e in found]
     if len(set(said)) > 1:
         sides = [
             f"{text} on {ranks_in_words(r for r, t in enumerate(said) if t == text)}"
             for text in dict.fromkeys(said)
         ]
         why = f"The ranks differ in what was tuned for SMs ({', '.join(sides)}), so none of it is used."
-        return budget, why, (*problems, why)
+        return budget, 1.0, why, (*problems, why)
     if found[0] is None:
-        return budget, "", problems
+        return budget, 1.0, "", problems
     why = f"SMs of an exchange: {said[0]}, tuned on this machine for this shape on {found[0].date}."
-    return found[0].num_sms, why, problems
+    return found[0].num_sms, found[0].chunk_scale, why, problems
 
 
 def _peer_order(records: Sequence[Record], transport: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """What the best number of SMs depends on, beside the machine. ``row_bytes`` of a dispatched row with its
+    """What the best choice depends on, beside the machine. ``row_bytes`` of a dispatched row with its
     scales, ``wire_row_bytes`` of one on the way back. ``tokens``: the most that a rank dispatches."""
 
     ranks: int
@@ -47,19 +47,21 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """A choice. ``num_sms`` None: no limit was best. ``date``: when, as YYYY-MM-DD."""
+    """A choice. ``num_sms`` None: no limit was best. ``chunk_scale``: of EpConfig, with this number of SMs.
+    ``date``: when, as YYYY-MM-DD."""
 
     shape: Shape
     transport: str
     num_sms: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None
     date: str
+    chunk_scale: Annotated[float, msgspec.Meta(ge=0.25, le=4)] = 1.0
 
     def __str__(self) -> str:
         of = self.shape
         return (
-            f"SMs: {limit(self.num_sms)} ({self.date}) for {self.transport}, {of.ranks} ranks, hidden "
-            f"{of.hidden}, {of.experts} experts, top-{of.topk}, rows of {of.row_bytes} bytes and "
-            f"{of.wire_row_bytes} back, {of.layout}, up to {of.tokens} tokens"
+            f"SMs: {choice(self.num_sms, self.chunk_scale)} ({self.date}) for {self.transport}, "
+            f"{of.ranks} ranks, hidden {of.hidden}, {of.experts} experts, top-{of.topk}, rows of "
+            f"{of.row_bytes} bytes and {of.wire_row_bytes} back, {of.layout}, up to {of.tokens} tokens"
         )
 
     def suits(self, shape: Shape, transport: str) -> bool:
@@ -76,6 +78,11 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 def limit(num_sms: int | None) -> str:
     """A number of SMs in words."""
     return "no limit" if num_sms is None else str(num_sms)
+
+
+def choice(num_sms: int | None, chunk_scale: float) -> str:
+    """What was chosen, in words."""
+    return limit(num_sms) + ("" if chunk_scale == 1 else f", chunks x {chunk_scale:g}")
 
 
 def load(gpus: Sequence[Gpu], driver: str, environ: Mapping[str, str]) -> tuple[tuple[Entry, ...], str]:

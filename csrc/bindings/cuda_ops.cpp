@@ -57,7 +57,7 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
                              std::vector<int64_t> windows, int64_t copies, std::vector<int64_t> direct,
-                             bool staged, int64_t stagger) {
+                             bool staged, int64_t stagger, double chunk_scale) {
     const DeviceGuard guard(static_cast<int32_t>(device));
     const cuda::Settings settings{shape_of(shape),
                                   rank,
@@ -72,7 +72,8 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                                   reinterpret_cast<char*>(copies),
                                   std::move(direct),
                                   staged,
-                                  static_cast<int32_t>(stagger)};
+                                  static_cast<int32_t>(stagger),
+                                  chunk_scale};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
     return reinterpret_cast<int64_t>(

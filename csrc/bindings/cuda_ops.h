@@ -17,7 +17,7 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
                              std::vector<int64_t> windows, int64_t copies, std::vector<int64_t> direct,
-                             bool staged, int64_t stagger);
+                             bool staged, int64_t stagger, double chunk_scale);
 void cuda_exchange_destroy(int64_t exchange);
 // "0000:1b:00.0".
 std::string gpu_bus_id(int64_t device);

@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int "
         "pad_id, "
         "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows, int "
-        "copies, int[] direct, bool staged, int stagger) -> int");
+        "copies, int[] direct, bool staged, int stagger, float chunk_scale) -> int");
     m.def("cuda_exchange_destroy(int exchange) -> ()");
     m.def("gpu_bus_id(int device) -> str");
     m.def("cuda_host_register(int address, int bytes) -> int");

@@ -39,6 +39,8 @@ class Settings:
     warmup: int
     iters: int
     seed: int
+    chunk_scale: float | None = None
+    """Size of chunks against the kernels' own choice; None: as a communicator chooses."""
 
     def config(self, transport: str) -> EpConfig:
         """What the library's communicator is made for. Raises EpConfigError if the shapes do not fit."""
@@ -51,6 +53,7 @@ class Settings:
             quantization="fp8_block128" if self.quantizes else None,
             layout=self.layout,
             num_sms=self.num_sms,
+            chunk_scale=self.chunk_scale,
             transport=transport,
         )
 

@@ -37,7 +37,11 @@ COMMANDS = (
     Command("profiles", "ep_backend.cli.profiles", "list, show and check hardware profiles"),
     Command("selftest", "ep_backend.selftest", "check that this machine exchanges rows rightly"),
     Command("bench", "ep_backend.bench", "measure dispatch and combine beside the baselines"),
-    Command("tune", "ep_backend.tuning", "choose how many SMs an exchange should use on this machine"),
+    Command(
+        "tune",
+        "ep_backend.tuning",
+        "choose how many SMs and which chunks an exchange should use on this machine",
+    ),
     Command("bench-engine", "ep_backend.bench.engine", "serve a model through an engine and measure it"),
 )
 

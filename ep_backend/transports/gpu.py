@@ -142,6 +142,7 @@ class GpuTransport(Transport):
                 list(windows.direct),
                 windows.staged,
                 self._stagger,
+                config.chunk_scale or 1.0,
             )
         )
 

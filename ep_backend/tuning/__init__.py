@@ -1,4 +1,6 @@
-"""``ep-backend tune`` (command.py): how many SMs an exchange of a shape should use on this machine."""
+"""``ep-backend tune`` (command.py): how many SMs, and which chunks, an exchange of a shape should use on this
+machine.
+"""
 
 from __future__ import annotations
 

@@ -34,10 +34,11 @@ NOTHING_TO_TUNE = 2
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "tune",
-        help="choose how many SMs an exchange of a shape should use on this machine",
-        description="Measures exchanges of a model's shape with different numbers of SMs, alone and beside "
-        "matrix products, chooses one number, and remembers it in the user's cache folder: communicators of "
-        "that shape use it unless they are told otherwise (docs/tuning.md).",
+        help="choose how many SMs and which chunks an exchange of a shape should use on this machine",
+        description="Measures exchanges of a model's shape with different numbers of SMs, then with chunks "
+        "of different sizes, alone and beside matrix products, chooses one of each, and remembers them in "
+        "the user's cache folder: communicators of that shape use them unless they are told otherwise "
+        "(docs/tuning.md).",
         epilog="Exit status 1: something is wrong, and one sentence says what. 2: there is nothing to tune.",
     )
     add = parser.add_argument
@@ -162,6 +163,7 @@ def _publish(args: argparse.Namespace, settings: Settings, record: Record, measu
         shape=tuned.Shape.of(settings.config(transport), settings.ranks),
         transport=transport,
         num_sms=chosen.num_sms,
+        chunk_scale=chosen.chunk_scale,
         date=today.date().isoformat(),
     )
     file = tuned.store(entry, record.gpus, record.driver, os.environ)

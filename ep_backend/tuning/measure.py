@@ -42,7 +42,8 @@ def transport_of(settings: Settings) -> str:
 
 
 class Measurement:
-    """Takes one round of times for a number of SMs. Collective over the default group."""
+    """Takes one round of times for a number of SMs and a scale of chunks. Collective over the default
+    group."""
 
     def __init__(self, settings: Settings, transport: str, note: Note) -> None:
         self._settings, self._transport, self._note = settings, transport, note
@@ -53,9 +54,9 @@ class Measurement:
             for tokens in settings.tokens
         }
 
-    def __call__(self, num_sms: Sms) -> list[Sample]:
+    def __call__(self, num_sms: Sms, chunk_scale: float) -> list[Sample]:
         """Equal on all ranks: times of the slowest. Raises EpError if a result is wrong."""
-        settings = replace(self._settings, num_sms=num_sms)
+        settings = replace(self._settings, num_sms=num_sms, chunk_scale=chunk_scale)
         contender = contenders.start(self._transport, settings)
         try:
             return [self._sample(settings, contender, tokens) for tokens in settings.tokens]
@@ -63,7 +64,9 @@ class Measurement:
             contender.destroy()
 
     def _sample(self, settings: Settings, contender: Contender, tokens: int) -> Sample:
-        inputs, num_sms = self._inputs[tokens], settings.num_sms
+        inputs, num_sms, scale = self._inputs[tokens], settings.num_sms, settings.chunk_scale
+        assert scale is not None
+        what = f"SMs: {tuned.choice(num_sms, scale)}"
         contender.prepare(inputs)
         correct = contender.verify()
         runner = Runner(contender, inputs, settings)
@@ -74,10 +77,10 @@ class Measurement:
         exchange_s = _of_slowest(runner.times.seconds["round_trip"])
         lost_s = self._products.lost(runner, size, exchange_s)
         if anywhere(not (correct and runner.times.correct)):
-            raise EpError(f"transport {self._transport}: a result was wrong, SMs: {tuned.limit(num_sms)}")
-        sample = Sample(num_sms, tokens, exchange_s * 1e6, lost_s * 1e6)
+            raise EpError(f"transport {self._transport}: a result was wrong, {what}")
+        sample = Sample(num_sms, tokens, exchange_s * 1e6, lost_s * 1e6, scale)
         self._note(
-            f"SMs: {tuned.limit(num_sms)}, {tokens} tokens: exchange "
+            f"{what}, {tokens} tokens: exchange "
             f"{report.microseconds(sample.exchange_us)} us, products lose "
             f"{report.microseconds(sample.lost_us)} us"
         )

@@ -18,15 +18,16 @@ def heading(settings: Mapping[str, Any]) -> str:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """A line for each number of SMs: us of an exchange + what products lose, by number of tokens; cost."""
+    """A line for each number of SMs and scale of chunks: us of an exchange + what products lose, by number of
+    tokens; cost."""
     times = _times(document)
-    tokens = sorted({tokens for _, tokens in times})
+    tokens = sorted({tokens for *_, tokens in times})
     rows = [["SMs", *(f"T={t}" for t in tokens), "cost", "slowest", "rounds"]]
     for one in document["candidates"]:
-        pairs = [times[one["num_sms"], t] for t in tokens]
+        pairs = [times[one["num_sms"], one["chunk_scale"], t] for t in tokens]
         rows.append(
             [
-                tuned.limit(one["num_sms"]),
+                tuned.choice(one["num_sms"], one["chunk_scale"]),
                 *(f"{microseconds(exchange)} + {microseconds(lost)}" for exchange, lost in pairs),
                 f"{one['cost']:.3f}",
                 f"{one['slowest']:.3f}",
@@ -42,31 +43,38 @@ def table(document: Mapping[str, Any]) -> str:
 
 def chosen(document: Mapping[str, Any]) -> str:
     one = document["chosen"]
-    if one["num_sms"] is None:
+    what = tuned.choice(one["num_sms"], one["chunk_scale"])
+    if one["num_sms"] is None and one["chunk_scale"] == 1:
         why = "nothing that was measured is better than the default"
     else:
         why = (
             f"cost {one['cost']:.3f} of the default's; an exchange takes at most {one['slowest']:.3f} times "
             "as long as by default"
         )
-    return f"chosen: {tuned.limit(one['num_sms'])} ({why}); stored in {document['stored']}"
+    return f"chosen: {what} ({why}); stored in {document['stored']}"
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Times and cost against SMs, a curve for each number of tokens; no limit stands at all SMs."""
+    """Times and cost against SMs, a curve for each number of tokens; no limit stands at all SMs. Costs of
+    other chunks have their scale beside them."""
     times, most = _times(document), document["machine"]["sms"]
     made = pictures.figure(f"{curves.title(document)}, {document['transport']}")
     exchange, lost, cost = made.subplots(1, 3)
     for axes, title, which in ((exchange, "exchange alone", 0), (lost, "lost by products beside it", 1)):
-        for tokens in sorted({tokens for _, tokens in times}):
-            points = sorted((n or most, pair[which]) for (n, t), pair in times.items() if t == tokens)
+        for tokens in sorted({tokens for *_, tokens in times}):
+            points = sorted(
+                (n or most, pair[which]) for (n, s, t), pair in times.items() if s == 1 and t == tokens
+            )
             axes.plot(*zip(*points, strict=True), marker="o", label=f"{tokens} tokens")
         axes.set_title(title)
         axes.set_ylabel("us")
     exchange.set_yscale("log")
     for one in document["candidates"]:
-        allowed = one["num_sms"] is None or one["slowest"] <= document["objective"]["slower_at_most"]
-        cost.plot(one["num_sms"] or most, one["cost"], "o" if allowed else "x", color="black")
+        at, scale = one["num_sms"] or most, one["chunk_scale"]
+        allowed = one["slowest"] <= document["objective"]["slower_at_most"]
+        cost.plot(at, one["cost"], "o" if allowed else "x", color="black" if scale == 1 else "tab:gray")
+        if scale != 1:
+            cost.annotate(f" x {scale:g}", (at, one["cost"]))
     cost.axvline(document["chosen"]["num_sms"] or most, color="tab:green")
     cost.set_title("cost; x: an exchange is too slow")
     for axes in made.axes:
@@ -77,11 +85,11 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     pictures.write(made, path)
 
 
-def _times(document: Mapping[str, Any]) -> dict[tuple[int | None, int], tuple[float, float]]:
-    """By number of SMs and of tokens, medians over rounds: exchange, lost."""
-    rounds: dict[tuple[int | None, int], list[tuple[float, float]]] = {}
+def _times(document: Mapping[str, Any]) -> dict[tuple[int | None, float, int], tuple[float, float]]:
+    """By number of SMs, scale of chunks and number of tokens, medians over rounds: exchange, lost."""
+    rounds: dict[tuple[int | None, float, int], list[tuple[float, float]]] = {}
     for sample in document["samples"]:
-        key = sample["num_sms"], sample["tokens"]
+        key = sample["num_sms"], sample["chunk_scale"], sample["tokens"]
         rounds.setdefault(key, []).append((sample["exchange_us"], sample["lost_us"]))
     return {
         key: (median([exchange for exchange, _ in some]), median([lost for _, lost in some]))

@@ -110,6 +110,16 @@ def test_same_bits_as_the_reference(process, world, plan, name, layout):
     assert wrong == []
 
 
+@pytest.mark.parametrize("scale", [0.25, 0.5, 2.0, 4.0])
+def test_same_bits_with_chunks_of_another_size(process, scale):
+    more = config(CONFIGS["bf16"], 3, chunk_scale=scale)
+    (wrong,) = process.run(exchanges_job, more, 3, CASES, (), timeout=120)
+    # Enough bytes for bulk copies, on GPUs that have them.
+    long = config(CONFIGS["bf16"], 2, chunk_scale=scale, hidden_size=8192, max_tokens_per_rank=1300)
+    wrong += process.run(exchanges_job, long, 2, ((1300, "uniform"),), (), timeout=120)[0]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(

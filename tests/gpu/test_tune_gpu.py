@@ -28,7 +28,11 @@ def decided_job(rank, group, config):
     for wanted in (config, replace(config, max_tokens_per_rank=TOKENS[-1] + 1), replace(config, num_sms=5)):
         with ep.Communicator(group, wanted, device="cuda") as communicator:
             decisions.append(
-                (communicator.transport, communicator.decision.sms, communicator.decision.reason)
+                (
+                    communicator.transport,
+                    (communicator.decision.sms, communicator.decision.chunk_scale),
+                    communicator.decision.reason,
+                )
             )
             x = torch.ones(3, config.hidden_size, dtype=torch.bfloat16, device="cuda")
             ids = torch.zeros(3, config.top_k, dtype=torch.int32, device="cuda").fill_(-1)
@@ -62,20 +66,23 @@ def test_the_choice_is_not_slow_and_is_used(tmp_path, count):
     assert done.returncode == 0, done.stdout
     found = json.loads(file.read_text())
     best = found["chosen"]["num_sms"]
+    assert {0.25, 0.5, 1.0, 2.0, 4.0} == {s["chunk_scale"] for s in found["samples"]}
 
-    def exchange_us(num_sms, tokens):
+    def exchange_us(num_sms, scale, tokens):
+        way = num_sms, scale, tokens
         return median(
-            s["exchange_us"] for s in found["samples"] if (s["num_sms"], s["tokens"]) == (num_sms, tokens)
+            s["exchange_us"] for s in found["samples"] if (s["num_sms"], s["chunk_scale"], s["tokens"]) == way
         )
 
     for tokens in TOKENS:
-        assert exchange_us(best, tokens) <= 1.03 * exchange_us(None, tokens), done.stdout
+        chosen = exchange_us(best, found["chosen"]["chunk_scale"], tokens)
+        assert chosen <= 1.03 * exchange_us(None, 1.0, tokens), done.stdout
 
     with fresh_ranks(count, {"XDG_CACHE_HOME": str(tmp_path)}) as group:
         for ofs in group.run(decided_job, ep.EpConfig(**SHAPE), timeout=120):
             same, more_tokens, asked = ofs
-            assert same[:2] == (found["transport"], best)
+            assert same[:2] == (found["transport"], (best, found["chosen"]["chunk_scale"]))
             assert "tuned on this machine" in same[2]
-            assert more_tokens[1] is None
-            assert asked[1] == 5
+            assert more_tokens[1] == (None, 1.0)
+            assert asked[1] == (5, 1.0)
             assert "tuned" not in more_tokens[2] + asked[2]

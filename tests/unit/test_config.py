@@ -68,6 +68,9 @@ WRONG = [
     ({"expert_map": "00000000"}, "expert_map is '00000000'", "tuple"),
     ({"num_channels": 0}, "num_channels is 0", "from 1 to 16"),
     ({"num_channels": 17}, "num_channels is 17", "from 1 to 16"),
+    ({"chunk_scale": 0.2}, "chunk_scale is 0.2", "from 0.25 to 4"),
+    ({"chunk_scale": float("nan")}, "chunk_scale is nan", "from 0.25 to 4"),
+    ({"chunk_scale": True}, "chunk_scale is True", "from 0.25 to 4"),
     ({"timeout_s": 0}, "timeout_s is 0", "seconds above 0"),
     ({"timeout_s": -1.5}, "timeout_s is -1.5", "seconds above 0"),
     ({"timeout_s": float("nan")}, "timeout_s is nan", "seconds above 0"),
@@ -197,6 +200,7 @@ def test_any_configuration_is_accepted_or_refused(data):
         "layout": st.sampled_from(["rank_major", "compact", "expert_major", ""]),
         "pad_id": numbers,
         "num_channels": numbers,
+        "chunk_scale": st.one_of(st.none(), st.floats()),
         "timeout_s": st.one_of(st.none(), st.floats()),
     }
     chosen = data.draw(st.sets(st.sampled_from(sorted(fields)), max_size=4))

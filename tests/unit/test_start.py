@@ -14,6 +14,7 @@ from harness import fresh_ranks, ranks
 import ep_backend as ep
 from ep_backend.nvml import Link
 from ep_backend.probe import Record
+from ep_backend.select import Decision
 from ep_backend.transports.cpu import CpuTransport
 
 CONFIG = ep.EpConfig(num_experts=6, top_k=2, hidden_size=128, max_tokens_per_rank=4, timeout_s=10.0)
@@ -258,7 +259,7 @@ def budget_job(rank, group, path):
     given = []
 
     def transport(group, config, *_):
-        given.append(config.num_sms)
+        given.append((config.num_sms, config.chunk_scale))
         return CpuTransport(group, config)
 
     names = {CpuTransport.name: transport}
@@ -284,7 +285,31 @@ def test_the_sm_budget_of_a_profile_holds_where_the_caller_gives_none(tmp_path):
         sms = 24
         source = "me"
     """)
-    assert ranks(2).run(budget_job, str(file)) == [[24, 8]] * 2
+    assert ranks(2).run(budget_job, str(file)) == [[(24, 1.0), (8, 1.0)]] * 2
+
+
+def chunks_job(rank, group):
+    """The scale of chunks that a transport gets: as decided, and of the communicator's own."""
+    given = []
+
+    def transport(group, config, *_):
+        given.append((config.num_sms, config.chunk_scale))
+        return CpuTransport(group, config)
+
+    decided = Decision(
+        profile=None, transport=CpuTransport.name, env=(), reason="tuned", sms=24, chunk_scale=2.0
+    )
+    with (
+        mock.patch("ep_backend.communicator.decide", return_value=decided),
+        mock.patch.dict("ep_backend.communicator.TRANSPORTS", {CpuTransport.name: transport}),
+    ):
+        ep.Communicator(group, CONFIG).destroy()
+        ep.Communicator(group, replace(CONFIG, chunk_scale=1.0)).destroy()
+    return given
+
+
+def test_tuned_chunks_hold_where_the_caller_gives_none():
+    assert ranks(2).run(chunks_job) == [[(24, 2.0), (24, 1.0)]] * 2
 
 
 def open_things():

@@ -29,8 +29,8 @@ sm_budget = { sms = 16, source = "a test" }
 """
 
 
-def entry(num_sms=24, shape=SHAPE, transport="peer"):
-    return tuned.Entry(shape=shape, transport=transport, num_sms=num_sms, date="2026-11-28")
+def entry(num_sms=24, shape=SHAPE, transport="peer", **more):
+    return tuned.Entry(shape=shape, transport=transport, num_sms=num_sms, date="2026-11-28", **more)
 
 
 @pytest.fixture
@@ -86,11 +86,12 @@ def test_a_damaged_file_is_ignored_and_replaced(folder, content):
     assert load() == ((entry(),), "")
 
 
-def test_a_number_of_sms_that_cannot_be(folder):
+@pytest.mark.parametrize(("found", "wrong"), [(b'"num_sms": 24', b'"num_sms": 0'), (b"1.0", b"5.0")])
+def test_a_choice_that_cannot_be(folder, found, wrong):
     file, load, _ = folder
-    file.write_bytes(file.read_bytes().replace(b'"num_sms": 24', b'"num_sms": 0'))
+    file.write_bytes(file.read_bytes().replace(found, wrong))
     assert load()[0] == ()
-    assert "num_sms" in load()[1]
+    assert ("num_sms" if b"num_sms" in wrong else "chunk_scale") in load()[1]
 
 
 def test_nothing_was_tuned(tmp_path):
@@ -141,8 +142,28 @@ def test_what_was_tuned_is_used_and_the_reason_says_so():
     assert decision.sms == 24
     assert "SMs of an exchange: 24, tuned on this machine for this shape on 2026-11-28." in decision.reason
     assert decision.warnings == ()
+    assert decision.chunk_scale == 1
     assert "no limit, tuned" in decided(machine(None, None)).reason
     assert decided(machine(None, None)).sms is None
+
+
+def with_chunks(records, *scales):
+    """The same with tuned chunks."""
+    found = zip(records, scales, strict=True)
+    return [msgspec.structs.replace(r, tuned_sms=(entry(chunk_scale=s),)) for r, s in found]
+
+
+def test_tuned_chunks_go_with_the_tuned_number_of_sms():
+    records = with_chunks(machine(), 2.0, 2.0)
+    decision = decided(records)
+    assert (decision.sms, decision.chunk_scale) == (24, 2.0)
+    assert "SMs of an exchange: 24, chunks x 2, tuned on this machine" in decision.reason
+    assert decided(records, num_sms=24).chunk_scale == 1
+    limited = with_chunks(machine(environment={"EP_BACKEND_NUM_SMS": "24"}), 2.0, 2.0)
+    assert decided(limited).chunk_scale == 1
+    decision = decided(with_chunks(machine(), 2.0, 1.0))
+    assert (decision.sms, decision.chunk_scale) == (None, 1)
+    assert "(24, chunks x 2 on rank 0, 24 on rank 1)" in decision.warnings[0]
 
 
 def test_order(tmp_path):

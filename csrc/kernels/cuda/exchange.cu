@@ -98,15 +98,17 @@ Plan make_plan(const Settings& settings, int64_t slots) {
     plan.bulk =
         !host && static_cast<double>(slots * shape.wire_bytes) >= kBulkFrom && least <= kMaxBulkTokens;
     int64_t tokens, wanted = 1;
+    const double scale = settings.chunk_scale;
     if (plan.bulk) {
         const double both = (back + ranks * static_cast<double>(shape.row_bytes)) / 2;
-        tokens =
-            static_cast<int64_t>(std::clamp(std::exp2(std::round(std::log2(kBulkChunk / both))), 4.0, 16.0));
+        const double own = std::clamp(std::exp2(std::round(std::log2(kBulkChunk / both))), 4.0, 16.0);
+        tokens = std::clamp<int64_t>(std::llround(own * scale), 1, kMaxBulkTokens);
     } else {
         const auto by_size =
             static_cast<int64_t>(static_cast<double>(slots) * back / (host ? kHostChunk : kChunk));
         wanted = std::min(std::max(by_size, host ? kHostParallel : kParallel),
                           host ? shape.num_chunks : settings.max_blocks);
+        wanted = std::clamp<int64_t>(std::llround(static_cast<double>(wanted) / scale), 1, shape.num_chunks);
         tokens = std::min<int64_t>((slots + wanted - 1) / wanted, 2 * kWarps);
     }
     plan.tokens_per_chunk = static_cast<int32_t>(std::max(least, tokens));

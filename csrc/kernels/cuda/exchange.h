@@ -37,6 +37,8 @@ struct Settings {
     // 0: each row to all its ranks in turn. Else the staggered order, with so many ranks in each group (see
     // staggered_target); equal on all ranks. Not with `copies` or `staged`.
     int32_t stagger;
+    // Size of a chunk against the plan's own; equal on all ranks.
+    double chunk_scale;
 };
 
 // How `slots` tokens per rank are divided among at most `max_blocks` blocks and `max_chunks` flags.
