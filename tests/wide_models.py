@@ -15,25 +15,30 @@ from ep_backend.bench.engines import models
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny_moe"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-# Twice as many as it has, without values: so q, k and v are whole blocks of fp8, too.
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 EXPERTS = 1024
 """Width of an expert that every version of DeepGEMM's kernels takes."""
+HEAD = 128
+"""Elements of a head; SGLang has no kernel for the 32 of the tiny model."""
+IN_HEADS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "q_norm": 0, "k_norm": 0}
+"""The axis of a module's weights that is heads."""
 
 
 def write(folder, *, hidden=2048, experts=EXPERTS, fp8=False):
     """Write the model and its tokenizer; returns the folder.
 
-    ``hidden``: 128 times a power of 4. A norm's mean is over so many more elements, so its weights shrink by
-    a power of two, exactly. ``experts``: width of each. ``fp8``: weights with a scale per 128x128.
+    ``hidden``: 128 times a power of 4. ``experts``: width of each. ``fp8``: weights with a scale per 128x128.
+    A norm's mean is over more elements, so its weights shrink, by a power of two. Pairs of elements that are
+    turned together are half a head apart, so a head's two halves are widened each for itself, and the base
+    of the angles grows.
     """
     from safetensors.torch import load_file, save_file  # tests are collected where it is missing, too
 
     config = json.loads((TINY / "config.json").read_text())
-    shrink = config["hidden_size"] / hidden
-    assert (1 / shrink**0.5).is_integer()
-    config |= {"hidden_size": hidden, "moe_intermediate_size": experts, **HEADS}
-    config["rms_norm_eps"] *= shrink
+    head, was = config["head_dim"], config["hidden_size"]
+    widths = {"hidden_size": hidden, "moe_intermediate_size": experts, "head_dim": HEAD}
+    theta = config["rope_theta"] ** (HEAD / head)
+    config |= {**widths, "rope_theta": theta, "rms_norm_eps": config["rms_norm_eps"] * was / hidden}
+    config["rope_parameters"]["rope_theta"] = theta
     if fp8:
         like = models.Shape(
             text="tiny",
@@ -42,12 +47,21 @@ def write(folder, *, hidden=2048, experts=EXPERTS, fp8=False):
             fp8=True,
         )
         config["quantization_config"] = models.config_of(like)["quantization_config"]
+    # q_norm's would shrink as k_norm's, but attention divides by the root of HEAD, too.
+    factors = {
+        "input_layernorm": (was / hidden) ** 0.5,
+        "post_attention_layernorm": (was / hidden) ** 0.5,
+        "norm": (was / hidden) ** 0.5,
+        "k_norm": (head / HEAD) ** 0.5,
+    }
     sizes, tensors = dict(random_models.sizes_of(config)), {}
     for name, weight in load_file(TINY / "model.safetensors").items():
+        module = name.split(".")[-2]
+        places = [torch.arange(size) for size in weight.shape]
+        if module in IN_HEADS:
+            places[IN_HEADS[module]] = _in_heads(weight.shape[IN_HEADS[module]], head)
         wide = torch.zeros(sizes[name], dtype=weight.dtype)
-        wide[tuple(map(slice, weight.shape))] = weight
-        if len(wide) == hidden and wide.dim() == 1:
-            wide *= shrink**0.5
+        wide[torch.meshgrid(places, indexing="ij")] = weight * factors.get(module, 1.0)
         tensors[name] = wide
         if fp8 and name.endswith("_proj.weight"):
             tensors[name], tensors[f"{name}_scale_inv"] = random_models.quantised(
@@ -63,3 +77,10 @@ def write(folder, *, hidden=2048, experts=EXPERTS, fp8=False):
 
 def prompts():
     return [line for line in (TINY / "prompts.txt").read_text().splitlines() if line.strip()]
+
+
+def _in_heads(size, head):
+    """Where ``size`` elements of heads go."""
+    half = torch.arange(head // 2)
+    one = torch.cat([half, HEAD // 2 + half])
+    return (torch.arange(size // head)[:, None] * HEAD + one).flatten()

@@ -18,6 +18,7 @@ from served_tokens import (
     FP8_LIMIT,
     LIMIT,
     TRAINED_EQUAL,
+    TRAINED_LIMIT,
     differences,
     equal,
     groups_of_prompts,
@@ -93,7 +94,7 @@ CASES = {
         "says": "fp8_block128, at most",
     },
     "bf16, deep_gemm": {"of": {**DP, "runner": "deep_gemm"}},
-    "trained, dp attention": {"of": {**DP, "model": "trained"}},
+    "trained, dp attention": {"of": {**DP, "model": "wide"}},
     "deepep, normal": {**DEEPEP, "extra": ("--deepep-mode", "normal")},
     # Prompts take the same way: as many tokens as SGLang dispatches in this mode.
     "deepep, low_latency": {
@@ -112,12 +113,8 @@ CASES = {
 }
 
 
-# Sure of most tokens, so that they must be those of stock.
-TRAINED = {
-    "trained": lambda folder: wide_models.TINY,
-    "wide": wide_models.write,
-    "wide fp8": lambda folder: wide_models.write(folder, fp8=True),
-}
+# Whether they are in fp8. They are sure of most tokens, which must be those of stock.
+TRAINED = {"wide": False, "wide fp8": True}
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +131,7 @@ def model(tmp_path_factory):
         if kind not in written:
             folder = tmp_path_factory.mktemp(kind.replace(" ", "-"))
             if kind in TRAINED:
-                written[kind] = TRAINED[kind](folder)
+                written[kind] = wide_models.write(folder, fp8=TRAINED[kind])
             else:
                 written[kind] = random_models.write(
                     folder, *kinds[kind], router_std=4.0, moe_intermediate_size=wide_models.EXPERTS
@@ -196,7 +193,9 @@ def test_tokens_are_those_of_stock(tmp_path, model, stock, name):
 
 
 def limit_of(kind):
-    return FP8_LIMIT if "fp8" in kind else LIMIT
+    if kind in TRAINED:
+        return TRAINED_LIMIT
+    return FP8_LIMIT if kind == "fp8" else LIMIT
 
 
 @pytest.mark.parametrize("name", ["dp attention", "block fp8, triton"])
