@@ -11,11 +11,17 @@ from ep_backend.bench import workload
 from ep_backend.bench.workload import Inputs, Settings
 from ep_backend.communicator import TRANSPORTS, available
 from ep_backend.transports import OF_GPUS
+from ep_backend.transports.collective import CollectiveTransport
+from ep_backend.transports.hier import HierTransport
 from ep_backend.transports.mixed import MixedTransport
 
-# What is there for other machines: GPUs of one have collective as the last resort, mixed is for GPUs of which
-# only some reach each other, and hier on one machine's CPUs is cpu with copies.
-ONLY_WHEN_ASKED = {"cuda": ("collective", MixedTransport.name), "cpu": ("hier",)}
+# Left out on one machine: its GPUs have collective as the last resort, mixed is for GPUs of which only some
+# reach each other, and hier is what works inside a machine, with copies.
+ONLY_WHEN_ASKED = {
+    "cuda": (CollectiveTransport.name, HierTransport.name, MixedTransport.name),
+    "cpu": (HierTransport.name,),
+}
+BETWEEN_MACHINES = (CollectiveTransport.name, HierTransport.name)
 BASELINE = {"cpu": "gloo", "cuda": "nccl"}  # plain collectives
 PEERS = {"cpu": ("gloo",), "cuda": ("nccl", "flashinfer")}
 
@@ -125,9 +131,11 @@ def names(device: str) -> tuple[str, ...]:
     return tuple(name for name in TRANSPORTS if name in ours)
 
 
-def defaults(device: str) -> tuple[str, ...]:
+def defaults(device: str, *, several_machines: bool) -> tuple[str, ...]:
     """Those that are measured unless the caller chooses."""
-    return tuple(name for name in names(device) if name not in ONLY_WHEN_ASKED.get(device, ()))
+    if several_machines:
+        return tuple(name for name in names(device) if name in BETWEEN_MACHINES)
+    return tuple(name for name in names(device) if name not in ONLY_WHEN_ASKED[device])
 
 
 def start(name: str, settings: Settings) -> Contender:

@@ -18,6 +18,7 @@ from ep_backend.bench.cpus import Cpus
 from ep_backend.bench.gpus import Gpus
 from ep_backend.bench.meter import INPUT_SETS, Meter, Step, Times
 from ep_backend.bench.workload import LeastBytes, Settings
+from ep_backend.cli.provenance import set_variables
 from ep_backend.communicator import apply_profile
 from ep_backend.errors import EpConfigError
 from ep_backend.probe import probe
@@ -59,6 +60,7 @@ def measure(runs: Sequence[Settings], *, explicit: Collection[str], note: Note, 
     }
     return {
         "machine": machine,
+        "environment": set_variables(),
         "versions": {**probe(device).versions, "python": report.python_version()},
         "settings": {
             **asdict(runs[0]),
