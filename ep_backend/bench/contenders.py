@@ -23,7 +23,8 @@ ONLY_WHEN_ASKED = {
 }
 BETWEEN_MACHINES = (CollectiveTransport.name, HierTransport.name)
 BASELINE = {"cpu": "gloo", "cuda": "nccl"}  # plain collectives
-PEERS = {"cpu": ("gloo",), "cuda": ("nccl", "flashinfer")}
+ALL_TO_ALL = {"cpu": "gloo_all_to_all", "cuda": "nccl_all_to_all"}
+PEERS = {"cpu": ("gloo", ALL_TO_ALL["cpu"]), "cuda": ("nccl", ALL_TO_ALL["cuda"], "flashinfer")}
 
 
 class Contender(Protocol):
@@ -149,4 +150,8 @@ def start(name: str, settings: Settings) -> Contender:
         from ep_backend.bench.allgather import AllGather
 
         return AllGather(name, settings)
+    if name in ALL_TO_ALL.values():
+        from ep_backend.bench.alltoall import AllToAll
+
+        return AllToAll(name, settings)
     return Ours(name, settings)

@@ -78,7 +78,8 @@ def add_parser(subparsers: Any) -> None:
     add("--layout", choices=LAYOUTS, default="rank_major", help="of received rows")
     transports = "what to measure (EP_BACKEND_TRANSPORT if that is set, or what is usual here)"
     add("--transports", type=list_of(str), metavar="A[,B...]", help=transports)
-    peers = "what others do, to compare with (nccl, on cpu gloo); also flashinfer, or none"
+    peers = "what others do, to compare with (nccl, on cpu gloo); also nccl_all_to_all, on cpu "
+    peers += "gloo_all_to_all; on cuda flashinfer; or none"
     add("--peers", type=list_of(str), metavar="A[,B...]", help=peers)
     sms = "SMs that peer, mixed and host may use (as a communicator chooses); each number is measured"
     add("--num-sms", type=list_of(whole(1)), metavar="N[,N...]", help=sms)

@@ -91,6 +91,14 @@ def test_what_cannot_be_captured_is_timed_without_a_graph(tmp_path):
     assert not any("exchanges_per_graph" in r for r in found["results"])
 
 
+def test_all_to_all_is_right_beside_the_baseline(tmp_path):
+    more = ["--ranks", str(min(GPUS, 2)), "--transports", "peer", "--peers", "nccl,nccl_all_to_all"]
+    found, _ = run([*COMMAND, *more], tmp_path)
+    theirs = [r for r in found["results"] if r["transport"] == "nccl_all_to_all"]
+    assert len(theirs) == 3 * len(report.PHASES)
+    assert all("vs_baseline" in r and "exchanges_per_graph" not in r for r in theirs)
+
+
 def test_under_torchrun(tmp_path):
     ranks = min(GPUS, 2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

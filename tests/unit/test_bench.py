@@ -164,7 +164,7 @@ def test_lists_and_the_number_of_ranks():
         (("--dtype", "fp8", "--hidden", "64"), None, "multiple of 128"),
         (("--num-sms", "8"), None, "--num-sms is for transports peer, mixed and host"),
         (("--transports", "gloo"), None, "'gloo' is none of"),
-        (("--peers", "nccl"), None, "--peers: 'nccl' is none of gloo, none"),
+        (("--peers", "nccl"), None, "--peers: 'nccl' is none of gloo, gloo_all_to_all, none"),
         (("--peers", "none,gloo"), None, "none, or some"),
     ],
 )
