@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -183,6 +183,12 @@ class Communicator:
     def transport(self) -> str:
         """Name of the transport in use."""
         return self._transport.name
+
+    @property
+    def nodes(self) -> Sequence[Sequence[int]] | None:
+        """The ranks of each node, over which combine adds up (transport hier), as `reference.combine` wants
+        them; None where it adds up over ranks alone."""
+        return self._transport.nodes
 
     @property
     def capturable(self) -> bool:

@@ -13,10 +13,13 @@ from exchange import Runner, make_call, step
 from networks import LINK, link_bytes
 
 import ep_backend as ep
+from ep_backend.selftest import exchanges, plan
 
 CONFIG = ep.EpConfig(
     num_experts=16, top_k=4, hidden_size=1024, max_tokens_per_rank=32, payload=torch.float32, timeout_s=20.0
 )
+SELFTEST = plan.group_cases(4)[:1]
+"""Rows of bf16: the sums of nodes are rounded once more than those of ranks."""
 STEPS = [step([32, 17, 0, 29], seed=seed) for seed in range(6)]
 
 
@@ -66,4 +69,7 @@ if __name__ == "__main__":
         answers[transport] = {"count": count, "cut": cut}[JOB](comm)
         answers[transport]["reason"] = comm.decision.reason
         comm.destroy()
+        if JOB == "count":
+            task = exchanges.Task(device="cpu", transport=transport, timeout_s=20.0, cases=SELFTEST)
+            answers[transport]["selftest"] = exchanges.run(lambda text: None, task)
     torch.save(answers, f"{FOLDER}/answer-{RANK}")

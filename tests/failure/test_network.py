@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from exchange import check_steps, make_call
-from network_rank import CONFIG, STEPS
+from network_rank import CONFIG, SELFTEST, STEPS
 from networks import LINK, need_namespaces, two_nodes
 
 RANK_NODES = (0, 1, 1, 0)  # of each rank, its node
@@ -80,6 +80,8 @@ def test_what_crosses_the_network(nodes, tmp_path):
             wanted = left[node] * record + left[1 - node] * CONFIG.wire_row_bytes
             sent = found[rank][transport]["sent"]
             assert wanted < sent < ADDED * wanted, f"{transport}, node {node}"
+        selftest = found[0][transport]["selftest"]
+        assert (selftest.exchanges, selftest.wrong) == (len(SELFTEST[0].steps), ())
     # With four experts of a token, most go to both ranks of a node.
     assert found[0]["collective"]["sent"] > 1.5 * found[0]["hier"]["sent"]
 
