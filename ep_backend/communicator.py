@@ -109,8 +109,8 @@ class Communicator:
     once.
 
     ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu"
-    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start or has another
-    configuration.
+    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start, has another
+    configuration or does not come within EP_BACKEND_STARTUP_TIMEOUT_S.
     """
 
     def __init__(
@@ -157,6 +157,8 @@ class Communicator:
 
     def _start(self, device: torch.device | str | None) -> tuple[int, ...]:
         """What can go wrong on one rank alone, before anybody waits for it. Returns each expert's rank."""
+        if wrong := env.wrong_values():  # also of variables that nothing here would read
+            raise EpConfigError("; ".join(wrong))
         if not isinstance(self.config, EpConfig):
             raise EpConfigError(f"config is {_named(self.config)}; an EpConfig was wanted")
         self.config.timeout()

@@ -121,7 +121,7 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_STARTUP_TIMEOUT_S",
         "float",
         300.0,
-        "The same deadline until an engine is ready to serve (compilation and profiling make ranks slow).",
+        "The same deadline until an engine is ready to serve, and of meetings when communicators are made.",
         minimum=0.001,
         maximum=86400,
     ),

@@ -52,6 +52,20 @@ def cut(comm):
     raise AssertionError("the network was cut and nobody noticed")
 
 
+def start(folder):
+    """What is said of a network that is cut before a communicator is made, and after how long."""
+    (folder / f"running-{RANK}").touch()
+    while not (folder / "cut").exists():
+        time.sleep(0.05)
+    os.environ["EP_BACKEND_STARTUP_TIMEOUT_S"] = "2"
+    begin = time.monotonic()
+    try:
+        ep.Communicator(None, CONFIG)
+    except ep.EpConfigError as error:
+        return {"error": str(error), "waited": time.monotonic() - begin}
+    raise AssertionError("the network was cut and nobody noticed")
+
+
 if __name__ == "__main__":
     JOB, RANK, WORLD, FOLDER, *TRANSPORTS = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
     os.environ["GLOO_SOCKET_IFNAME"] = LINK
@@ -63,7 +77,7 @@ if __name__ == "__main__":
         world_size=WORLD,
         timeout=timedelta(seconds=30),
     )
-    answers = {}
+    answers = {"start": start(Path(FOLDER))} if JOB == "start" else {}
     for transport in TRANSPORTS:
         comm = ep.Communicator(None, replace(CONFIG, transport=transport))
         answers[transport] = {"count": count, "cut": cut}[JOB](comm)

@@ -208,20 +208,8 @@ class CollectiveTransport(Transport):
         self.traffic.combined_rows += sum(exchange.received_rows) - exchange.received_rows[self._rank]
         self.traffic.bytes += sum(out_of) - out_of[self._rank]
 
-    def _start(
-        self,
-        into: torch.Tensor,
-        sent: torch.Tensor,
-        into_sizes: Sequence[int] = (),
-        sent_sizes: Sequence[int] = (),
-    ) -> dist.Work:
-        """An all-to-all of bytes or, without sizes, of equal parts."""
-        # With a deadline of its own: one that only the group's would end keeps the process from ending.
-        options = dist.AllToAllOptions()
-        options.timeout = timedelta(seconds=self._timeout_s)
-        group: Any = self._part or self._group or dist.group.WORLD
-        work: dist.Work = group.alltoall_base(into, sent, list(into_sizes), list(sent_sizes), options)
-        return work
+    def _start(self, into: torch.Tensor, sent: torch.Tensor, *sizes: Sequence[int]) -> dist.Work:
+        return rendezvous.all_to_all(self._part or self._group, into, sent, *sizes, timeout_s=self._timeout_s)
 
     def _wait(self, work: dist.Work, phase: str, channel: int) -> None:
         start = monotonic()

@@ -86,17 +86,32 @@ def test_what_crosses_the_network(nodes, tmp_path):
     assert found[0]["collective"]["sent"] > 1.5 * found[0]["hier"]["sent"]
 
 
+def cut(nodes, processes, folder):
+    """Cut the network once all ranks are running."""
+    deadline = time.monotonic() + 120  # a busy machine imports slowly
+    while len(list(folder.glob("running-*"))) < len(processes):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    time.sleep(0.5)
+    nodes[0].ip("link", "set", LINK, "down")
+
+
+def test_a_network_that_is_cut_before_a_communicator_is_made(nodes, tmp_path):
+    with started(nodes, "start", tmp_path, []) as processes:
+        cut(nodes, processes, tmp_path)
+        (tmp_path / "cut").touch()
+        found = answers(processes, tmp_path, 40)
+    for rank, answer in enumerate(found):
+        assert f"rank {rank} waited 2.0 s for a rank while all of them met" in answer["start"]["error"]
+        assert answer["start"]["waited"] < 20
+
+
 @pytest.mark.parametrize("transport", ["hier", "collective"])
 def test_a_cut_network(nodes, tmp_path, transport):
     """All ranks of both nodes say so in time; then nothing keeps their processes from ending."""
     with started(nodes, "cut", tmp_path, [transport]) as processes:
-        deadline = time.monotonic() + 120  # a busy machine imports slowly
-        while len(list(tmp_path.glob("running-*"))) < len(processes):
-            assert time.monotonic() < deadline, "the ranks did not start"
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.1)
-        time.sleep(0.5)
-        nodes[0].ip("link", "set", LINK, "down")
+        cut(nodes, processes, tmp_path)
         found = answers(processes, tmp_path, 40)
     for answer in found:
         assert answer[transport]["waited"] < 20
