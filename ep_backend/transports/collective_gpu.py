@@ -27,7 +27,7 @@ from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpTimeoutError
 from ep_backend.transports import wires
 from ep_backend.transports.base import DispatchCall, Received, Transport, opened
-from ep_backend.transports.collective import CollectiveTransport, Traffic
+from ep_backend.transports.collective import CollectiveTransport, Traffic, failure
 from ep_backend.transports.gpu import FLAGS_PER_SOURCE, GpuTransport, Windows
 
 WORTH_COUNTING = 4 << 20
@@ -70,13 +70,14 @@ class Places(NamedTuple):
 
 @dataclass
 class _Open:
-    """The exchange that a channel has open. ``wait``: for what is under way. ``came``: where rows belong that
-    do not come to their places: (region, slots in it, rows). ``sent``, ``received``: which rows there are, if
-    that was asked."""
+    """The exchange that a channel has open. ``wait``: for what is under way, since ``started``. ``came``:
+    where rows belong that do not come to their places: (region, slots in it, rows). ``sent``, ``received``:
+    which rows there are, if that was asked."""
 
     slots: int
     captured: bool
     wait: wires.Wait | None = None
+    started: float = 0.0
     came: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = ()
     sent: Places | None = None
     received: Places | None = None
@@ -119,8 +120,10 @@ class GpuCollectiveTransport(GpuTransport):
         rendezvous.together(group, self._first_use)
 
     def _first_use(self) -> None:
-        if wait := self._move([self._regions(0, 1).headers.piece]):
-            wait(self._timeout_s)
+        first = _Open(1, captured=False)
+        self._move(first, [self._regions(0, 1).headers.piece])
+        if first.wait is not None:
+            first.wait(self._timeout_s)
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
         def make() -> torch.Tensor:
@@ -144,7 +147,7 @@ class GpuCollectiveTransport(GpuTransport):
         with_scales = [regions.scales] if config.row_scale_bytes else []
         may_wait = call.num_tokens is None and not exchange.captured
         if may_wait and call.slots * self._saved_per_slot >= WORTH_COUNTING:
-            exchange.wait = self._move(metadata)
+            self._move(exchange, metadata)
             self._finish(exchange, "dispatch", call.channel)
             sent, received = self._find_places(call, regions)
             sizes = [config.row_scale_bytes] * len(with_scales) + [config.row_bytes]
@@ -152,7 +155,7 @@ class GpuCollectiveTransport(GpuTransport):
             exchange.sent, exchange.received = sent, received
             self.traffic.dispatched_rows += sum(sent.of_rank)
         else:
-            exchange.wait = self._move(metadata + [r.piece for r in (*with_scales, regions.rows)])
+            self._move(exchange, metadata + [r.piece for r in (*with_scales, regions.rows)])
             self.traffic.dispatched_rows += (self._world - 1) * call.slots
         self._open[call.channel] = exchange
 
@@ -238,7 +241,7 @@ class GpuCollectiveTransport(GpuTransport):
             self._move_rows(exchange, [regions.combine_rows], sizes, back, home, flags)
             self.traffic.combined_rows += sum(back.of_rank)
         else:
-            exchange.wait = self._move([flags, regions.combine_rows.piece])
+            self._move(exchange, [flags, regions.combine_rows.piece])
             self.traffic.combined_rows += (self._world - 1) * exchange.slots
         exchange.returned = True
 
@@ -259,30 +262,26 @@ class GpuCollectiveTransport(GpuTransport):
             into = here.new_empty(len(received.slots), size // 4)
             pieces.append((_parts(into, received.of_rank), _parts(out_of, sent.of_rank)))
             came.append((here, received.slots, into))
-        exchange.wait, exchange.came = self._move(pieces), came
+        self._move(exchange, pieces)
+        exchange.came = came
 
-    def _move(self, pieces: Sequence[wires.Piece]) -> wires.Wait | None:
-        """None: there is nothing to wait for, or a graph holds it."""
+    def _move(self, exchange: _Open, pieces: Sequence[wires.Piece]) -> None:
+        """Start it. There is nothing to wait for if one rank is alone, or a graph holds it."""
+        exchange.wait, exchange.started = None, monotonic()
         if self._world == 1:
-            return None
+            return
         self.traffic.bytes += sum(block.numel() for _, out_of in pieces for block in out_of)
         wait = self._wire.start(pieces, self._timeout_s)
-        return None if self.is_capturing() else wait
+        exchange.wait = None if self.is_capturing() else wait
 
     def _finish(self, exchange: _Open, phase: str, channel: int) -> None:
         if exchange.wait is None:
             return
-        start = monotonic()
         try:
             exchange.wait(self._timeout_s)
         except RuntimeError as error:
-            self._failure = EpTimeoutError(
-                rank=self._names[self._rank],
-                peer=self._names[1 - self._rank] if self._world == 2 else -1,  # torch does not say
-                phase=phase,
-                channel=channel,
-                waited_s=monotonic() - start,
-                detail=str(error),
+            self._failure = failure(
+                self._names, self._rank, phase, channel, exchange.started, self._timeout_s, error
             )
             self._wire.abort()
             raise self._failure from error

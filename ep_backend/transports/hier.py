@@ -334,6 +334,7 @@ class HierTransport(Transport):
             phase=error.phase,
             channel=error.channel,
             waited_s=error.waited_s,
+            lost=error.lost,
             detail=f"it is among {partners} or the other ranks of their nodes; {error.detail}",
         )
 
