@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -133,8 +133,8 @@ class Communicator:
     once.
 
     ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu"
-    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start or has another
-    configuration.
+    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start, has another
+    configuration or does not come within EP_BACKEND_STARTUP_TIMEOUT_S.
     """
 
     def __init__(
@@ -176,6 +176,8 @@ class Communicator:
 
     def _start(self, device: torch.device | str | None) -> tuple[int, ...]:
         """What can go wrong on one rank alone, before anybody waits for it. Returns each expert's rank."""
+        if wrong := env.wrong_values():  # also of variables that nothing here would read
+            raise EpConfigError("; ".join(wrong))
         if not isinstance(self.config, EpConfig):
             raise EpConfigError(f"config is {_named(self.config)}; an EpConfig was wanted")
         self.config.timeout()
@@ -202,6 +204,12 @@ class Communicator:
     def transport(self) -> str:
         """Name of the transport in use."""
         return self._transport.name
+
+    @property
+    def nodes(self) -> Sequence[Sequence[int]] | None:
+        """The ranks of each node, over which combine adds up (transport hier), as `reference.combine` wants
+        them; None where it adds up over ranks alone."""
+        return self._transport.nodes
 
     @property
     def capturable(self) -> bool:

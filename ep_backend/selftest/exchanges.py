@@ -121,7 +121,7 @@ def exchange(comm: Communicator, step: Step) -> tuple[str | None, int]:
     results = [
         inputs.make_results(config, rank, wanted[rank], seed=step.seed, dtype=dtype) for rank in range(world)
     ]
-    totals = reference.combine(config, calls, results, step.slots)
+    totals = reference.combine(config, calls, results, step.slots, comm.nodes)
 
     mine = calls[comm.rank]
     x, ids, weights = (t.to(comm.device) for t in (mine.x, mine.topk_ids, mine.topk_weights))

@@ -28,7 +28,7 @@ from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpTimeoutError
 from ep_backend.transports import wires
 from ep_backend.transports.base import DispatchCall, Received, Transport, opened
-from ep_backend.transports.collective import CollectiveTransport, Traffic
+from ep_backend.transports.collective import CollectiveTransport, Traffic, failure
 from ep_backend.transports.gpu import FLAGS_PER_SOURCE, GpuTransport, Windows
 
 WORTH_COUNTING = 4 << 20
@@ -71,15 +71,16 @@ class Places(NamedTuple):
 
 @dataclass
 class _Open:
-    """The exchange that a channel has open. ``wait``: for what is under way. ``came``: where rows belong that
-    do not come to their places: (region, slots in it, rows). ``sent``, ``received``: which rows there are, if
-    that was asked."""
+    """The exchange that a channel has open. ``wait``: for what is under way, since ``started``. ``came``:
+    where rows belong that do not come to their places: (region, slots in it, rows). ``sent``, ``received``:
+    which rows there are, if that was asked."""
 
     channel: int
     slots: int
     captured: bool
     phase: str = "dispatch"
     wait: wires.Wait | None = None
+    started: float = 0.0
     came: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = ()
     sent: Places | None = None
     received: Places | None = None
@@ -123,7 +124,7 @@ class GpuCollectiveTransport(GpuTransport):
 
     def _first_use(self) -> None:
         first = _Open(channel=0, slots=1, captured=False)
-        first.wait = self._move(first, [self._regions(0, 1).headers.piece])
+        self._move(first, [self._regions(0, 1).headers.piece])
         self._finish(first)
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
@@ -148,7 +149,7 @@ class GpuCollectiveTransport(GpuTransport):
         with_scales = [regions.scales] if config.row_scale_bytes else []
         may_wait = call.num_tokens is None and not exchange.captured
         if may_wait and call.slots * self._saved_per_slot >= WORTH_COUNTING:
-            exchange.wait = self._move(exchange, metadata)
+            self._move(exchange, metadata)
             self._finish(exchange)
             sent, received = self._find_places(call, regions)
             sizes = [config.row_scale_bytes] * len(with_scales) + [config.row_bytes]
@@ -157,8 +158,7 @@ class GpuCollectiveTransport(GpuTransport):
             exchange.sent, exchange.received = sent, received
             self.traffic.dispatched_rows += sum(sent.of_rank)
         else:
-            pieces = metadata + [r.piece for r in (*with_scales, regions.rows)]
-            exchange.wait = self._move(exchange, pieces)
+            self._move(exchange, metadata + [r.piece for r in (*with_scales, regions.rows)])
             self.traffic.dispatched_rows += (self._world - 1) * call.slots
         self._open[call.channel] = exchange
 
@@ -246,7 +246,7 @@ class GpuCollectiveTransport(GpuTransport):
             self._move_rows(exchange, rows, sizes, back, home, flags)
             self.traffic.combined_rows += sum(back.of_rank)
         else:
-            exchange.wait = self._move(exchange, [flags, regions.combine_rows.piece])
+            self._move(exchange, [flags, regions.combine_rows.piece])
             self.traffic.combined_rows += (self._world - 1) * exchange.slots
         exchange.returned = True
 
@@ -267,16 +267,18 @@ class GpuCollectiveTransport(GpuTransport):
             into = here.new_empty(len(received.slots), size // 4)
             pieces.append((_parts(into, received.of_rank), _parts(out_of, sent.of_rank)))
             came.append((here, received.slots, into))
-        exchange.wait, exchange.came = self._move(exchange, pieces), came
+        self._move(exchange, pieces)
+        exchange.came = came
 
-    def _move(self, exchange: _Open, pieces: Sequence[wires.Piece]) -> wires.Wait | None:
-        """None: there is nothing to wait for, or a graph holds it."""
+    def _move(self, exchange: _Open, pieces: Sequence[wires.Piece]) -> None:
+        """Start it. There is nothing to wait for if one rank is alone, or a graph holds it."""
+        exchange.wait, exchange.started = None, monotonic()
         if self._world == 1:
-            return None
+            return
         self.traffic.bytes += sum(block.numel() for _, out_of in pieces for block in out_of)
         with self._watched(exchange):
             wait = self._wire.start(pieces, self._timeout_s)
-        return None if self.is_capturing() else wait
+        exchange.wait = None if self.is_capturing() else wait
 
     def _finish(self, exchange: _Open) -> None:
         if exchange.wait is None:
@@ -290,17 +292,17 @@ class GpuCollectiveTransport(GpuTransport):
     @contextmanager
     def _watched(self, exchange: _Open) -> Iterator[None]:
         """Around what fails for good: after a deadline, or because a rank is gone."""
-        start = monotonic()
         try:
             yield
         except RuntimeError as error:
-            self._failure = EpTimeoutError(
-                rank=self._names[self._rank],
-                peer=self._names[1 - self._rank] if self._world == 2 else -1,  # torch does not say
-                phase=exchange.phase,
-                channel=exchange.channel,
-                waited_s=monotonic() - start,
-                detail=str(error),
+            self._failure = failure(
+                self._names,
+                self._rank,
+                exchange.phase,
+                exchange.channel,
+                exchange.started,
+                self._timeout_s,
+                error,
             )
             self._wire.abort()
             raise self._failure from error

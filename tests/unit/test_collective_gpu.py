@@ -97,7 +97,7 @@ def test_what_cannot_be_started_is_final():
     vars(transport).update(
         _world=2, _rank=0, _names=(3, 7), _timeout_s=1.0, _wire=wire, _failure=None, traffic=Traffic()
     )
-    said = r"rank 3 .* dispatch for rank 7.* connection reset"
+    said = r"rank 3 lost the connection to rank 7 in dispatch.*connection reset"
     with pytest.raises(ep.EpTimeoutError, match=said):
         transport._move(_Open(channel=1, slots=4, captured=False), [])
     with pytest.raises(ep.EpTimeoutError, match=said):
