@@ -230,6 +230,70 @@ def normal_details(rank, group, device):
     buffer.destroy()
 
 
+def masked_and_reused(rank, group, device):
+    """What the caller does with its own tensors: it drops tokens by the mask, and writes the next layer's ids
+    where those of a handle stood."""
+    buffer, world, device = ready(rank, group, device)
+    inputs = all_inputs(world, [7 + 2 * r for r in range(world)], "uniform", 6, device)
+    mine = inputs[rank]
+    router, layout = mine.ids.clone(), layout_of(buffer, mine, world)
+    mask = layout["is_token_in_rank"]
+    mask[0], mask[-1, 0] = False, False
+    for source in inputs:  # what is left
+        source.ids[0] = -1
+        source.ids[-1] = source.ids[-1].masked_fill(source.ids[-1] < EXPERTS_PER_RANK, -1)
+    rows, ids, *_ = arrivals(inputs, rank)
+    total = summed_over_ranks(mine, world).bfloat16()
+    for with_top_k in (True, False):
+        reused, in_rank = router.clone(), mask.clone()
+        arguments = {"topk_idx": reused, "topk_weights": mine.weights} if with_top_k else {}
+        got, got_ids, _, _, handle, _ = buffer.dispatch(
+            mine.x, **{**layout, "is_token_in_rank": in_rank}, **arguments
+        )
+        assert torch.equal(got, rows)
+        if with_top_k:
+            assert torch.equal(got_ids, ids)
+        reused.fill_(0)
+        in_rank.fill_(True)
+        for _ in range(2):
+            assert torch.equal(buffer.combine(got, handle)[0], total)
+        assert torch.equal(buffer.dispatch(mine.x, handle=handle)[0], rows)
+        assert torch.equal(handle[4], mask)
+    buffer.destroy()
+
+
+def least_worst_case(rank, group, device):
+    """num_worst_tokens of just the rows that come, with uneven ranks; then too few, and unequal ones."""
+    buffer, world, device = ready(rank, group, device)
+    tokens = [2] * (world - 1) + [11]
+    inputs = all_inputs(world, tokens, "skewed", 4, device)
+    for source in inputs:
+        source.ids[:, 0] = 0  # all of them go to rank 0
+        source.ids[:, 1:] = torch.where(source.ids[:, 1:] == 0, -1, source.ids[:, 1:])
+    mine, most = inputs[rank], sum(tokens)
+    rows, ids, _, _, _ = arrivals(inputs, rank)
+    routing = {**layout_of(buffer, mine, world), "topk_idx": mine.ids, "topk_weights": mine.weights}
+
+    def dispatch(worst):
+        return buffer.dispatch(mine.x, **routing, num_worst_tokens=worst)
+
+    said = []
+    for worst in (most - 1, most + rank):
+        try:
+            dispatch(worst)
+        except ValueError as error:
+            said.append(str(error))
+    for worst in (most, 5 * most + 1):
+        got, got_ids, _, _, handle, _ = dispatch(worst)
+        assert len(got) == len(got_ids) == worst
+        assert torch.equal(got[: len(rows)], rows)
+        assert torch.equal(got_ids[: len(rows)], ids)
+        assert (got_ids[len(rows) :] == -1).all()
+        assert torch.equal(buffer.combine(got, handle)[0], summed_over_ranks(mine, world).bfloat16())
+    buffer.destroy()
+    return said
+
+
 def diff(x, y):
     """DeepEP's measure of how far two tensors are apart."""
     x, y = x.double() + 1, y.double() + 1

@@ -82,6 +82,18 @@ def test_details_of_normal_mode(world):
     ranks(world).run(cases.normal_details, "cpu")
 
 
+def test_the_callers_tensors_may_change():
+    ranks(2).run(cases.masked_and_reused, "cpu")
+
+
+def test_least_worst_case():
+    for few, unequal in ranks(4).run(cases.least_worst_case, "cpu"):
+        assert few == (
+            "num_worst_tokens is 16, but rank 0 would receive 17 rows: at least that was wanted, on all ranks"
+        )
+        assert "[17, 18, 19, 20] on the ranks" in unequal
+
+
 @pytest.mark.parametrize("form", cases.LOW_LATENCY_FORMATS)
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize(("world", "routing"), [(2, "uniform"), (4, "holes")])

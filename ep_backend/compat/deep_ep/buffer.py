@@ -224,11 +224,13 @@ class Buffer:
 
         ``x``: [M, hidden] bfloat16, or that as float8_e4m3fn with scales, [M, n] or [M] of float32 or int32.
         ``topk_idx``: [M, top_k] int64 global expert ids, -1 for none; ``topk_weights``: [M, top_k] float32.
-        Without them ``is_token_in_rank`` [M, ranks] says where tokens go. ``num_tokens_per_expert``:
-        [num_experts] int32. ``handle``: of an earlier dispatch whose routing is used again; no other routing
-        may be given then. ``num_worst_tokens``: equal on all ranks and at least ranks times the tokens of the
-        rank that has most; as many rows are returned, behind those that came rows with ids -1, and no host
-        waits. ``config``: its ``num_sms`` counts.
+        ``is_token_in_rank``: [M, ranks] bool, False where a token shall not go; without ids it says where
+        tokens go. ``num_tokens_per_expert``: [num_experts] int32. ``handle``: of an earlier dispatch whose
+        routing is used again, whatever its tensors hold by now; no other routing may be given then.
+        ``num_worst_tokens``: equal on all ranks and at least the rows that any of them receives; as many rows
+        are returned, behind those that came rows with ids -1. No host waits for its GPU if it is at least
+        ranks times the tokens of the rank that has most; CUDA graphs need that. ``config``: its ``num_sms``
+        counts.
 
         Returns rows (or rows and scales), [R, top_k] int64 numbers of local experts with -1 for others,
         [R, top_k] float32 weights with 0 there, the rows of each local expert rounded up to

@@ -274,6 +274,7 @@ class ElasticBuffer:
                     num_experts=experts,
                     alignment=expert_alignment or 1,
                     worst=tokens * self.num_ranks if do_cpu_sync is False else 0,
+                    most=tokens,
                     num_sms=sms,
                 )
                 assert local is not None
