@@ -34,6 +34,16 @@ class Inputs:
         return (blocks / scales[..., None]).flatten(1).to(torch.float8_e4m3fn), scales
 
 
+@dataclass
+class Whole:
+    """A whole number as numpy has them: no int, but it stands for one."""
+
+    value: int
+
+    def __index__(self):
+        return self.value
+
+
 def make_inputs(rank, world, tokens, routing, seed, device):
     g = torch.Generator().manual_seed(1000 * seed + rank)
     experts = EXPERTS_PER_RANK * world
@@ -184,7 +194,7 @@ def normal_details(rank, group, device):
     layout = layout_of(buffer, mine, world)
     routing = {**layout, "topk_idx": mine.ids, "topk_weights": mine.weights}
 
-    *_, counts, first, event = buffer.dispatch(mine.x, **routing, expert_alignment=16)
+    *_, counts, first, event = buffer.dispatch(mine.x, **routing, expert_alignment=Whole(16))
     assert event.event is None
     assert counts == [-(-int((ids == e).sum()) // 16) * 16 for e in range(EXPERTS_PER_RANK)]
 
@@ -203,7 +213,8 @@ def normal_details(rank, group, device):
 
     bias = torch.randn_like(mine.x)
     rounded = total.bfloat16().float()
-    assert torch.equal(buffer.combine(rows, first, bias=bias)[0], (rounded + bias.float()).bfloat16())
+    for given in (bias, [bias], (bias, None)):
+        assert torch.equal(buffer.combine(rows, first, bias=given)[0], (rounded + bias.float()).bfloat16())
     both = (rounded + bias.float() + mine.x.float()).bfloat16()
     assert torch.equal(buffer.combine(rows, first, bias=(bias, mine.x))[0], both)
 
@@ -411,7 +422,7 @@ def two_micro_batches(rank, group, device):
         for inputs in (first, second):
             here = inputs[rank]
             rows, counts, handle, _, hook = buffer.low_latency_dispatch(
-                here.x, here.ids, 16, experts, use_fp8=False, return_recv_hook=True
+                here.x, here.ids, Whole(16), Whole(experts), use_fp8=0, return_recv_hook=1
             )
             batches.append((here, rows, counts, handle, hook))
         got, *_, routed, _ = buffer.dispatch(
@@ -460,18 +471,20 @@ def refusals(rank, group, device):
     mine = make_inputs(rank, world, 5, "uniform", 1, device)
     experts = EXPERTS_PER_RANK * world
     layout = layout_of(buffer, mine, world)
-    *_, handle, event = buffer.dispatch(mine.x, **layout, topk_idx=mine.ids, topk_weights=mine.weights)
+    got, *_, handle, event = buffer.dispatch(mine.x, **layout, topk_idx=mine.ids, topk_weights=mine.weights)
     rows, _, low, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, 8, experts, use_fp8=False)
     back = (rows, mine.ids, mine.weights, low)
     waits = torch.zeros(world, world, dtype=torch.int64)
 
-    def ll(**more):
-        return buffer.low_latency_dispatch(mine.x, mine.ids, 8, experts, **more)
+    def ll(ids=mine.ids, **more):
+        return buffer.low_latency_dispatch(mine.x, ids, 8, experts, **more)
 
     calls = {
         "group": lambda: Buffer(None),
         "bytes": lambda: Buffer(group, -1),
-        "flag": lambda: Buffer(group, low_latency_mode=1),
+        "flag": lambda: Buffer(group, low_latency_mode=2),
+        "no whole number": lambda: Buffer(group, 1e9),
+        "true bytes": lambda: Buffer(group, True),
         "sms": lambda: Buffer.set_num_sms(7),
         "config": lambda: Config(0),
         "other config": lambda: buffer.dispatch(mine.x, handle=handle, config=24),
@@ -495,6 +508,9 @@ def refusals(rank, group, device):
         "costs": lambda: ll(dispatch_wait_recv_cost_stats=waits),
         "logfmt": lambda: buffer.low_latency_combine(*back, use_logfmt=True),
         "combine costs": lambda: buffer.low_latency_combine(*back, combine_wait_recv_cost_stats=waits),
+        "strides of out": lambda: buffer.low_latency_combine(*back, out=mine.x.T.contiguous().T),
+        "many experts": lambda: ll(ids=mine.ids.repeat(1, 5)),
+        "biases": lambda: buffer.combine(got, handle, bias=[None] * 3),
         "other out": lambda: buffer.low_latency_combine(*back, out=mine.x[:2]),
         "mask": lambda: buffer.low_latency_update_mask_buffer(0, True),
         "memory": lambda: buffer.get_local_buffer_tensor(torch.float32, torch.Size([1 << 20])),

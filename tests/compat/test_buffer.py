@@ -139,6 +139,7 @@ def test_what_is_refused_says_what_was_wanted():
         assert "before the hook" in said["larger before a hook"]
         assert "has been destroyed" in said["destroyed"]
         assert "x has 5 tokens" in said["too many"]
+        assert "at most 16 were wanted" in said["many experts"]
         assert "[*, *] torch.bfloat16 was wanted" in said["dtype"]
         assert "2 ranks" in said["uneven experts"]
 
@@ -153,6 +154,13 @@ def test_config_and_sizes():
     assert sizes[0] % 128 == 0
     assert sizes[0] < sizes[1]
     assert deep_ep.topk_idx_t == torch.int64
+
+
+def test_whole_numbers_of_other_kinds():
+    config = deep_ep.Config(cases.Whole(24))
+    assert (config, type(config.num_sms)) == (deep_ep.Config(24), int)
+    with pytest.raises(ep.EpArgumentError, match="whole number"):
+        deep_ep.Config(24.0)
 
 
 def test_num_sms_is_what_configs_get(monkeypatch):
