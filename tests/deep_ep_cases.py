@@ -444,6 +444,49 @@ def two_micro_batches(rank, group, device):
     buffer.destroy()
 
 
+def hooks_of_all_kinds(rank, group, device):
+    """A third open hook, hooks that nobody calls, one that is called twice; and parts of a handle."""
+    buffer, world, device = ready(rank, group, device, low_latency_mode=True)
+    mine = make_inputs(rank, world, 8, "uniform", 1, device)
+    experts, said = EXPERTS_PER_RANK * world, []
+
+    def dispatch(most=16, **more):
+        return buffer.low_latency_dispatch(
+            mine.x, mine.ids, most, experts, use_fp8=False, return_recv_hook=True, **more
+        )
+
+    def refused(call):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+
+    opened = [dispatch(), dispatch()]
+    refused(dispatch)
+    for rows, _, handle, _, hook in opened:
+        hook()
+        out, _, _ = buffer.low_latency_combine(rows, mine.ids, mine.weights, handle)
+        assert diff(mine.x.float() * mine.weights.sum(1, keepdim=True), out) < BF16_DIFF
+    refused(opened[0][-1])
+    dispatch(most=64)[-1]()  # a hook that was called twice is not open, so a larger exchange may come
+    never = dispatch()  # held, but not called
+    for _ in range(3):
+        dispatch()[-1]()
+    refused(never[-1])
+    dispatch()  # not even held
+    for _ in range(2):
+        opened = [dispatch(), dispatch()]
+        for *_, hook in opened:
+            hook()
+    handle = opened[0][2]
+    src_info, layout_range = handle[0:2]
+    assert torch.equal(src_info, handle[0])
+    assert torch.equal(layout_range, handle[-4])
+    assert handle[2:] == (16, HIDDEN, experts)
+    buffer.destroy()
+    return said
+
+
 def many_repetitions(rank, group, device, times):
     """The same bits every time, as DeepEP's pressure test wants."""
     buffer, world, device = ready(rank, group, device)

@@ -12,7 +12,9 @@ from harness import fresh_ranks, ranks
 
 import ep_backend as ep
 from ep_backend.compat import deep_ep
+from ep_backend.compat.deep_ep.low_latency import quantize_rounded
 from ep_backend.compat.deep_ep.pool import Pool
+from ep_backend.reference import quantize_fp8
 
 WORLDS = (2, 4)
 
@@ -110,6 +112,23 @@ def test_uneven_low_latency(routing):
 @pytest.mark.parametrize("world", WORLDS)
 def test_two_micro_batches(world):
     ranks(world).run(cases.two_micro_batches, "cpu")
+
+
+def test_hooks_of_all_kinds():
+    for third, twice, lost in ranks(2).run(cases.hooks_of_all_kinds, "cpu"):
+        assert third.startswith("2 calls of this kind are open")
+        assert "exchange is" in twice
+        assert "exchange is 'closed'" in lost
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_rounded_scales_of_what_is_not_finite(value):
+    x = torch.randn(2, 256).bfloat16()
+    x[0, 3] = value
+    for got, want in zip(quantize_rounded(x), quantize_fp8(x), strict=True):
+        assert torch.equal(got.float().isfinite(), want.float().isfinite())
+    _, scales = quantize_rounded(x)
+    assert torch.equal(scales[1], quantize_rounded(x[1:])[1][0])
 
 
 def test_over_torch_distributed():

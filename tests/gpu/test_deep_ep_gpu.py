@@ -42,6 +42,7 @@ def test_low_latency_mode(world, routing, form, hooks):
         cases.masked_and_reused,
         cases.least_worst_case,
         cases.two_micro_batches,
+        cases.hooks_of_all_kinds,
         cases.captured,
     ],
 )
