@@ -190,6 +190,7 @@ def test_num_sms_is_what_configs_get(monkeypatch):
 
 ASKED = """
 import logging
+import ep_backend
 from ep_backend import compat
 compat.provide_if_asked(logging.getLogger())
 """
@@ -200,8 +201,11 @@ compat.provide_deep_ep()
 import deep_ep
 from deep_ep import Buffer, Config, EventOverlap, topk_idx_t
 from deep_ep.buffer import Buffer as same
-from deep_ep.utils import EventHandle
+from deep_ep.utils import EventHandle, EventOverlap as same_event
+import deep_ep.config
 assert deep_ep is sys.modules["ep_backend.compat.deep_ep"] and same is Buffer
+assert deep_ep.config.Config is Config and same_event is EventOverlap
+assert deep_ep.__version__.endswith(ep_backend.__version__)
 """
 
 
@@ -243,6 +247,59 @@ def test_it_never_takes_the_place_of_deep_ep_itself(tmp_path):
         done = run_python(before + loaded + "from ep_backend import compat\ncompat.provide_deep_ep()")
         assert "EpConfigError" in done.stderr
         assert str(tmp_path) in done.stderr
+
+
+def test_a_module_without_a_file_is_named_so():
+    done = run_python(
+        "import sys, types\nsys.modules['deep_ep'] = types.ModuleType('deep_ep')\n"
+        "from ep_backend import compat\ncompat.provide_deep_ep()"
+    )
+    assert "a module of that name, which has no file" in done.stderr
+
+
+PROGRAM = """
+import multiprocessing, sys
+import deep_ep
+import beside
+
+def child(queue):
+    queue.put((deep_ep.__name__, deep_ep.config.Config is deep_ep.Config, deep_ep.Buffer.__module__))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    print(sys.argv[1:], queue.get(timeout=60))
+    process.join()
+"""
+
+
+def run_program(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "ep_backend.compat", *arguments],
+        cwd=folder.parent,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_program_runs_as_it_is(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "beside.py").write_text("")
+    done = run_program(tmp_path, str(tmp_path / "program.py"), "--count", "3")
+    assert done.returncode == 0, done.stderr
+    assert "stands in for the module deep_ep" in done.stderr
+    said = "['--count', '3'] ('ep_backend.compat.deep_ep', True, 'ep_backend.compat.deep_ep.buffer')"
+    assert done.stdout.strip() == said
+    (tmp_path / "deep_ep.py").write_text("real = True")
+    done = run_program(tmp_path, str(tmp_path / "program.py"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("ep_backend: ")
+    assert f"installed ({tmp_path / 'deep_ep.py'})" in done.stderr
+    assert "usage" in run_program(tmp_path).stderr
 
 
 @pytest.mark.parametrize("plug_in", ["ep_backend_vllm", "ep_backend_sglang"])

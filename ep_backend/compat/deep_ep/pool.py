@@ -102,16 +102,16 @@ class Pool:
         """
         if not self._alive:
             raise EpError("the Buffer has been destroyed")
+        if tokens > MAX_TOKENS:
+            raise EpArgumentError(
+                f"a rank brings {tokens} tokens; at most {MAX_TOKENS} were wanted: divide the call"
+            )
         key = (device, tuple(sorted(fields.items(), key=lambda item: item[0])))
         member = self._members.get(key)
         if member is not None and member.communicator.config.max_tokens_per_rank < tokens:
             self._give_up(key)
             member = None
         if member is None:
-            if tokens > MAX_TOKENS:
-                raise EpArgumentError(
-                    f"a rank brings {tokens} tokens; at most {MAX_TOKENS} were wanted: divide the call"
-                )
             capacity = min(MAX_TOKENS, 1 << max(tokens - 1, 15).bit_length())
             config = EpConfig(max_tokens_per_rank=capacity, **fields)
             if device.type == "cuda":
