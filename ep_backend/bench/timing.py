@@ -24,14 +24,23 @@ from ep_backend.errors import EpConfigError
 from ep_backend.probe import probe
 
 Note = Callable[[str], None]
+Start = Callable[[str, Settings], Contender]
 
 
-def measure(runs: Sequence[Settings], *, explicit: Collection[str], note: Note, step: Step) -> dict[str, Any]:
+def measure(
+    runs: Sequence[Settings],
+    *,
+    explicit: Collection[str],
+    note: Note,
+    step: Step,
+    start: Start = contenders_.start,
+) -> dict[str, Any]:
     """The document without its command, the same on all ranks. Collective over the default group.
 
     ``runs``: one for each dtype and number of SMs, otherwise alike. ``explicit``: names of contenders that
     are an error if they cannot start; others are left out. ``note`` is told what happens, ``step`` the share
-    of the work that is done; what they show matters on rank 0 only.
+    of the work that is done; what they show matters on rank 0 only. ``start``: makes a contender; collective,
+    raises EpConfigError on all ranks.
     """
     device = runs[0].device
     meter = _meter(device, runs[0].contenders)
@@ -39,7 +48,7 @@ def measure(runs: Sequence[Settings], *, explicit: Collection[str], note: Note, 
     cases = sum(len(settings.tokens) for settings in runs)
     done = 0
     for settings in runs:
-        contenders = _start(settings, explicit, note)
+        contenders = _start(settings, explicit, note, start)
         for contender in contenders:
             if contender.window_bytes is not None:
                 note(f"{_name(contender)}: windows of {contender.window_bytes:,} bytes per rank")
@@ -83,11 +92,11 @@ def _step(step: Step, case: int, cases: int, share: float) -> None:
     step((case + share) / cases)
 
 
-def _start(settings: Settings, explicit: Collection[str], note: Note) -> list[Contender]:
+def _start(settings: Settings, explicit: Collection[str], note: Note, start: Start) -> list[Contender]:
     started: list[Contender] = []
     for name in settings.contenders:
         try:
-            started.append(contenders_.start(name, settings))
+            started.append(start(name, settings))
         except EpConfigError as error:  # on all ranks together
             if name in explicit:
                 raise
