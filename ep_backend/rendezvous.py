@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
+from threading import Thread
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -91,6 +93,23 @@ def poll(done: Callable[[], bool], timeout_s: float, what: str) -> None:
             raise RuntimeError(f"{what} has not ended")
         if waited > SPIN_S:
             sleep(SPIN_S / 20)
+
+
+def within(seconds: float, act: Callable[[], T], what: str) -> T:
+    """``act()``, for libraries that may wait for ever: on a thread, which is left to itself if it has not
+    ended after so many ``seconds``. Raises RuntimeError then."""
+    ended: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(act())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    Thread(target=run, name=what, daemon=True).start()
+    if not wait([ended], seconds).done:
+        raise RuntimeError(f"{what} has not ended after {seconds:g} s")
+    return ended.result()
 
 
 def _patience(group: dist.ProcessGroup | None, device: torch.device) -> float:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ep_backend import rendezvous
+from ep_backend import env, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpTimeoutError
@@ -124,7 +124,9 @@ class GpuCollectiveTransport(GpuTransport):
 
     def _first_use(self) -> None:
         first = _Open(channel=0, slots=1, captured=False)
-        self._move(first, [self._regions(0, 1).headers.piece])
+        pieces = [self._regions(0, 1).headers.piece]
+        patience: float = env.get(rendezvous.STARTUP)
+        rendezvous.within(patience, lambda: self._move(first, pieces), "the first all-to-all")
         self._finish(first)
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:

@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from dataclasses import replace
+from threading import Event
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from harness import fresh_ranks, ranks
 import ep_backend as ep
 from ep_backend.nvml import Link
 from ep_backend.probe import Record
+from ep_backend.rendezvous import within
 from ep_backend.transports.cpu import CpuTransport
 
 CONFIG = ep.EpConfig(num_experts=6, top_k=2, hidden_size=128, max_tokens_per_rank=4, timeout_s=10.0)
@@ -29,6 +31,16 @@ def attempt(group, config, **more):
     except ep.EpConfigError as error:
         message = str(error)
     return message
+
+
+def test_what_may_wait_for_ever_is_left_behind():
+    assert within(5, lambda: 7, "it") == 7
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: 1 // 0, "it")
+    never = Event()
+    with pytest.raises(RuntimeError, match=r"connecting has not ended after 0\.1 s"):
+        within(0.1, never.wait, "connecting")
+    never.set()
 
 
 def config_job(rank, group, configs):
