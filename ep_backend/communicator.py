@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -17,7 +17,7 @@ from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, nodes, parts, unchecked
 from ep_backend.probe import Record, probe
-from ep_backend.select import Decision, decide
+from ep_backend.select import Decision, apply_env, decide
 from ep_backend.transports import OF_GPUS
 from ep_backend.transports.base import DispatchCall, Received, Transport
 from ep_backend.transports.collective import CollectiveTransport
@@ -54,6 +54,30 @@ def available(device: torch.device) -> frozenset[str]:
     if device.type == "cpu":
         return frozenset({CpuTransport.name, CollectiveTransport.name, HierTransport.name})
     return frozenset({CollectiveTransport.name, HierTransport.name, *OF_GPUS} if _native.HAS_CUDA else ())
+
+
+def apply_profile(group: dist.ProcessGroup | None, device: torch.device) -> list[Record]:
+    """Set what the profile of this group's machines asks for where nothing is set yet, as an engine does;
+    before anything has started NCCL. Returns the records of all ranks, in order of rank.
+
+    ``device``: what this rank computes on. Collective. Raises EpConfigError on all ranks as
+    `ep_backend.select.decide` does.
+    """
+    records = _tried_out(group, device, rendezvous.gather(group, probe(device)))
+    apply_env(decide(records, available=available(device)))
+    return records
+
+
+def _tried_out(group: dist.ProcessGroup | None, device: torch.device, records: list[Record]) -> list[Record]:
+    """``records``, again if the choice depends on what nobody has tried out. Collective.
+
+    Now that it is known which GPUs the group uses, they can be tried out: one rank of a machine does it, the
+    others wait for what it finds.
+    """
+    if not unchecked(records):
+        return records
+    group_gpus = neighbours(records, dist.get_rank(group))
+    return rendezvous.together(group, lambda: probe(device, neighbours=group_gpus), lambda record: record)[1]
 
 
 P = ParamSpec("P")
@@ -109,8 +133,8 @@ class Communicator:
     once.
 
     ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu"
-    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start or has another
-    configuration.
+    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start, has another
+    configuration or does not come within EP_BACKEND_STARTUP_TIMEOUT_S.
     """
 
     def __init__(
@@ -132,13 +156,8 @@ class Communicator:
                     f"rank 0 and rank {rank} have different configurations: {'; '.join(different)}"
                 )
         records = [record for _, record in told]
-        if self._may_use_peer(records) and unchecked(records):
-            # Now that it is known which GPUs the group uses, they can be tried out: one rank of a machine
-            # does it, the others wait for what it finds.
-            group_gpus = neighbours(records, self.rank)
-            _, records = rendezvous.together(
-                group, lambda: probe(self.device, neighbours=group_gpus), lambda record: record
-            )
+        if self._may_use_peer(records):
+            records = _tried_out(group, self.device, records)
         self.decision: Decision = decide(
             records,
             config.transport,
@@ -158,6 +177,8 @@ class Communicator:
 
     def _start(self, device: torch.device | str | None) -> tuple[int, ...]:
         """What can go wrong on one rank alone, before anybody waits for it. Returns each expert's rank."""
+        if wrong := env.wrong_values():  # also of variables that nothing here would read
+            raise EpConfigError("; ".join(wrong))
         if not isinstance(self.config, EpConfig):
             raise EpConfigError(f"config is {_named(self.config)}; an EpConfig was wanted")
         self.config.timeout()
@@ -184,6 +205,12 @@ class Communicator:
     def transport(self) -> str:
         """Name of the transport in use."""
         return self._transport.name
+
+    @property
+    def nodes(self) -> Sequence[Sequence[int]] | None:
+        """The ranks of each node, over which combine adds up (transport hier), as `reference.combine` wants
+        them; None where it adds up over ranks alone."""
+        return self._transport.nodes
 
     @property
     def capturable(self) -> bool:

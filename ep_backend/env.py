@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ep_backend.errors import EpConfigError
+from ep_backend.transports import TRANSPORTS
 
 PREFIX = "EP_BACKEND_"
 APPLIED = "EP_BACKEND_APPLIED"
@@ -121,7 +122,7 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_STARTUP_TIMEOUT_S",
         "float",
         300.0,
-        "The same deadline until an engine is ready to serve (compilation and profiling make ranks slow).",
+        "The same deadline until an engine is ready to serve, and of meetings when communicators are made.",
         minimum=0.001,
         maximum=86400,
     ),
@@ -129,7 +130,8 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_TRANSPORT",
         "str",
         "auto",
-        "Transport to use: auto lets the profile decide; cpu, peer, host, mixed, collective, hier force one.",
+        "Transport to use: auto lets the profile decide, a name forces one.",
+        choices=("auto", *TRANSPORTS),
     ),
     _read(
         "EP_BACKEND_PROFILE",

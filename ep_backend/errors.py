@@ -25,13 +25,13 @@ class EpProtocolError(EpError):
 
 
 class EpTimeoutError(EpError, TimeoutError):
-    """A peer did not answer before the deadline. The communicator is stopped until ``recover()`` or a new
-    one.
+    """A peer did not answer before the deadline, or the connection to it was lost. The communicator is
+    stopped until ``recover()`` or a new one.
 
     Attributes: ``rank`` (who raises), ``peer`` (who is blamed; -1 if it is not known), ``phase``
     ("dispatch", "combine" or "a host sum"), ``channel``, ``epoch_expected``, ``epoch_seen``, ``waited_s``
     (seconds), ``reported_by`` (the rank whose deadline passed first), ``missing`` (all ranks whose flag had
-    not come).
+    not come), ``lost`` (whether torch.distributed failed before the deadline: the peer has mostly ended).
     """
 
     def __init__(
@@ -46,14 +46,17 @@ class EpTimeoutError(EpError, TimeoutError):
         waited_s: float = 0.0,
         reported_by: int | None = None,
         missing: tuple[int, ...] = (),
+        lost: bool = False,
         detail: str = "",
     ) -> None:
         self.rank, self.peer, self.phase, self.channel = rank, peer, phase, channel
         self.epoch_expected, self.epoch_seen, self.waited_s = epoch_expected, epoch_seen, waited_s
         self.reported_by = rank if reported_by is None else reported_by
-        self.missing, self.detail = missing, detail
+        self.missing, self.lost, self.detail = missing, lost, detail
         who = f"rank {peer}" if peer >= 0 else "a peer"
-        if self.reported_by == rank:
+        if lost:
+            text = f"rank {rank} lost the connection to {who} in {phase}, after {waited_s:.1f} s"
+        elif self.reported_by == rank:
             text = f"rank {rank} waited {waited_s:.1f} s in {phase} for {who}"
         else:
             text = f"rank {rank} stopped in {phase}: rank {self.reported_by} stopped first and blames {who}"
@@ -77,5 +80,5 @@ class EpTimeoutError(EpError, TimeoutError):
         )
         return partial(
             EpTimeoutError,
-            **{name: getattr(self, name) for name in (*fields, "missing", "detail")},
+            **{name: getattr(self, name) for name in (*fields, "missing", "lost", "detail")},
         ), ()

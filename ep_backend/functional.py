@@ -15,7 +15,7 @@ docs/training.md has the rules that all ranks must keep.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -259,7 +259,15 @@ def _gradients_of_combine(ctx: Any, out: Tensor) -> tuple[Any, ...]:
     return of_y, None, None, None, None, None, None
 
 
+def _no_second_derivative(ctx: Any, *gradients: Any) -> NoReturn:
+    raise EpArgumentError(
+        "second derivatives of an exchange are not supported: take gradients of it without create_graph"
+    )
+
+
 _dispatch.register_autograd(_gradients_of_dispatch, setup_context=_keep_for_dispatch)
 _combine.register_autograd(_gradients_of_combine, setup_context=_keep_for_combine)
+for _operator in (_combine_backward, _dispatch_backward, _weights_backward):
+    _operator.register_autograd(_no_second_derivative)
 for _operator in (_dispatch, _combine, _combine_backward, _dispatch_backward, _weights_backward):
     _operator.register_effect(EffectType.ORDERED)

@@ -17,14 +17,13 @@ from ep_backend import env
 from ep_backend.errors import EpConfigError
 from ep_backend.profile_schema import (
     ENGINES,
-    TRANSPORTS,
     Condition,
     Engine,
     Profile,
     Setting,
     version,
 )
-from ep_backend.transports import OF_GPUS
+from ep_backend.transports import OF_GPUS, TRANSPORTS
 
 
 def check_shape(value: Any, wanted: Any, key: str) -> None:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import msgspec
 
-TRANSPORTS = ("cpu", "host", "mixed", "peer", "hier", "collective")
 ENGINES = ("vllm", "sglang")
 
 Share = Literal["none", "some", "all"]

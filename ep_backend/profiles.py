@@ -21,7 +21,8 @@ import msgspec
 from ep_backend import env
 from ep_backend.errors import EpConfigError
 from ep_backend.profile_rules import check_meaning, check_shape, in_words
-from ep_backend.profile_schema import ENGINES, TRANSPORTS, Condition, Profile, Setting, version
+from ep_backend.profile_schema import ENGINES, Condition, Profile, Setting, version
+from ep_backend.transports import TRANSPORTS
 
 __all__ = [
     "ENGINES",

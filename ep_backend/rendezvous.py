@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
+from threading import Thread
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ep_backend import env
 from ep_backend.errors import EpConfigError
 
 T = TypeVar("T")
+STARTUP = "EP_BACKEND_STARTUP_TIMEOUT_S"
 NEVER = timedelta(days=365)
+SPIN_S = 2e-3  # how long the host asks without a pause whether something is done
 
 
 class PeerLostError(EpConfigError):
@@ -21,16 +28,98 @@ class PeerLostError(EpConfigError):
 
 
 def gather(group: dist.ProcessGroup | None, value: T) -> list[T]:
-    """What every rank gives, in order of rank. Collective. Raises PeerLostError if a rank is lost."""
-    values: list[T] = [value] * dist.get_world_size(group)
+    """What every rank gives, in order of rank. Collective. ``value`` must be picklable.
+
+    Raises PeerLostError if a rank is lost, or has not come within EP_BACKEND_STARTUP_TIMEOUT_S, or the
+    group's own timeout if that is shorter; the group is then of no use any more. A group that has nothing
+    but NCCL connects when it is first used, for which torch has deadlines of its own.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
+    told = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+    sizes = torch.full((world,), len(told), device=device)
+    patience, start = _patience(group, device), monotonic()
+
+    def exchange(into: torch.Tensor, sent: torch.Tensor, *split: Sequence[int]) -> None:
+        left = max(0.001, start + patience - monotonic())
+        work = all_to_all(group, into, sent, *split, timeout_s=left)
+        if device.type != "cpu":  # where a wait has no end of its own
+            poll(work.is_completed, left, "the all-to-all")
+        work.wait()
+
     try:
-        dist.all_gather_object(values, value, group=group)
+        of_ranks = torch.empty_like(sizes)
+        exchange(of_ranks, sizes)
+        lengths: list[int] = of_ranks.tolist()
+        came = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+        exchange(came, told.repeat(world), lengths, [len(told)] * world)
     except RuntimeError as error:
-        raise PeerLostError(
-            f"rank {dist.get_rank(group)} lost a rank while all of them met on the host: it has ended, or "
-            f"cannot be reached ({error})"
-        ) from error
-    return values
+        who, waited = f"rank {1 - rank}" if world == 2 else "a rank", monotonic() - start
+        text = f"rank {rank} lost {who} while all of them met on the host: it has ended, or cannot be reached"
+        if waited > 0.99 * patience:
+            text = (
+                f"rank {rank} waited {waited:.1f} s for {who} while all of them met on the host: it does not "
+                f"come, or cannot be reached; {STARTUP} and the group's own timeout limit the wait"
+            )
+        raise PeerLostError(f"{text} ({error})") from error
+    return [pickle.loads(bytes(part.tolist())) for part in came.cpu().split(lengths)]
+
+
+def all_to_all(
+    group: dist.ProcessGroup | None,
+    into: torch.Tensor,
+    sent: torch.Tensor,
+    into_sizes: Sequence[int] = (),
+    sent_sizes: Sequence[int] = (),
+    *,
+    timeout_s: float,
+) -> dist.Work:
+    """Start an all-to-all of pieces of these sizes or, without sizes, of equal ones. Over gloo it ends with
+    RuntimeError after ``timeout_s``."""
+    # With a deadline of its own: one that only the group's would end keeps the process from ending.
+    options = dist.AllToAllOptions()
+    options.timeout = timedelta(seconds=timeout_s)
+    chosen: Any = group or dist.group.WORLD
+    work: dist.Work = chosen.alltoall_base(into, sent, list(into_sizes), list(sent_sizes), options)
+    return work
+
+
+def poll(done: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Ask until it is ``done``: a wait of CUDA's own would have no deadline. Raises RuntimeError."""
+    start = monotonic()
+    while not done():
+        waited = monotonic() - start
+        if waited > timeout_s:
+            raise RuntimeError(f"{what} has not ended")
+        if waited > SPIN_S:
+            sleep(SPIN_S / 20)
+
+
+def within(seconds: float, act: Callable[[], T], what: str) -> T:
+    """``act()``, for libraries that may wait for ever: on a thread, which is left to itself if it has not
+    ended after so many ``seconds``. Raises RuntimeError then."""
+    ended: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(act())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    Thread(target=run, name=what, daemon=True).start()
+    if not wait([ended], seconds).done:
+        raise RuntimeError(f"{what} has not ended after {seconds:g} s")
+    return ended.result()
+
+
+def _patience(group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """How long to wait in a meeting, in seconds."""
+    try:
+        ours = env.get(STARTUP)
+    except EpConfigError:  # which this rank will tell the others when they meet
+        ours = env.variable(STARTUP).default
+    chosen: Any = group or dist.group.WORLD
+    return min(float(ours), chosen._get_backend(device).options._timeout.total_seconds())
 
 
 def together(

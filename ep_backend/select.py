@@ -30,7 +30,7 @@ from ep_backend.facts import (
 )
 from ep_backend.probe import Record
 from ep_backend.profiles import Profile, Setting
-from ep_backend.transports import OF_GPUS, OLDEST_CUDA
+from ep_backend.transports import OF_GPUS, OLDEST_CUDA, TRANSPORTS
 
 # Transports that exist. The others that profiles name are passed over, and the reason says so. A communicator
 # narrows this to what its build has for its device.
@@ -316,13 +316,11 @@ def _transport(
     available: frozenset[str],
 ) -> tuple[str, str]:
     if requested == "auto":
-        requested, asked_by = (
-            records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip(),
-            "EP_BACKEND_TRANSPORT",
-        )
+        asked_by = "EP_BACKEND_TRANSPORT"
+        requested = env.get(asked_by, records[0].environment)
     if requested != "auto":
-        if requested not in profiles.TRANSPORTS:
-            names = ("auto", *profiles.TRANSPORTS)
+        if requested not in TRANSPORTS:
+            names = ("auto", *TRANSPORTS)
             raise EpConfigError(
                 f"{asked_by} asks for the unknown transport {requested!r}{env.nearest(requested, names)}"
                 f" (known: {', '.join(names)})"
@@ -334,7 +332,9 @@ def _transport(
     together = facts.shares_memory and not facts.several_hosts
     place = "inside one machine" if together else f"across {facts.hosts} machines"
     if not facts.several_hosts and not facts.shares_memory:
-        place = "between ranks that share no memory (containers? start them with --ipc=host --network=host)"
+        place = (
+            "between ranks that share no memory (containers of a machine do with --ipc=host --network=host)"
+        )
     wishes: tuple[str, ...] = ()
     if together and facts.gpus == "all":
         wishes = ("host",) if facts.several_gpus else ("peer", "host")  # one alone has no peers to reach
@@ -472,10 +472,13 @@ def _failure(facts: Facts) -> str:
 
 def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available: frozenset[str]) -> str:
     """Why this group cannot use ``transport``, or an empty text."""
-    if transport not in available:
-        return f"it is not in this build, which has {' and '.join(sorted(available)) or 'none'}"
+    if transport in OF_GPUS and facts.gpus == "none":
+        return "it moves GPU tensors and no rank computes on a GPU"
     if facts.gpus != "none" and not available & OF_GPUS:
         return "this build has no CUDA kernels"
+    if transport not in available:
+        *others, last = [name for name in TRANSPORTS if name in available] or ["none"]
+        return f"it is not in this build, which has {', '.join(others)}{' and ' * bool(others)}{last}"
     if transport == "peer" and facts.several_hosts:
         return "this version maps GPU memory inside one machine only"
     if transport in ("cpu", "host", "mixed") and not facts.shares_memory:
@@ -486,8 +489,6 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
                 return f"it moves CPU tensors and rank {rank} computes on {record.device}"
         if facts.gpus != "none":
             return "it moves CPU tensors and the ranks compute on GPUs"
-    if transport in OF_GPUS and facts.gpus == "none":
-        return "it moves GPU tensors and no rank computes on a GPU"
     if facts.gpus != "none" and (old := _old_driver(records)):
         return old
     if transport == "hier":

@@ -34,6 +34,16 @@ class Inputs:
         return (blocks / scales[..., None]).flatten(1).to(torch.float8_e4m3fn), scales
 
 
+@dataclass
+class Whole:
+    """A whole number as numpy has them: no int, but it stands for one."""
+
+    value: int
+
+    def __index__(self):
+        return self.value
+
+
 def make_inputs(rank, world, tokens, routing, seed, device):
     g = torch.Generator().manual_seed(1000 * seed + rank)
     experts = EXPERTS_PER_RANK * world
@@ -184,7 +194,7 @@ def normal_details(rank, group, device):
     layout = layout_of(buffer, mine, world)
     routing = {**layout, "topk_idx": mine.ids, "topk_weights": mine.weights}
 
-    *_, counts, first, event = buffer.dispatch(mine.x, **routing, expert_alignment=16)
+    *_, counts, first, event = buffer.dispatch(mine.x, **routing, expert_alignment=Whole(16))
     assert event.event is None
     assert counts == [-(-int((ids == e).sum()) // 16) * 16 for e in range(EXPERTS_PER_RANK)]
 
@@ -203,7 +213,8 @@ def normal_details(rank, group, device):
 
     bias = torch.randn_like(mine.x)
     rounded = total.bfloat16().float()
-    assert torch.equal(buffer.combine(rows, first, bias=bias)[0], (rounded + bias.float()).bfloat16())
+    for given in (bias, [bias], (bias, None)):
+        assert torch.equal(buffer.combine(rows, first, bias=given)[0], (rounded + bias.float()).bfloat16())
     both = (rounded + bias.float() + mine.x.float()).bfloat16()
     assert torch.equal(buffer.combine(rows, first, bias=(bias, mine.x))[0], both)
 
@@ -228,6 +239,70 @@ def normal_details(rank, group, device):
     (_, got_packed), *_ = buffer.dispatch((q, packed), **routing)
     assert got_packed.dtype == torch.int32
     buffer.destroy()
+
+
+def masked_and_reused(rank, group, device):
+    """What the caller does with its own tensors: it drops tokens by the mask, and writes the next layer's ids
+    where those of a handle stood."""
+    buffer, world, device = ready(rank, group, device)
+    inputs = all_inputs(world, [7 + 2 * r for r in range(world)], "uniform", 6, device)
+    mine = inputs[rank]
+    router, layout = mine.ids.clone(), layout_of(buffer, mine, world)
+    mask = layout["is_token_in_rank"]
+    mask[0], mask[-1, 0] = False, False
+    for source in inputs:  # what is left
+        source.ids[0] = -1
+        source.ids[-1] = source.ids[-1].masked_fill(source.ids[-1] < EXPERTS_PER_RANK, -1)
+    rows, ids, *_ = arrivals(inputs, rank)
+    total = summed_over_ranks(mine, world).bfloat16()
+    for with_top_k in (True, False):
+        reused, in_rank = router.clone(), mask.clone()
+        arguments = {"topk_idx": reused, "topk_weights": mine.weights} if with_top_k else {}
+        got, got_ids, _, _, handle, _ = buffer.dispatch(
+            mine.x, **{**layout, "is_token_in_rank": in_rank}, **arguments
+        )
+        assert torch.equal(got, rows)
+        if with_top_k:
+            assert torch.equal(got_ids, ids)
+        reused.fill_(0)
+        in_rank.fill_(True)
+        for _ in range(2):
+            assert torch.equal(buffer.combine(got, handle)[0], total)
+        assert torch.equal(buffer.dispatch(mine.x, handle=handle)[0], rows)
+        assert torch.equal(handle[4], mask)
+    buffer.destroy()
+
+
+def least_worst_case(rank, group, device):
+    """num_worst_tokens of just the rows that come, with uneven ranks; then too few, and unequal ones."""
+    buffer, world, device = ready(rank, group, device)
+    tokens = [2] * (world - 1) + [11]
+    inputs = all_inputs(world, tokens, "skewed", 4, device)
+    for source in inputs:
+        source.ids[:, 0] = 0  # all of them go to rank 0
+        source.ids[:, 1:] = torch.where(source.ids[:, 1:] == 0, -1, source.ids[:, 1:])
+    mine, most = inputs[rank], sum(tokens)
+    rows, ids, _, _, _ = arrivals(inputs, rank)
+    routing = {**layout_of(buffer, mine, world), "topk_idx": mine.ids, "topk_weights": mine.weights}
+
+    def dispatch(worst):
+        return buffer.dispatch(mine.x, **routing, num_worst_tokens=worst)
+
+    said = []
+    for worst in (most - 1, most + rank):
+        try:
+            dispatch(worst)
+        except ValueError as error:
+            said.append(str(error))
+    for worst in (most, 5 * most + 1):
+        got, got_ids, _, _, handle, _ = dispatch(worst)
+        assert len(got) == len(got_ids) == worst
+        assert torch.equal(got[: len(rows)], rows)
+        assert torch.equal(got_ids[: len(rows)], ids)
+        assert (got_ids[len(rows) :] == -1).all()
+        assert torch.equal(buffer.combine(got, handle)[0], summed_over_ranks(mine, world).bfloat16())
+    buffer.destroy()
+    return said
 
 
 def diff(x, y):
@@ -347,7 +422,7 @@ def two_micro_batches(rank, group, device):
         for inputs in (first, second):
             here = inputs[rank]
             rows, counts, handle, _, hook = buffer.low_latency_dispatch(
-                here.x, here.ids, 16, experts, use_fp8=False, return_recv_hook=True
+                here.x, here.ids, Whole(16), Whole(experts), use_fp8=0, return_recv_hook=1
             )
             batches.append((here, rows, counts, handle, hook))
         got, *_, routed, _ = buffer.dispatch(
@@ -367,6 +442,49 @@ def two_micro_batches(rank, group, device):
             hook()
             assert diff(here.x.float() * here.weights.sum(1, keepdim=True), out) < BF16_DIFF
     buffer.destroy()
+
+
+def hooks_of_all_kinds(rank, group, device):
+    """A third open hook, hooks that nobody calls, one that is called twice; and parts of a handle."""
+    buffer, world, device = ready(rank, group, device, low_latency_mode=True)
+    mine = make_inputs(rank, world, 8, "uniform", 1, device)
+    experts, said = EXPERTS_PER_RANK * world, []
+
+    def dispatch(most=16, **more):
+        return buffer.low_latency_dispatch(
+            mine.x, mine.ids, most, experts, use_fp8=False, return_recv_hook=True, **more
+        )
+
+    def refused(call):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+
+    opened = [dispatch(), dispatch()]
+    refused(dispatch)
+    for rows, _, handle, _, hook in opened:
+        hook()
+        out, _, _ = buffer.low_latency_combine(rows, mine.ids, mine.weights, handle)
+        assert diff(mine.x.float() * mine.weights.sum(1, keepdim=True), out) < BF16_DIFF
+    refused(opened[0][-1])
+    dispatch(most=64)[-1]()  # a hook that was called twice is not open, so a larger exchange may come
+    never = dispatch()  # held, but not called
+    for _ in range(3):
+        dispatch()[-1]()
+    refused(never[-1])
+    dispatch()  # not even held
+    for _ in range(2):
+        opened = [dispatch(), dispatch()]
+        for *_, hook in opened:
+            hook()
+    handle = opened[0][2]
+    src_info, layout_range = handle[0:2]
+    assert torch.equal(src_info, handle[0])
+    assert torch.equal(layout_range, handle[-4])
+    assert handle[2:] == (16, HIDDEN, experts)
+    buffer.destroy()
+    return said
 
 
 def many_repetitions(rank, group, device, times):
@@ -396,18 +514,20 @@ def refusals(rank, group, device):
     mine = make_inputs(rank, world, 5, "uniform", 1, device)
     experts = EXPERTS_PER_RANK * world
     layout = layout_of(buffer, mine, world)
-    *_, handle, event = buffer.dispatch(mine.x, **layout, topk_idx=mine.ids, topk_weights=mine.weights)
+    got, *_, handle, event = buffer.dispatch(mine.x, **layout, topk_idx=mine.ids, topk_weights=mine.weights)
     rows, _, low, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, 8, experts, use_fp8=False)
     back = (rows, mine.ids, mine.weights, low)
     waits = torch.zeros(world, world, dtype=torch.int64)
 
-    def ll(**more):
-        return buffer.low_latency_dispatch(mine.x, mine.ids, 8, experts, **more)
+    def ll(ids=mine.ids, **more):
+        return buffer.low_latency_dispatch(mine.x, ids, 8, experts, **more)
 
     calls = {
         "group": lambda: Buffer(None),
         "bytes": lambda: Buffer(group, -1),
-        "flag": lambda: Buffer(group, low_latency_mode=1),
+        "flag": lambda: Buffer(group, low_latency_mode=2),
+        "no whole number": lambda: Buffer(group, 1e9),
+        "true bytes": lambda: Buffer(group, True),
         "sms": lambda: Buffer.set_num_sms(7),
         "config": lambda: Config(0),
         "other config": lambda: buffer.dispatch(mine.x, handle=handle, config=24),
@@ -431,6 +551,9 @@ def refusals(rank, group, device):
         "costs": lambda: ll(dispatch_wait_recv_cost_stats=waits),
         "logfmt": lambda: buffer.low_latency_combine(*back, use_logfmt=True),
         "combine costs": lambda: buffer.low_latency_combine(*back, combine_wait_recv_cost_stats=waits),
+        "strides of out": lambda: buffer.low_latency_combine(*back, out=mine.x.T.contiguous().T),
+        "many experts": lambda: ll(ids=mine.ids.repeat(1, 5)),
+        "biases": lambda: buffer.combine(got, handle, bias=[None] * 3),
         "other out": lambda: buffer.low_latency_combine(*back, out=mine.x[:2]),
         "mask": lambda: buffer.low_latency_update_mask_buffer(0, True),
         "memory": lambda: buffer.get_local_buffer_tensor(torch.float32, torch.Size([1 << 20])),

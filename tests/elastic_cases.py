@@ -23,7 +23,7 @@ def ready(rank, group, device):
         num_max_tokens_per_rank=MOST,
         hidden=HIDDEN,
         num_topk=TOP_K,
-        deterministic=True,
+        deterministic=1,  # as DeepEP's own test has it
         explicitly_destroy=True,
     )
     return buffer, group.size(), torch.device(device)
@@ -99,7 +99,7 @@ def dispatch_and_combine(rank, group, device, tokens, routing, fp8, alignment, e
     assert torch.equal(again_ids, ids)
 
     # As many rows as can come.
-    worst, worst_ids, worst_weights, unsynced = dispatch(**given, do_cpu_sync=False)
+    worst, worst_ids, worst_weights, unsynced = dispatch(**given, do_cpu_sync=0)
     assert len(worst_ids) == len(worst_weights) == world * MOST
     assert unsynced.num_recv_tokens_per_expert_list == []
     assert unsynced.psum_num_recv_tokens_per_scaleup_rank.tolist() == ends
@@ -181,6 +181,7 @@ def small_things(rank, group, device):
             ids.zero_()
         total = v1.summed_over_ranks(mine, world).bfloat16()
         assert torch.equal(buffer.combine(rows, handle)[0], total)
+    buffer.barrier(with_cpu_sync=True)
     buffer.destroy()
 
 
@@ -196,8 +197,9 @@ def refusals(rank, group, device):
         "uneven experts": lambda: buffer.dispatch(mine.x, mine.ids, num_experts=experts + 1),
         "too many": lambda: buffer.dispatch(mine.x, mine.ids, num_experts=experts, num_max_tokens_per_rank=3),
         "unsynced": lambda: buffer.dispatch(
-            mine.x, mine.ids, num_experts=experts, do_expand=True, do_cpu_sync=False
+            mine.x, mine.ids, num_experts=experts, do_expand=1, do_cpu_sync=0
         ),
+        "flag": lambda: buffer.dispatch(mine.x, mine.ids, num_experts=experts, do_cpu_sync=2),
         "ids again": lambda: buffer.dispatch(mine.x, mine.ids, handle=handle),
         "another layout": lambda: buffer.dispatch(mine.x, handle=handle, do_expand=True),
         "epilogue": lambda: buffer.combine(

@@ -8,9 +8,9 @@
 
     results = ranks(4).run(job, 7, timeout=60)  # one result per rank
 
-``ranks(n)`` keeps one group of n processes for the test session. A job that raises on any rank fails the run
-with every rank's traceback, and the group is thrown away, because its ranks may be out of step. Tests that
-kill or stop ranks take a group of their own:
+``ranks(n)`` keeps one group of n processes for the test session, and one more for each set of variables. A
+job that raises on any rank fails the run with every rank's traceback, and the group is thrown away, because
+its ranks may be out of step. Tests that kill or stop ranks take a group of their own:
 
     with fresh_ranks(3) as group:
         group.start(job)
@@ -82,7 +82,8 @@ class RanksError(AssertionError):
 
 
 class Ranks:
-    """``world`` processes with a gloo group. ``environ``: environment variables of theirs."""
+    """``world`` processes with a gloo group. ``environ``: environment variables of theirs, in whose values
+    {rank} stands for the number of each."""
 
     def __init__(self, world: int, environ: dict[str, str] | None = None) -> None:
         self.world = world
@@ -180,16 +181,18 @@ class Ranks:
         return file.read_text() if file.exists() else "(no stack)"
 
 
-_pools: dict[int, Ranks] = {}
+_pools: dict[tuple[int, frozenset[tuple[str, str]]], Ranks] = {}
 
 
-def ranks(world: int) -> Ranks:
-    """The session's group of ``world`` processes: started when first asked for, again after a failure."""
-    pool = _pools.get(world)
+def ranks(world: int, environ: dict[str, str] | None = None) -> Ranks:
+    """The session's group of ``world`` processes with ``environ``: started when first asked for, again after
+    a failure."""
+    name = world, frozenset((environ or {}).items())
+    pool = _pools.get(name)
     if pool is None or not pool.alive:
         if pool is not None:
             pool.kill()
-        pool = _pools[world] = Ranks(world)
+        pool = _pools[name] = Ranks(world, environ)
     return pool
 
 
@@ -217,7 +220,7 @@ def _serve(
     rank: int, world: int, folder: str, pipe: connection.Connection, environ: dict[str, str], starter: int
 ) -> None:
     _die_with_parent()
-    os.environ.update(environ)
+    os.environ.update({name: value.replace("{rank}", str(rank)) for name, value in environ.items()})
     stacks = open(f"{folder}/stack-{rank}", "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     import torch

@@ -13,6 +13,7 @@ from ep_backend.bench.engines import models
 
 PROMPTS = 8
 FP8_MAX = 448.0
+TINY_SCALE = 2.0**-100  # of blocks that are zero
 SIZES = {
     "hidden_size": 1024,
     "head_dim": 128,
@@ -74,7 +75,7 @@ def write(folder, architecture, fp8=None, router_std=1.0, **sizes):
         (folder / "config.json").write_text(json.dumps({**written, "quantization_config": PER_TOKEN}))
     generator = torch.Generator().manual_seed(7)
     tensors = {}
-    for name, size in _sizes(config):
+    for name, size in sizes_of(config):
         if name.endswith("norm.weight"):
             tensors[name] = torch.ones(size, dtype=torch.bfloat16)
             continue
@@ -88,11 +89,11 @@ def write(folder, architecture, fp8=None, router_std=1.0, **sizes):
         if fp8 is None or not name.endswith("_proj.weight"):
             tensors[name] = weight.to(torch.bfloat16)
         elif fp8 == "block":
-            tensors[name], tensors[f"{name}_scale_inv"] = _quantised(
+            tensors[name], tensors[f"{name}_scale_inv"] = quantised(
                 weight, models.FP8_BLOCK, models.FP8_BLOCK
             )
         else:
-            tensors[name], tensors[f"{name}_scale"] = _quantised(weight, 1, size[1])
+            tensors[name], tensors[f"{name}_scale"] = quantised(weight, 1, size[1])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -106,7 +107,7 @@ def prompts():
     ]
 
 
-def _sizes(config):
+def sizes_of(config):
     """Names and shapes of a Qwen2-MoE or Qwen3-MoE checkpoint."""
     hidden, wide = config["hidden_size"], config["moe_intermediate_size"]
     head = config.get("head_dim", hidden // config["num_attention_heads"])
@@ -145,10 +146,10 @@ def _mlp(at, hidden, wide):
     yield f"{at}down_proj.weight", (hidden, wide)
 
 
-def _quantised(weight, high, wide):
+def quantised(weight, high, wide):
     """[N, K] -> e4m3 [N, K], and float32 [N / high, K / wide] scales to multiply its blocks with."""
     rows, columns = weight.shape
     blocks = weight.view(rows // high, high, columns // wide, wide)
-    scales = blocks.abs().amax((1, 3)) / FP8_MAX
+    scales = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp_min(TINY_SCALE)
     quantised = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return quantised.view(rows, columns), scales

@@ -109,7 +109,9 @@ int64_t cuda_host_register(int64_t address, int64_t bytes) {
     check(cudaHostRegister(memory, static_cast<size_t>(bytes),
                            cudaHostRegisterPortable | cudaHostRegisterMapped),
           "cudaHostRegister");
-    check(cudaHostGetDevicePointer(&seen, memory, 0), "cudaHostGetDevicePointer");
+    const cudaError_t found = cudaHostGetDevicePointer(&seen, memory, 0);
+    if (found != cudaSuccess) cudaHostUnregister(memory);
+    check(found, "cudaHostGetDevicePointer");
     return reinterpret_cast<int64_t>(seen);
 }
 void cuda_host_unregister(int64_t address) {

@@ -11,13 +11,20 @@ from ep_backend.bench import workload
 from ep_backend.bench.workload import Inputs, Settings
 from ep_backend.communicator import TRANSPORTS, available
 from ep_backend.transports import OF_GPUS
+from ep_backend.transports.collective import CollectiveTransport
+from ep_backend.transports.hier import HierTransport
 from ep_backend.transports.mixed import MixedTransport
 
-# What is there for other machines: GPUs of one have collective as the last resort, mixed is for GPUs of which
-# only some reach each other, and hier on one machine's CPUs is cpu with copies.
-ONLY_WHEN_ASKED = {"cuda": ("collective", MixedTransport.name), "cpu": ("hier",)}
+# Left out on one machine: its GPUs have collective as the last resort, mixed is for GPUs of which only some
+# reach each other, and hier is what works inside a machine, with copies.
+ONLY_WHEN_ASKED = {
+    "cuda": (CollectiveTransport.name, HierTransport.name, MixedTransport.name),
+    "cpu": (HierTransport.name,),
+}
+BETWEEN_MACHINES = (CollectiveTransport.name, HierTransport.name)
 BASELINE = {"cpu": "gloo", "cuda": "nccl"}  # plain collectives
-PEERS = {"cpu": ("gloo",), "cuda": ("nccl", "flashinfer")}
+ALL_TO_ALL = {"cpu": "gloo_all_to_all", "cuda": "nccl_all_to_all"}
+PEERS = {"cpu": ("gloo", ALL_TO_ALL["cpu"]), "cuda": ("nccl", ALL_TO_ALL["cuda"], "flashinfer")}
 
 
 class Contender(Protocol):
@@ -125,9 +132,11 @@ def names(device: str) -> tuple[str, ...]:
     return tuple(name for name in TRANSPORTS if name in ours)
 
 
-def defaults(device: str) -> tuple[str, ...]:
+def defaults(device: str, *, several_machines: bool) -> tuple[str, ...]:
     """Those that are measured unless the caller chooses."""
-    return tuple(name for name in names(device) if name not in ONLY_WHEN_ASKED.get(device, ()))
+    if several_machines:
+        return tuple(name for name in names(device) if name in BETWEEN_MACHINES)
+    return tuple(name for name in names(device) if name not in ONLY_WHEN_ASKED[device])
 
 
 def start(name: str, settings: Settings) -> Contender:
@@ -141,4 +150,8 @@ def start(name: str, settings: Settings) -> Contender:
         from ep_backend.bench.allgather import AllGather
 
         return AllGather(name, settings)
+    if name in ALL_TO_ALL.values():
+        from ep_backend.bench.alltoall import AllToAll
+
+        return AllToAll(name, settings)
     return Ours(name, settings)

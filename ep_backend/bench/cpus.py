@@ -35,7 +35,7 @@ class Cpus:
         inputs: Sequence[Inputs],
         least: LeastBytes,
         step: Step,
-    ) -> tuple[list[Times], float | None]:
+    ) -> list[Times]:
         size = least.round_trip // 2 // settings.ranks
         times = [Times() for _ in contenders]
         rates = [copy_rate(size)]
@@ -50,9 +50,10 @@ class Cpus:
             step((turn + 1) / (warmup + turns))
         rates.append(copy_rate(size))
         for taken in times:
+            taken.bytes_per_s = 2 * max(rates)  # a copied byte is read and written
             for seconds in taken.seconds.values():
                 del seconds[settings.iters :]
-        return times, 2 * max(rates)  # a copied byte is read and written
+        return times
 
 
 def _burst(

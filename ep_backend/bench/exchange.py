@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ep_backend import env
 from ep_backend.bench import curves, pictures, report
 from ep_backend.bench.arguments import list_of, one_of, output_file, whole
 from ep_backend.cli.choice import MAX_RANKS
@@ -75,9 +76,10 @@ def add_parser(subparsers: Any) -> None:
     dtypes = f"of dispatched rows: {', '.join(DTYPES)}; fp8 gets bf16 back"
     add("--dtype", type=list_of(one_of(DTYPES)), default=("bf16",), metavar="A[,B...]", help=dtypes)
     add("--layout", choices=LAYOUTS, default="rank_major", help="of received rows")
-    transports = "what to measure (all that works here; collective on cuda only if asked for)"
+    transports = "what to measure (EP_BACKEND_TRANSPORT if that is set, or what is usual here)"
     add("--transports", type=list_of(str), metavar="A[,B...]", help=transports)
-    peers = "what others do, to compare with (nccl, on cpu gloo); also flashinfer, or none"
+    peers = "what others do, to compare with (nccl, on cpu gloo); also nccl_all_to_all, on cpu "
+    peers += "gloo_all_to_all; on cuda flashinfer; or none"
     add("--peers", type=list_of(str), metavar="A[,B...]", help=peers)
     sms = "SMs that peer, mixed and host may use (as a communicator chooses); each number is measured"
     add("--num-sms", type=list_of(whole(1)), metavar="N[,N...]", help=sms)
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         pictures.check_matplotlib()
     runs = settings_of(args, int(os.environ["WORLD_SIZE"]) if joins else None)
-    explicit = frozenset([*(args.transports or ()), *(args.peers or ())])
+    explicit = frozenset([*asked_transports(args)[0], *(args.peers or ())])
     measured = _join(runs, explicit) if joins else _spawn(runs, explicit)
     if not joins or os.environ["RANK"] == "0":
         _publish(measured, args.json, args.plot)
@@ -122,15 +124,17 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
             raise EpConfigError(f"--ranks {ranks}, but PyTorch finds {gpus} GPUs here; each rank takes one")
         ranks = ranks or gpus
     known, default = contenders.names(args.device), DEFAULTS[args.device]
-    for name in args.transports or ():
+    asked, asked_by = asked_transports(args)
+    for name in asked:
         if name not in known:
-            raise EpConfigError(f"--transports: {name!r} is none of {', '.join(known)}{nearest(name, known)}")
-    if args.device == "cuda" and args.transports is None and "peer" not in known:
+            raise EpConfigError(f"{asked_by}: {name!r} is none of {', '.join(known)}{nearest(name, known)}")
+    if args.device == "cuda" and not asked and "peer" not in known:
         raise EpConfigError(
             "this build of ep_backend has no CUDA kernels, so transport peer is not there; build it with "
             f"EP_BACKEND_CUDA=1, or choose with --transports from {', '.join(known)}"
         )
-    chosen = args.transports or contenders.defaults(args.device)
+    several = world is not None and world > int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    chosen = asked or contenders.defaults(args.device, several_machines=several)
     peers = _peers(args.peers, contenders.PEERS[args.device])
     if args.num_sms is not None and not OF_GPUS & set(chosen):
         raise EpConfigError("--num-sms is for transports peer, mixed and host, which are not to be measured")
@@ -158,6 +162,14 @@ def settings_of(args: argparse.Namespace, world: int | None) -> tuple[Settings, 
             runs.append(dataclasses.replace(common, dtype=dtype, num_sms=num_sms, contenders=names))
             runs[-1].check()
     return tuple(runs)
+
+
+def asked_transports(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:
+    """Those of our transports that the caller names, none if nobody does, and how."""
+    if args.transports is not None:
+        return args.transports, "--transports"
+    wish = env.get("EP_BACKEND_TRANSPORT")
+    return () if wish == "auto" else (wish,), "EP_BACKEND_TRANSPORT"
 
 
 def _peers(asked: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -266,6 +278,7 @@ def _publish(measured: dict[str, Any], file: Path | None, picture: Path | None) 
         "machine": measured["machine"],
         "versions": measured["versions"],
         **provenance(),
+        "environment": measured["environment"],
         "settings": measured["settings"],
         "results": measured["results"],
     }

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ep_backend import rendezvous
+from ep_backend import env, rendezvous
 from ep_backend.bench import report
 from ep_backend.bench.contenders import Contender
 from ep_backend.bench.meter import BURST, INPUT_SETS, Step, Times, divide
 from ep_backend.bench.workload import Inputs, LeastBytes, Settings
 from ep_backend.errors import EpConfigError
+from ep_backend.facts import islands, nodes
+from ep_backend.probe import Record
+from ep_backend.transports.hier import HierTransport
+from ep_backend.transports.host import HostTransport, share_windows
+from ep_backend.transports.mixed import MixedTransport
 
 ALIGN_CYCLES = 1_000_000  # the GPU sleeps while the host queues a graph
 QUEUE_CYCLES = 4_000_000  # and while it queues single calls; doubled when that was too short
 MOST_QUEUE_CYCLES = 64_000_000
 COPY_BYTES = 256 << 20  # of windows that a GPU writes, in all its peers together
+HOST_COPY_BYTES = 64 << 20  # that a GPU copies each way, as benchmarks/host_memory.cu does
 COPIES = 4  # of them in a round, or the ranks' different starts would count
 COPY_ROUNDS = 5
 
@@ -28,15 +34,31 @@ def exchanges_in_a_graph(tokens: int) -> int:
 
 
 class Gpus:
-    """The meter for GPUs; the limit is how fast each GPU writes into its peers while all of them do."""
+    """The meter for GPUs; the limit is how fast each GPU writes into its peers while all of them do, and for
+    transport host how fast each copies to and from the host's memory.
 
-    def __init__(self) -> None:
+    ``records``: of all ranks; ``names``: of the contenders. GPUs that do not all reach each other's memory
+    are not told to write there: some machines hang. What goes over several nodes has no limit, nor has mixed,
+    which goes both ways.
+    """
+
+    def __init__(self, records: Sequence[Record], names: Collection[str]) -> None:
         self._gpus = rendezvous.gather(None, torch.cuda.get_device_name())
-        self._write_rate = peer_write_rate()
+        one_node = len(nodes(records)) == 1
+        self._peer_rate = peer_write_rate() if one_node and len(islands(records)) == 1 else None
+        self._host_rate = host_copy_rate() if one_node and HostTransport.name in names else None
 
     def machine(self) -> dict[str, Any]:
-        rate = self._write_rate
-        return {"gpus": self._gpus, "peer_write_bytes_per_s": None if rate is None else round(rate)}
+        rates = {"peer_write_bytes_per_s": self._peer_rate, "host_copy_bytes_per_s": self._host_rate}
+        return {
+            "gpus": self._gpus,
+            **{name: None if rate is None else round(rate) for name, rate in rates.items()},
+        }
+
+    def rate_of(self, name: str) -> float | None:
+        """Bytes per second that the machine can move on the way that contender ``name`` takes."""
+        others = {HostTransport.name: self._host_rate, MixedTransport.name: None, HierTransport.name: None}
+        return others.get(name, self._peer_rate)
 
     def case(
         self,
@@ -45,7 +67,7 @@ class Gpus:
         inputs: Sequence[Inputs],
         least: LeastBytes,
         step: Step,
-    ) -> tuple[list[Times], float | None]:
+    ) -> list[Times]:
         runners = [Runner(contender, inputs, settings) for contender in contenders]
         graph_size = exchanges_in_a_graph(inputs[0].tokens)
         warmup, replays = divide(settings.warmup, graph_size), divide(settings.iters, graph_size)
@@ -58,7 +80,9 @@ class Gpus:
                 elif runner.graph is not None:
                     runner.replay(timed=turn >= warmup)
             step((turn + 1) / turns)
-        return [runner.times for runner in runners], self._write_rate
+        for runner, contender in zip(runners, contenders, strict=True):
+            runner.times.bytes_per_s = self.rate_of(contender.name)
+        return [runner.times for runner in runners]
 
 
 class Runner:
@@ -171,13 +195,13 @@ def anywhere(flag: bool) -> bool:
 def peer_write_rate() -> float | None:
     """Bytes per second that a GPU writes into its peers' memory, to all of them at the same time and all GPUs
     at the same time; of the slowest GPU, in the best of some rounds. None with one GPU, or if memory cannot
-    be mapped."""
+    be mapped. Only for GPUs that reach each other: what is written elsewhere may never arrive."""
     world, rank = dist.get_world_size(), dist.get_rank()
     if world == 1:
         return None
     from torch.distributed import _symmetric_memory as symmetric
 
-    size = COPY_BYTES // (world - 1) // 4096 * 4096
+    size = _part(COPY_BYTES, world)
     try:
         window, _ = rendezvous.together(
             None, lambda: symmetric.empty(size * world, dtype=torch.uint8, device=_device())
@@ -188,17 +212,56 @@ def peer_write_rate() -> float | None:
     except EpConfigError:
         return None
     source = torch.zeros(size, dtype=torch.uint8, device=_device())
-    # Not all start with the same peer.
-    peers = [(rank + distance) % world for distance in range(1, world)]
-    targets = [mapping.get_buffer(peer, (size,), torch.uint8, rank * size) for peer in peers]
-    streams = [torch.cuda.Stream() for _ in peers]
+    targets = [mapping.get_buffer(peer, (size,), torch.uint8, rank * size) for peer in _peers(rank, world)]
+    return _rate([(target, source) for target in targets], size * (world - 1))
+
+
+def host_copy_rate() -> float | None:
+    """Bytes per second that a GPU copies each way at once, through its peers' windows in pinned memory of the
+    host and out of its own, while all GPUs do; of the slowest GPU, in the best of some rounds. None with one
+    GPU, or if memory cannot be shared or pinned."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world == 1:
+        return None
+    # Each window has a half that the peers write, a part each, and one that its own GPU reads.
+    part = _part(HOST_COPY_BYTES, world)
+    half = part * (world - 1)
+    try:
+        windows = share_windows(None, range(world), _device(), 2 * half, env.get("EP_BACKEND_TIMEOUT_S"))
+    except EpConfigError:
+        return None
+    memory = torch.zeros(2 * half, dtype=torch.uint8, device=_device())
+    copies = [(memory[:half], windows.memory[rank][half:])]
+    for number, peer in enumerate(_peers(rank, world)):
+        start = (rank - peer - 1) % world * part  # in the order of the ranks after the peer
+        source = memory[half + number * part :][:part]
+        copies.append((windows.memory[peer][start:][:part], source))
+    rate = _rate(copies, half)
+    windows.release()
+    return rate
+
+
+def _part(size: int, world: int) -> int:
+    """What one of a rank's peers gets of ``size`` bytes, in whole pages."""
+    return size // (world - 1) // 4096 * 4096
+
+
+def _peers(rank: int, world: int) -> list[int]:
+    """The other ranks: not all ranks start with the same one."""
+    return [(rank + distance) % world for distance in range(1, world)]
+
+
+def _rate(copies: Sequence[tuple[torch.Tensor, torch.Tensor]], size: int) -> float:
+    """Bytes per second, where ``size`` of them count, with which all ``copies`` (to, from) are made at the
+    same time, on all ranks at the same time; of the slowest rank, in the best of some rounds. Collective."""
+    streams = [torch.cuda.Stream() for _ in copies]
     rates = torch.zeros(COPY_ROUNDS, dtype=torch.float64)
     for round_ in range(COPY_ROUNDS):
         dist.barrier()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(ALIGN_CYCLES)
         start.record()
-        for stream, target in zip(streams, targets, strict=True):
+        for stream, (target, source) in zip(streams, copies, strict=True):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(COPIES):
@@ -207,7 +270,7 @@ def peer_write_rate() -> float | None:
             torch.cuda.current_stream().wait_stream(stream)
         end.record()
         end.synchronize()
-        rates[round_] = COPIES * len(peers) * size / (start.elapsed_time(end) / 1e3)
+        rates[round_] = COPIES * size / (start.elapsed_time(end) / 1e3)
     dist.all_reduce(rates, op=dist.ReduceOp.MIN)  # also: nobody gives memory back that others write
     return float(rates.max())
 

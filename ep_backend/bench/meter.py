@@ -22,6 +22,8 @@ class Times:
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in report.PHASES})
     correct: bool = True
+    bytes_per_s: float | None = None
+    """Of `LeastBytes`, that the machine can move on the way that the contender takes; None: not known."""
     details: dict[str, Any] = field(default_factory=dict)
     """What a reader of the results should know about how it was timed."""
 
@@ -39,9 +41,8 @@ class Meter(Protocol):
         inputs: Sequence[Inputs],
         least: LeastBytes,
         step: Step,
-    ) -> tuple[list[Times], float | None]:
-        """The times of each contender, and the bytes of ``least`` that the machine can move in a second;
-        None if that is not known. The contenders have been verified."""
+    ) -> list[Times]:
+        """Of each contender. They have been verified."""
 
 
 def divide(count: int, size: int) -> int:

@@ -137,7 +137,9 @@ def table(document: Mapping[str, Any], baseline: str) -> Table:
     name = labels(document["results"])
     found = {(r["tokens"], name(r), r["phase"]): r for r in document["results"]}
     on_gpus = document["settings"]["device"] == "cuda"
-    limit = "each GPU writing as many bytes to its peers" if on_gpus else "all ranks copying as many bytes"
+    limit = "all ranks copying as many bytes"
+    if on_gpus:
+        limit = "each GPU writing as many bytes to its peers (host: copying them to and from the host)"
     shown = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -189,6 +191,9 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     if machine.get("peer_write_bytes_per_s") is not None:
         rate = machine["peer_write_bytes_per_s"] / 1e9
         lines.insert(0, f"each of {ranks} GPUs writes {rate:.1f} GB/s to its peers while all do")
+    if machine.get("host_copy_bytes_per_s") is not None:
+        rate = machine["host_copy_bytes_per_s"] / 1e9
+        lines.insert(0, f"each of {ranks} GPUs copies {rate:.1f} GB/s to and from the host while all do")
     chosen = {(r["tokens"], r["collectives"]) for r in document["results"] if "collectives" in r}
     if machine["device"] == "cuda":
         lines += [f"baseline: NCCL, {name}" for name in sorted({name for _, name in chosen})]

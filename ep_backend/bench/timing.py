@@ -18,26 +18,37 @@ from ep_backend.bench.cpus import Cpus
 from ep_backend.bench.gpus import Gpus
 from ep_backend.bench.meter import INPUT_SETS, Meter, Step, Times
 from ep_backend.bench.workload import LeastBytes, Settings
+from ep_backend.cli.provenance import set_variables
+from ep_backend.communicator import apply_profile
 from ep_backend.errors import EpConfigError
 from ep_backend.probe import probe
 
 Note = Callable[[str], None]
+Start = Callable[[str, Settings], Contender]
 
 
-def measure(runs: Sequence[Settings], *, explicit: Collection[str], note: Note, step: Step) -> dict[str, Any]:
+def measure(
+    runs: Sequence[Settings],
+    *,
+    explicit: Collection[str],
+    note: Note,
+    step: Step,
+    start: Start = contenders_.start,
+) -> dict[str, Any]:
     """The document without its command, the same on all ranks. Collective over the default group.
 
     ``runs``: one for each dtype and number of SMs, otherwise alike. ``explicit``: names of contenders that
     are an error if they cannot start; others are left out. ``note`` is told what happens, ``step`` the share
-    of the work that is done; what they show matters on rank 0 only.
+    of the work that is done; what they show matters on rank 0 only. ``start``: makes a contender; collective,
+    raises EpConfigError on all ranks.
     """
     device = runs[0].device
-    meter: Meter = Gpus() if device == "cuda" else Cpus()
+    meter = _meter(device, runs[0].contenders)
     results: list[dict[str, Any]] = []
     cases = sum(len(settings.tokens) for settings in runs)
     done = 0
     for settings in runs:
-        contenders = _start(settings, explicit, note)
+        contenders = _start(settings, explicit, note, start)
         for contender in contenders:
             if contender.window_bytes is not None:
                 note(f"{_name(contender)}: windows of {contender.window_bytes:,} bytes per rank")
@@ -58,6 +69,7 @@ def measure(runs: Sequence[Settings], *, explicit: Collection[str], note: Note, 
     }
     return {
         "machine": machine,
+        "environment": set_variables(),
         "versions": {**probe(device).versions, "python": report.python_version()},
         "settings": {
             **asdict(runs[0]),
@@ -68,15 +80,23 @@ def measure(runs: Sequence[Settings], *, explicit: Collection[str], note: Note, 
     }
 
 
+def _meter(device: str, names: Collection[str]) -> Meter:
+    if device == "cpu":
+        return Cpus()
+    # NCCL starts with the settings that an engine would give it.
+    records = apply_profile(None, torch.device("cuda", torch.cuda.current_device()))
+    return Gpus(records, names)
+
+
 def _step(step: Step, case: int, cases: int, share: float) -> None:
     step((case + share) / cases)
 
 
-def _start(settings: Settings, explicit: Collection[str], note: Note) -> list[Contender]:
+def _start(settings: Settings, explicit: Collection[str], note: Note, start: Start) -> list[Contender]:
     started: list[Contender] = []
     for name in settings.contenders:
         try:
-            started.append(contenders_.start(name, settings))
+            started.append(start(name, settings))
         except EpConfigError as error:  # on all ranks together
             if name in explicit:
                 raise
@@ -99,13 +119,14 @@ def _case(
         contender.prepare(inputs)
         correct.append(contender.verify())
     step(0.0)
-    times, bytes_per_s = meter.case(settings, contenders, inputs, least, step)
-    results = []
+    times = meter.case(settings, contenders, inputs, least, step)
+    results: list[dict[str, Any]] = []
     for contender, taken, right in zip(contenders, times, correct, strict=True):
         taken.correct &= right
         taken.correct &= contender.verify()
-        results += _results(settings, tokens, contender, taken)
-    _limit(results, least, bytes_per_s)
+        found = _results(settings, tokens, contender, taken)
+        _limit(found, least, taken.bytes_per_s)
+        results += found
     return results
 
 
@@ -136,7 +157,7 @@ def _results(settings: Settings, tokens: int, contender: Contender, taken: Times
 
 
 def _limit(results: list[dict[str, Any]], least: LeastBytes, bytes_per_s: float | None) -> None:
-    """Add what the times of a case mean against moving the least bytes at ``bytes_per_s``."""
+    """Add what the times of a contender mean against moving the least bytes at ``bytes_per_s``."""
     sizes: Mapping[str, int] = {
         "dispatch": least.dispatch,
         "combine": least.combine,

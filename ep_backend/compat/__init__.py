@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
+import pkgutil
 import sys
 
 from ep_backend import env
@@ -12,30 +14,45 @@ from ep_backend.errors import EpConfigError, EpError
 
 NAME = "deep_ep"
 _PACKAGE = f"{__name__}.{NAME}"
+CHILDREN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "children")
 STANDS_IN = f"ep_backend stands in for the module {NAME} in this process"
 
 
 def provide_deep_ep() -> None:
-    """Make ``import deep_ep`` give `ep_backend.compat.deep_ep` in this process, from now on. Idempotent.
+    """Make ``import deep_ep`` give `ep_backend.compat.deep_ep` in this process, from now on, and its modules
+    those of ours. Idempotent.
 
-    Call it before anything imports ``deep_ep``. Raises EpConfigError if DeepEP itself is installed or has
-    been imported: nobody shall believe to run the one and run the other.
+    Call it before anything imports ``deep_ep``. Raises EpConfigError if DeepEP itself is installed, or a
+    module of its name has been imported: nobody shall believe to run the one and run the other.
     """
-    present = sys.modules.get(NAME)
-    if present is not None and present is sys.modules.get(_PACKAGE):
+    package = sys.modules.get(_PACKAGE)
+    if package is not None and sys.modules.get(NAME) is package:
         return
-    where = getattr(present, "__file__", None)
-    if present is None:
+    if wrong := _in_the_way():
+        raise EpConfigError(
+            f"ep_backend was asked to stand in for {NAME}, but {wrong}, or unset EP_BACKEND_PROVIDE_DEEP_EP "
+            "and import ep_backend.compat.deep_ep by its own name"
+        )
+    package = importlib.import_module(_PACKAGE)
+    for each in pkgutil.iter_modules(package.__path__):
+        sys.modules[f"{NAME}.{each.name}"] = importlib.import_module(f"{_PACKAGE}.{each.name}")
+    sys.modules[NAME] = package
+
+
+def _in_the_way() -> str | None:
+    """What else ``import deep_ep`` gives in this process and what can be done about it; None for nothing."""
+    present = sys.modules.get(NAME)
+    if present is not None:
+        file = getattr(present, "__file__", None)
+        if file is None:
+            return "a module of that name, which has no file, has been imported already: do without it"
+    else:
         found = importlib.util.find_spec(NAME)
-        if found is None or found.origin is None:  # a folder of that name, without a module in it
-            for part in ("", ".buffer", ".utils"):
-                sys.modules[NAME + part] = importlib.import_module(_PACKAGE + part)
-            return
-        where = found.origin
-    raise EpConfigError(
-        f"ep_backend was asked to stand in for {NAME}, but DeepEP itself is installed ({where}): uninstall "
-        "it, or unset EP_BACKEND_PROVIDE_DEEP_EP and import ep_backend.compat.deep_ep by its own name"
-    )
+        file = None if found is None else found.origin
+        if file is None:  # nothing, or a folder of that name without a module in it
+            return None
+    ours = os.path.dirname(file) == CHILDREN
+    return None if ours else f"DeepEP itself is installed ({file}): uninstall it"
 
 
 def provide_if_asked(log: logging.Logger) -> bool:

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 
 from ep_backend import Communicator, EpConfig, Handle, Received, reference, rendezvous
-from ep_backend.communicator import available
+from ep_backend.communicator import apply_profile
 from ep_backend.errors import EpConfigError
 from ep_backend.launch.processes import Note
-from ep_backend.probe import probe
-from ep_backend.select import apply_env, decide, obstacle_to
+from ep_backend.select import obstacle_to
 from ep_backend.selftest import inputs
 from ep_backend.selftest.plan import Case, Step
 
@@ -98,8 +97,7 @@ def start_device(task: Task) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local if task.gpu is None else task.gpu)
     torch.cuda.set_device(device)
-    # NCCL starts with the settings that an engine would give it.
-    apply_env(decide(rendezvous.gather(None, probe(device)), available=available(device)))
+    apply_profile(None, device)
     return device
 
 
@@ -123,7 +121,7 @@ def exchange(comm: Communicator, step: Step) -> tuple[str | None, int]:
     results = [
         inputs.make_results(config, rank, wanted[rank], seed=step.seed, dtype=dtype) for rank in range(world)
     ]
-    totals = reference.combine(config, calls, results, step.slots)
+    totals = reference.combine(config, calls, results, step.slots, comm.nodes)
 
     mine = calls[comm.rank]
     x, ids, weights = (t.to(comm.device) for t in (mine.x, mine.topk_ids, mine.topk_weights))

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch.distributed as dist
 
-from ep_backend import rendezvous
+from ep_backend import facts, rendezvous
 from ep_backend.errors import EpError
 from ep_backend.launch.deadline import Deadline
 from ep_backend.launch.processes import GRACE_S, Outcome, raised
@@ -72,8 +72,9 @@ class Meeting:
     def run(self) -> Report:
         """The phase; the report of rank 0 is the whole one. Collective."""
         options = self._options
-        hosts = len(set(rendezvous.gather(None, _host())))
-        return phases.conclude("network", options, self.world, self._found(), hosts)
+        records = rendezvous.gather(None, probe("cpu"))
+        hosts, nodes = facts.gather(records).hosts, len(facts.nodes(records))
+        return phases.conclude("network", options, self.world, self._found(), hosts, nodes)
 
     def _found(self) -> Iterable[tuple[str, Group | Failure]]:
         options = self._options
@@ -110,8 +111,3 @@ class Meeting:
             except RuntimeError:
                 told.append(Outcome(rank, "late", text="gave no answer"))
         return told
-
-
-def _host() -> str:
-    record = probe("cpu")
-    return record.boot_id or record.host

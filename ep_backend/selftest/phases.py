@@ -100,6 +100,8 @@ class Report:
     seconds: float = 0.0
     ranks: int = 0
     hosts: int = 1
+    nodes: int = 1
+    """Sets of ranks that share memory; containers of one host may be several."""
     groups: tuple[Group, ...] = ()
     failure: Failure | None = None
     next: tuple[str, ...] = ()
@@ -236,11 +238,16 @@ def _gathered(found: Iterable[tuple[int, str]]) -> tuple[str, ...]:
 
 
 def conclude(
-    phase: str, options: Options, ranks: int, found: Iterable[tuple[str, Group | Failure]], hosts: int = 1
+    phase: str,
+    options: Options,
+    ranks: int,
+    found: Iterable[tuple[str, Group | Failure]],
+    hosts: int = 1,
+    nodes: int = 1,
 ) -> Report:
     """The report on a phase from what its groups found, up to the first failure."""
     begin = time.monotonic()
-    report = Report(phase=phase, status="passed", ranks=ranks, hosts=hosts)
+    report = Report(phase=phase, status="passed", ranks=ranks, hosts=hosts, nodes=nodes)
     for transport, group in found:
         if isinstance(group, Failure):
             steps = advise(phase, group.kind, transport, options.device, group.error)

@@ -97,7 +97,9 @@ def _ranks(report: Report) -> str:
     text = "1 rank" if report.ranks == 1 else f"{report.ranks} ranks"
     if report.phase != "network":
         return text
-    return f"{text} on {report.hosts} hosts" if report.hosts > 1 else f"{text}, all on one host"
+    if report.hosts > 1:
+        return f"{text} on {report.hosts} hosts"
+    return f"{text} on {report.nodes} nodes of one host" if report.nodes > 1 else f"{text}, all on one host"
 
 
 def _group(group: Group) -> str:

@@ -64,6 +64,7 @@ class Transport(ABC):
     window_bytes: int
     gives_views = True  # received rank-major rows are memory that later exchanges write again
     capturable = False  # CUDA graphs can hold its exchanges, if the layout needs no wait for the GPU
+    nodes: Sequence[Sequence[int]] | None = None  # as ``Communicator.nodes``
 
     @abstractmethod
     def dispatch_send(self, call: DispatchCall) -> None: ...

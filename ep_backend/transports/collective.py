@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,13 @@ class Traffic:
     bytes: int = 0
 
 
+class _Work(NamedTuple):
+    """What is under way, and since when."""
+
+    work: dist.Work
+    started: float
+
+
 @dataclass
 class _Open:
     """The exchange that a channel has open: rows per rank in each direction, and what is under way."""
@@ -44,7 +51,7 @@ class _Open:
     counts: torch.Tensor
     records: torch.Tensor
     sent: torch.Tensor  # kept alive until the work is done
-    work: dist.Work
+    work: _Work
     received: bool = False
     returned: bool = False  # this rank's combine, or its closing, is under way
 
@@ -208,32 +215,39 @@ class CollectiveTransport(Transport):
         self.traffic.combined_rows += sum(exchange.received_rows) - exchange.received_rows[self._rank]
         self.traffic.bytes += sum(out_of) - out_of[self._rank]
 
-    def _start(
-        self,
-        into: torch.Tensor,
-        sent: torch.Tensor,
-        into_sizes: Sequence[int] = (),
-        sent_sizes: Sequence[int] = (),
-    ) -> dist.Work:
-        """An all-to-all of bytes or, without sizes, of equal parts."""
-        # With a deadline of its own: one that only the group's would end keeps the process from ending.
-        options = dist.AllToAllOptions()
-        options.timeout = timedelta(seconds=self._timeout_s)
-        group: Any = self._part or self._group or dist.group.WORLD
-        work: dist.Work = group.alltoall_base(into, sent, list(into_sizes), list(sent_sizes), options)
-        return work
+    def _start(self, into: torch.Tensor, sent: torch.Tensor, *sizes: Sequence[int]) -> _Work:
+        started = monotonic()
+        work = rendezvous.all_to_all(self._part or self._group, into, sent, *sizes, timeout_s=self._timeout_s)
+        return _Work(work, started)
 
-    def _wait(self, work: dist.Work, phase: str, channel: int) -> None:
-        start = monotonic()
+    def _wait(self, under_way: _Work, phase: str, channel: int) -> None:
         try:
-            work.wait(timedelta(seconds=self._timeout_s))
+            under_way.work.wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
-            self._failure = EpTimeoutError(
-                rank=self._names[self._rank],
-                peer=self._names[1 - self._rank] if self._world == 2 else -1,  # torch does not say
-                phase=phase,
-                channel=channel,
-                waited_s=monotonic() - start,
-                detail=str(error),
+            self._failure = failure(
+                self._names, self._rank, phase, channel, under_way.started, self._timeout_s, error
             )
             raise self._failure from error
+
+
+def failure(
+    names: Sequence[int],
+    rank: int,
+    phase: str,
+    channel: int,
+    started: float,
+    timeout_s: float,
+    error: RuntimeError,
+) -> EpTimeoutError:
+    """What ``error`` of torch.distributed means for the rank at place ``rank`` of ``names``, in an operation
+    that began at ``started`` of the monotonic clock."""
+    waited_s = monotonic() - started
+    return EpTimeoutError(
+        rank=names[rank],
+        peer=names[1 - rank] if len(names) == 2 else -1,  # torch does not say
+        phase=phase,
+        channel=channel,
+        waited_s=waited_s,
+        lost=waited_s < 0.99 * timeout_s,
+        detail=str(error),
+    )

@@ -12,7 +12,8 @@ these follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from time import monotonic
@@ -21,13 +22,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ep_backend import rendezvous
+from ep_backend import env, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpTimeoutError
 from ep_backend.transports import wires
 from ep_backend.transports.base import DispatchCall, Received, Transport, opened
-from ep_backend.transports.collective import CollectiveTransport, Traffic
+from ep_backend.transports.collective import CollectiveTransport, Traffic, failure
 from ep_backend.transports.gpu import FLAGS_PER_SOURCE, GpuTransport, Windows
 
 WORTH_COUNTING = 4 << 20
@@ -70,13 +71,16 @@ class Places(NamedTuple):
 
 @dataclass
 class _Open:
-    """The exchange that a channel has open. ``wait``: for what is under way. ``came``: where rows belong that
-    do not come to their places: (region, slots in it, rows). ``sent``, ``received``: which rows there are, if
-    that was asked."""
+    """The exchange that a channel has open. ``wait``: for what is under way, since ``started``. ``came``:
+    where rows belong that do not come to their places: (region, slots in it, rows). ``sent``, ``received``:
+    which rows there are, if that was asked."""
 
+    channel: int
     slots: int
     captured: bool
+    phase: str = "dispatch"
     wait: wires.Wait | None = None
+    started: float = 0.0
     came: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = ()
     sent: Places | None = None
     received: Places | None = None
@@ -119,8 +123,11 @@ class GpuCollectiveTransport(GpuTransport):
         rendezvous.together(group, self._first_use)
 
     def _first_use(self) -> None:
-        if wait := self._move([self._regions(0, 1).headers.piece]):
-            wait(self._timeout_s)
+        first = _Open(channel=0, slots=1, captured=False)
+        pieces = [self._regions(0, 1).headers.piece]
+        patience: float = env.get(rendezvous.STARTUP)
+        rendezvous.within(patience, lambda: self._move(first, pieces), "the first all-to-all")
+        self._finish(first)
 
     def _share_windows(self, group: dist.ProcessGroup | None, shape: list[int]) -> Windows:
         def make() -> torch.Tensor:
@@ -139,36 +146,37 @@ class GpuCollectiveTransport(GpuTransport):
         self.close_exchange(call.channel)
         super().dispatch_send(call)
         regions, config = self._regions(call.channel, call.slots), self._config
-        exchange = _Open(call.slots, captured=self.is_capturing())
+        exchange = _Open(call.channel, call.slots, self.is_capturing())
         metadata = [r.piece for r in (regions.dispatch_flags, regions.headers, regions.ids, regions.weights)]
         with_scales = [regions.scales] if config.row_scale_bytes else []
         may_wait = call.num_tokens is None and not exchange.captured
         if may_wait and call.slots * self._saved_per_slot >= WORTH_COUNTING:
-            exchange.wait = self._move(metadata)
-            self._finish(exchange, "dispatch", call.channel)
+            self._move(exchange, metadata)
+            self._finish(exchange)
             sent, received = self._find_places(call, regions)
             sizes = [config.row_scale_bytes] * len(with_scales) + [config.row_bytes]
-            self._move_rows(exchange, [*with_scales, regions.rows], sizes, sent, received)
+            rows = [*with_scales, regions.rows]
+            self._move_rows(exchange, rows, sizes, sent, received)
             exchange.sent, exchange.received = sent, received
             self.traffic.dispatched_rows += sum(sent.of_rank)
         else:
-            exchange.wait = self._move(metadata + [r.piece for r in (*with_scales, regions.rows)])
+            self._move(exchange, metadata + [r.piece for r in (*with_scales, regions.rows)])
             self.traffic.dispatched_rows += (self._world - 1) * call.slots
         self._open[call.channel] = exchange
 
     def dispatch_recv(self, channel: int, slots: int, rows: torch.Tensor | None = None) -> Received:
         exchange = self._opened(channel)
-        self._finish(exchange, "dispatch", channel)
+        self._finish(exchange)
         exchange.arrived = True
         return super().dispatch_recv(channel, slots, rows)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         exchange = self._opened(channel)
         super().combine_send(channel, y)
-        self._return_rows(exchange, channel)
+        self._return_rows(exchange)
 
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
-        self._finish(self._opened(channel), "combine", channel)
+        self._finish(self._opened(channel))
         self._open[channel] = None
         super().combine_recv(channel, out)
 
@@ -182,11 +190,11 @@ class GpuCollectiveTransport(GpuTransport):
         if self.is_capturing():
             self._opened(channel)
         if not exchange.arrived:
-            self._finish(exchange, "dispatch", channel)
+            self._finish(exchange)
         if not exchange.returned:
             ops.cuda_close(self._exchange, channel, True)
-            self._return_rows(exchange, channel)
-        self._finish(exchange, "combine", channel)
+            self._return_rows(exchange)
+        self._finish(exchange)
         ops.cuda_close(self._exchange, channel, False)
         self._open[channel] = None
 
@@ -224,8 +232,9 @@ class GpuCollectiveTransport(GpuTransport):
             )
         return exchange
 
-    def _return_rows(self, exchange: _Open, channel: int) -> None:
-        regions = self._regions(channel, exchange.slots)
+    def _return_rows(self, exchange: _Open) -> None:
+        exchange.phase = "combine"
+        regions = self._regions(exchange.channel, exchange.slots)
         flags = regions.combine_flags.piece
         if exchange.sent is not None and exchange.received is not None:
             # These rows do not stand rank * T + token apart: their place does not depend on T.
@@ -235,10 +244,11 @@ class GpuCollectiveTransport(GpuTransport):
                 for p in (exchange.received, exchange.sent)
             )
             sizes = [self._config.wire_row_bytes]
-            self._move_rows(exchange, [regions.combine_rows], sizes, back, home, flags)
+            rows = [regions.combine_rows]
+            self._move_rows(exchange, rows, sizes, back, home, flags)
             self.traffic.combined_rows += sum(back.of_rank)
         else:
-            exchange.wait = self._move([flags, regions.combine_rows.piece])
+            self._move(exchange, [flags, regions.combine_rows.piece])
             self.traffic.combined_rows += (self._world - 1) * exchange.slots
         exchange.returned = True
 
@@ -259,36 +269,45 @@ class GpuCollectiveTransport(GpuTransport):
             into = here.new_empty(len(received.slots), size // 4)
             pieces.append((_parts(into, received.of_rank), _parts(out_of, sent.of_rank)))
             came.append((here, received.slots, into))
-        exchange.wait, exchange.came = self._move(pieces), came
+        self._move(exchange, pieces)
+        exchange.came = came
 
-    def _move(self, pieces: Sequence[wires.Piece]) -> wires.Wait | None:
-        """None: there is nothing to wait for, or a graph holds it."""
+    def _move(self, exchange: _Open, pieces: Sequence[wires.Piece]) -> None:
+        """Start it. There is nothing to wait for if one rank is alone, or a graph holds it."""
+        exchange.wait, exchange.started = None, monotonic()
         if self._world == 1:
-            return None
+            return
         self.traffic.bytes += sum(block.numel() for _, out_of in pieces for block in out_of)
-        wait = self._wire.start(pieces, self._timeout_s)
-        return None if self.is_capturing() else wait
+        with self._watched(exchange):
+            wait = self._wire.start(pieces, self._timeout_s)
+        exchange.wait = None if self.is_capturing() else wait
 
-    def _finish(self, exchange: _Open, phase: str, channel: int) -> None:
+    def _finish(self, exchange: _Open) -> None:
         if exchange.wait is None:
             return
-        start = monotonic()
-        try:
+        with self._watched(exchange):
             exchange.wait(self._timeout_s)
-        except RuntimeError as error:
-            self._failure = EpTimeoutError(
-                rank=self._names[self._rank],
-                peer=self._names[1 - self._rank] if self._world == 2 else -1,  # torch does not say
-                phase=phase,
-                channel=channel,
-                waited_s=monotonic() - start,
-                detail=str(error),
-            )
-            self._wire.abort()
-            raise self._failure from error
         for region, slots, rows in exchange.came:
             region.index_copy_(0, slots, rows)
         exchange.wait, exchange.came = None, ()
+
+    @contextmanager
+    def _watched(self, exchange: _Open) -> Iterator[None]:
+        """Around what fails for good: after a deadline, or because a rank is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._failure = failure(
+                self._names,
+                self._rank,
+                exchange.phase,
+                exchange.channel,
+                exchange.started,
+                self._timeout_s,
+                error,
+            )
+            self._wire.abort()
+            raise self._failure from error
 
     def _find_places(self, call: DispatchCall, regions: Regions) -> tuple[Places, Places]:
         ids = regions.ids.here.view(torch.int32).view(self._world, call.slots, -1)

@@ -56,6 +56,7 @@ class HierTransport(Transport):
     """
 
     name = "hier"
+    nodes: Sequence[Sequence[int]]
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class HierTransport(Transport):
                 f"transport hier: a rank holds max_tokens_per_rank = {config.max_tokens_per_rank} tokens "
                 f"for each of {len(nodes)} nodes; at most {MAX_TOKENS} together were wanted"
             )
-        self._config, self._nodes, self._rank = config, nodes, dist.get_rank(group)
+        self._config, self.nodes, self._rank = config, nodes, dist.get_rank(group)
         self._device = device
         self._world = dist.get_world_size(group)
         here, place = next(
@@ -137,7 +138,7 @@ class HierTransport(Transport):
         nodes."""
         self._network: CollectiveTransport | GpuCollectiveTransport
         self._node: CpuTransport | GpuTransport
-        ranks, device = self._nodes[here], self._device
+        ranks, device = self.nodes[here], self._device
         if device.type == "cpu":
             self._network = CollectiveTransport(group, network, ranks=self._partners)
             self._node = CpuTransport(group, node, ranks=ranks)
@@ -147,9 +148,9 @@ class HierTransport(Transport):
         network, node = replace(network, num_sms=half), replace(node, num_sms=half)
         self._network = GpuCollectiveTransport(group, network, device, self._partners)
         reaching = [set(part) for part in parts]
-        if all(any(part.issuperset(each) for part in reaching) for each in self._nodes):
+        if all(any(part.issuperset(each) for part in reaching) for each in self.nodes):
             self._node = PeerTransport(group, node, device, ranks=ranks)
-        elif any(len(part.intersection(each)) > 1 for part in reaching for each in self._nodes):
+        elif any(len(part.intersection(each)) > 1 for part in reaching for each in self.nodes):
             self._node = MixedTransport(group, node, device, parts, ranks)
         else:
             self._node = HostTransport(group, node, device, ranks)
@@ -252,7 +253,7 @@ class HierTransport(Transport):
             self._settle(self._network)
         assert arrived.topk_ids is not None
         assert arrived.topk_weights is not None
-        rows, slots = arrived.rows.view(torch.uint8), len(self._nodes) * exchange.slots
+        rows, slots = arrived.rows.view(torch.uint8), len(self.nodes) * exchange.slots
         carried = self._carried(arrived, exchange.slots)
         ids = self._number[arrived.topk_ids.long()]
         call = DispatchCall(channel, rows, carried, ids, arrived.topk_weights, slots)
@@ -268,7 +269,7 @@ class HierTransport(Transport):
 
     def _return_sums(self, channel: int) -> None:
         """Add up what the ranks of this node give for each token, and send it to the token's node."""
-        shape = (len(self._nodes) * opened(self._open, channel).slots, self._config.hidden_size)
+        shape = (len(self.nodes) * opened(self._open, channel).slots, self._config.hidden_size)
         sums = torch.empty(shape, dtype=self._config.sum_dtype, device=self._device)
         try:
             with self._watched(channel):
@@ -333,6 +334,7 @@ class HierTransport(Transport):
             phase=error.phase,
             channel=error.channel,
             waited_s=error.waited_s,
+            lost=error.lost,
             detail=f"it is among {partners} or the other ranks of their nodes; {error.detail}",
         )
 

@@ -44,20 +44,32 @@ class HostTransport(GpuTransport):
         return Windows(mapped.addresses, copies, copies=True, keep=mapped, release=mapped.release)
 
     def _share_host_windows(self, group: dist.ProcessGroup | None) -> Pinned:
-        """Collective; zeroed on return."""
-        share, addresses = rendezvous.together(
-            group,
-            lambda: WindowShare(self.window_bytes, self._rank, self._world, self._config.timeout()),
-            lambda share: share.address,
-        )
+        return share_windows(group, self._names, self._device, self.window_bytes, self._config.timeout())
 
-        def map_all() -> list[mmap.mmap]:
-            with near(self._device):
-                return share.map_peers([addresses[r] for r in self._names])
 
-        # The owner takes the pages, near its GPU, before others pin them.
-        windows, _ = rendezvous.together(group, map_all)
-        return rendezvous.together(group, lambda: Pinned(windows, self._device))[0]
+def share_windows(
+    group: dist.ProcessGroup | None,
+    ranks: Sequence[int],
+    device: torch.device,
+    size: int,
+    timeout_s: float,
+) -> Pinned:
+    """A window of ``size`` bytes of each of ``ranks`` of ``group``, which are on one machine, pinned for
+    ``device``; zeroed on return. Collective over ``group``, each rank of which must be in exactly one such
+    part. Raises EpConfigError on all ranks."""
+    share, addresses = rendezvous.together(
+        group,
+        lambda: WindowShare(size, ranks.index(dist.get_rank(group)), len(ranks), timeout_s),
+        lambda share: share.address,
+    )
+
+    def map_all() -> list[mmap.mmap]:
+        with near(device):
+            return share.map_peers([addresses[r] for r in ranks])
+
+    # The owner takes the pages, near its GPU, before others pin them.
+    windows, _ = rendezvous.together(group, map_all)
+    return rendezvous.together(group, lambda: Pinned(windows, device))[0]
 
 
 @contextmanager
@@ -73,18 +85,19 @@ def near(device: torch.device) -> Iterator[None]:
 
 class Pinned:
     """Windows pinned for the GPUs of this process, until ``release`` is called or nobody has them any more.
-    Raises EpConfigError if CUDA refuses."""
+    ``addresses``: for the GPU; ``memory``: for the CPU, [size] uint8 each. Raises EpConfigError if CUDA
+    refuses."""
 
     def __init__(self, windows: Sequence[mmap.mmap], device: torch.device) -> None:
-        pinned: list[torch.Tensor] = []
+        self.memory: list[torch.Tensor] = []
         self.addresses: list[int] = []
-        self.release = weakref.finalize(self, _unpin, pinned)
+        self.release = weakref.finalize(self, _unpin, self.memory)
         try:
             with torch.cuda.device(device):
                 for window in windows:
                     memory = torch.frombuffer(window, dtype=torch.uint8)
                     self.addresses.append(ops.cuda_host_register(memory.data_ptr(), memory.numel()))
-                    pinned.append(memory)
+                    self.memory.append(memory)
         except RuntimeError as error:
             self.release()
             size = sum(map(len, windows)) / 2**20

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from time import monotonic, sleep
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ from rank to rank and may be 0; what a rank sends to another is what that one ex
 
 Wait = Callable[[float], None]
 """Returns when everything has come; raises RuntimeError after so many seconds."""
-
-SPIN_S = 2e-3  # how long the host asks without a pause whether everything has come
 
 
 def choose(
@@ -81,24 +78,13 @@ class NcclWire(Wire):
             done = torch.cuda.Event()
             if not torch.cuda.is_current_stream_capturing():
                 done.record()
-        return partial(_poll, done)
+        return partial(rendezvous.poll, done.query, what="NCCL's all-to-all")
 
     def abort(self) -> None:
         self._nccl.abort()
 
     def close(self) -> None:
         self._nccl.shutdown()
-
-
-def _poll(done: torch.cuda.Event, timeout_s: float) -> None:
-    """The host asks: a wait of CUDA's own would have no deadline."""
-    start = monotonic()
-    while not done.query():
-        waited = monotonic() - start
-        if waited > timeout_s:
-            raise RuntimeError("NCCL's all-to-all has not ended")
-        if waited > SPIN_S:
-            sleep(SPIN_S / 20)
 
 
 class GlooWire(Wire):
@@ -118,9 +104,7 @@ class GlooWire(Wire):
             [sum(block.numel() for block in blocks) for blocks in side] for side in (into, out_of)
         )
         came = torch.empty(sum(into_sizes), dtype=torch.uint8)
-        work = self._gloo.alltoall_base(
-            came, sent, into_sizes, sent_sizes, timeout=timedelta(seconds=timeout_s)
-        )
+        work = rendezvous.all_to_all(self._gloo, came, sent, into_sizes, sent_sizes, timeout_s=timeout_s)
         places = [block for blocks in into for block in blocks]
 
         def wait(timeout_s: float, sent: torch.Tensor = sent) -> None:  # which must live as long

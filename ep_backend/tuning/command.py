@@ -6,7 +6,6 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from ep_backend import tuned
 from ep_backend.bench import pictures, report
 from ep_backend.bench.arguments import list_of, output_file, whole
 from ep_backend.bench.exchange import DEFAULTS, DTYPES, ROUTINGS, usable_gpus
+from ep_backend.cli.provenance import provenance
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch import processes
 from ep_backend.launch.deadline import Deadline
@@ -157,21 +157,19 @@ def _publish(args: argparse.Namespace, settings: Settings, record: Record, measu
     """Choose from what was measured, remember it, and show it."""
     samples: list[choice.Sample] = measured["samples"]
     chosen = choice.final(samples, args.weight)
-    today = datetime.datetime.now(datetime.timezone.utc)
     transport = measured["transport"]
     entry = tuned.Entry(
         shape=tuned.Shape.of(settings.config(transport), settings.ranks),
         transport=transport,
         num_sms=chosen.num_sms,
         chunk_scale=chosen.chunk_scale,
-        date=today.date().isoformat(),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
     file = tuned.store(entry, record.gpus, record.driver, os.environ)
     document = {
         "machine": {**report.machine("cuda"), "gpus": measured["gpus"], "sms": measured["sms"]},
         "versions": {**record.versions, "python": report.python_version(), "driver": record.driver},
-        "command": shlex.join(["ep-backend", *sys.argv[1:]]),
-        "date": today.isoformat(timespec="seconds"),
+        **provenance(),
         "settings": asdict(settings),
         "transport": transport,
         "objective": {"formula": choice.FORMULA, "weight": args.weight, "slower_at_most": choice.SLOWER},

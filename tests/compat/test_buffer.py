@@ -12,7 +12,9 @@ from harness import fresh_ranks, ranks
 
 import ep_backend as ep
 from ep_backend.compat import deep_ep
+from ep_backend.compat.deep_ep.low_latency import quantize_rounded
 from ep_backend.compat.deep_ep.pool import Pool
+from ep_backend.reference import quantize_fp8
 
 WORLDS = (2, 4)
 
@@ -82,6 +84,18 @@ def test_details_of_normal_mode(world):
     ranks(world).run(cases.normal_details, "cpu")
 
 
+def test_the_callers_tensors_may_change():
+    ranks(2).run(cases.masked_and_reused, "cpu")
+
+
+def test_least_worst_case():
+    for few, unequal in ranks(4).run(cases.least_worst_case, "cpu"):
+        assert few == (
+            "num_worst_tokens is 16, but rank 0 would receive 17 rows: at least that was wanted, on all ranks"
+        )
+        assert "[17, 18, 19, 20] on the ranks" in unequal
+
+
 @pytest.mark.parametrize("form", cases.LOW_LATENCY_FORMATS)
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize(("world", "routing"), [(2, "uniform"), (4, "holes")])
@@ -98,6 +112,23 @@ def test_uneven_low_latency(routing):
 @pytest.mark.parametrize("world", WORLDS)
 def test_two_micro_batches(world):
     ranks(world).run(cases.two_micro_batches, "cpu")
+
+
+def test_hooks_of_all_kinds():
+    for third, twice, lost in ranks(2).run(cases.hooks_of_all_kinds, "cpu"):
+        assert third.startswith("2 calls of this kind are open")
+        assert "exchange is" in twice
+        assert "exchange is 'closed'" in lost
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_rounded_scales_of_what_is_not_finite(value):
+    x = torch.randn(2, 256).bfloat16()
+    x[0, 3] = value
+    for got, want in zip(quantize_rounded(x), quantize_fp8(x), strict=True):
+        assert torch.equal(got.float().isfinite(), want.float().isfinite())
+    _, scales = quantize_rounded(x)
+    assert torch.equal(scales[1], quantize_rounded(x[1:])[1][0])
 
 
 def test_over_torch_distributed():
@@ -127,6 +158,7 @@ def test_what_is_refused_says_what_was_wanted():
         assert "before the hook" in said["larger before a hook"]
         assert "has been destroyed" in said["destroyed"]
         assert "x has 5 tokens" in said["too many"]
+        assert "at most 16 were wanted" in said["many experts"]
         assert "[*, *] torch.bfloat16 was wanted" in said["dtype"]
         assert "2 ranks" in said["uneven experts"]
 
@@ -143,6 +175,13 @@ def test_config_and_sizes():
     assert deep_ep.topk_idx_t == torch.int64
 
 
+def test_whole_numbers_of_other_kinds():
+    config = deep_ep.Config(cases.Whole(24))
+    assert (config, type(config.num_sms)) == (deep_ep.Config(24), int)
+    with pytest.raises(ep.EpArgumentError, match="whole number"):
+        deep_ep.Config(24.0)
+
+
 def test_num_sms_is_what_configs_get(monkeypatch):
     monkeypatch.setattr(deep_ep.Buffer, "num_sms", 20)
     deep_ep.Buffer.set_num_sms(32)
@@ -151,6 +190,7 @@ def test_num_sms_is_what_configs_get(monkeypatch):
 
 ASKED = """
 import logging
+import ep_backend
 from ep_backend import compat
 compat.provide_if_asked(logging.getLogger())
 """
@@ -161,8 +201,11 @@ compat.provide_deep_ep()
 import deep_ep
 from deep_ep import Buffer, Config, EventOverlap, topk_idx_t
 from deep_ep.buffer import Buffer as same
-from deep_ep.utils import EventHandle
+from deep_ep.utils import EventHandle, EventOverlap as same_event
+import deep_ep.config
 assert deep_ep is sys.modules["ep_backend.compat.deep_ep"] and same is Buffer
+assert deep_ep.config.Config is Config and same_event is EventOverlap
+assert deep_ep.__version__.endswith(ep_backend.__version__)
 """
 
 
@@ -204,6 +247,59 @@ def test_it_never_takes_the_place_of_deep_ep_itself(tmp_path):
         done = run_python(before + loaded + "from ep_backend import compat\ncompat.provide_deep_ep()")
         assert "EpConfigError" in done.stderr
         assert str(tmp_path) in done.stderr
+
+
+def test_a_module_without_a_file_is_named_so():
+    done = run_python(
+        "import sys, types\nsys.modules['deep_ep'] = types.ModuleType('deep_ep')\n"
+        "from ep_backend import compat\ncompat.provide_deep_ep()"
+    )
+    assert "a module of that name, which has no file" in done.stderr
+
+
+PROGRAM = """
+import multiprocessing, sys
+import deep_ep
+import beside
+
+def child(queue):
+    queue.put((deep_ep.__name__, deep_ep.config.Config is deep_ep.Config, deep_ep.Buffer.__module__))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    print(sys.argv[1:], queue.get(timeout=60))
+    process.join()
+"""
+
+
+def run_program(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "ep_backend.compat", *arguments],
+        cwd=folder.parent,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_program_runs_as_it_is(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "beside.py").write_text("")
+    done = run_program(tmp_path, str(tmp_path / "program.py"), "--count", "3")
+    assert done.returncode == 0, done.stderr
+    assert "stands in for the module deep_ep" in done.stderr
+    said = "['--count', '3'] ('ep_backend.compat.deep_ep', True, 'ep_backend.compat.deep_ep.buffer')"
+    assert done.stdout.strip() == said
+    (tmp_path / "deep_ep.py").write_text("real = True")
+    done = run_program(tmp_path, str(tmp_path / "program.py"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("ep_backend: ")
+    assert f"installed ({tmp_path / 'deep_ep.py'})" in done.stderr
+    assert "usage" in run_program(tmp_path).stderr
 
 
 @pytest.mark.parametrize("plug_in", ["ep_backend_vllm", "ep_backend_sglang"])

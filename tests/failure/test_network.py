@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from exchange import check_steps, make_call
-from network_rank import CONFIG, STEPS
+from network_rank import CONFIG, SELFTEST, STEPS
 from networks import LINK, need_namespaces, two_nodes
 
 RANK_NODES = (0, 1, 1, 0)  # of each rank, its node
@@ -80,22 +80,43 @@ def test_what_crosses_the_network(nodes, tmp_path):
             wanted = left[node] * record + left[1 - node] * CONFIG.wire_row_bytes
             sent = found[rank][transport]["sent"]
             assert wanted < sent < ADDED * wanted, f"{transport}, node {node}"
+        selftest = found[0][transport]["selftest"]
+        assert (selftest.exchanges, selftest.wrong) == (len(SELFTEST[0].steps), ())
     # With four experts of a token, most go to both ranks of a node.
     assert found[0]["collective"]["sent"] > 1.5 * found[0]["hier"]["sent"]
+
+
+def cut(nodes, processes, folder):
+    """Cut the network once all ranks are running."""
+    deadline = time.monotonic() + 120  # a busy machine imports slowly
+    while len(list(folder.glob("running-*"))) < len(processes):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    time.sleep(0.5)
+    nodes[0].ip("link", "set", LINK, "down")
+
+
+def test_a_network_that_is_cut_before_a_communicator_is_made(nodes, tmp_path):
+    with started(nodes, "start", tmp_path, []) as processes:
+        cut(nodes, processes, tmp_path)
+        (tmp_path / "cut").touch()
+        found = answers(processes, tmp_path, 40)
+    for rank, answer in enumerate(found):
+        assert f"rank {rank} waited 2.0 s for a rank while all of them met" in answer["start"]["error"]
+        assert answer["start"]["waited"] < 20
 
 
 @pytest.mark.parametrize("transport", ["hier", "collective"])
 def test_a_cut_network(nodes, tmp_path, transport):
     """All ranks of both nodes say so in time; then nothing keeps their processes from ending."""
     with started(nodes, "cut", tmp_path, [transport]) as processes:
-        deadline = time.monotonic() + 120  # a busy machine imports slowly
-        while len(list(tmp_path.glob("running-*"))) < len(processes):
-            assert time.monotonic() < deadline, "the ranks did not start"
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.1)
-        time.sleep(0.5)
-        nodes[0].ip("link", "set", LINK, "down")
+        cut(nodes, processes, tmp_path)
         found = answers(processes, tmp_path, 40)
     for answer in found:
         assert answer[transport]["waited"] < 20
-        assert "waited" in answer[transport]["error"] or "stopped first" in answer[transport]["error"]
+    errors = [answer[transport]["error"] for answer in found]
+    assert any("waited" in text for text in errors), errors
+    # Who sees its deadline first closes connections, or tells its node.
+    words = ("waited", "lost the connection", "stopped first")
+    assert all(any(word in text for word in words) for text in errors), errors

@@ -205,6 +205,11 @@ def test_collective(how):
         assert found["peer"] in (-1, 2)
         assert found["elapsed"] < DEADLINE_S + MARGIN_S
         assert "cannot recover" in text
+    texts = [outcomes[rank].value[0]["text"] for rank in (0, 1)]
+    if how == "dies":
+        assert all("lost the connection to a peer" in text for text in texts), texts
+    else:  # who sees its deadline first closes the connections of the other
+        assert any(f"waited {DEADLINE_S:.1f} s" in text for text in texts), texts
 
 
 def wait_for_nobody(rank, group, ready):

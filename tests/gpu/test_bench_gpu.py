@@ -68,15 +68,35 @@ def test_a_small_run(tmp_path, ranks):
         if result["phase"] == "round_trip":
             assert result["exchanges_per_graph"] == (4 if result["tokens"] == 1030 else 20)
     if ranks > 1:
-        assert found["machine"]["peer_write_bytes_per_s"] > 1e9
+        assert found["machine"]["peer_write_bytes_per_s"] > found["machine"]["host_copy_bytes_per_s"] > 1e9
         assert all(r["limit_us"] > 0 for r in found["results"] if r["tokens"] > 1)
     assert bool(plot) == picture.exists()
+
+
+def test_peers_are_not_written_to_where_that_is_refused(tmp_path):
+    if GPUS < 2:
+        pytest.skip(f"needs 2 GPUs, {GPUS} found")
+    refused = {"EP_BACKEND_PEER_ACCESS": "0", "EP_BACKEND_TRANSPORT": "host"}
+    found, _ = run([*COMMAND, "--ranks", "2"], tmp_path, **refused)
+    assert found["machine"]["peer_write_bytes_per_s"] is None
+    assert refused.items() < found["environment"].items()
+    assert found["environment"]["NCCL_P2P_LEVEL"] == "LOC"  # NCCL was told, too
+    limited = {r["transport"] for r in found["results"] if "of_limit" in r}
+    assert limited == {"host"}
 
 
 def test_what_cannot_be_captured_is_timed_without_a_graph(tmp_path):
     found, _ = run([*COMMAND, "--ranks", "1", "--transports", "collective", "--peers", "none"], tmp_path)
     assert {r["transport"] for r in found["results"]} == {"collective"}
     assert not any("exchanges_per_graph" in r for r in found["results"])
+
+
+def test_all_to_all_is_right_beside_the_baseline(tmp_path):
+    more = ["--ranks", str(min(GPUS, 2)), "--transports", "peer", "--peers", "nccl,nccl_all_to_all"]
+    found, _ = run([*COMMAND, *more], tmp_path)
+    theirs = [r for r in found["results"] if r["transport"] == "nccl_all_to_all"]
+    assert len(theirs) == 3 * len(report.PHASES)
+    assert all("vs_baseline" in r and "exchanges_per_graph" not in r for r in theirs)
 
 
 def test_under_torchrun(tmp_path):

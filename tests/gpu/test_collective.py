@@ -41,15 +41,16 @@ def counting_job(rank, group, more, gpu_of_rank):
         return test_gpus.same_bits_job(rank, group, "collective", more, gpu_of_rank=gpu_of_rank)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["nccl", "gloo"])
+@pytest.mark.parametrize("over", ["nccl", "nccl between nodes", "gloo"])
 @pytest.mark.parametrize("layout", test_gpus.LAYOUTS)
 @pytest.mark.parametrize("name", ["bf16", "fp8", "opaque"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_collective_with_ids_first(world, name, layout, shared):
-    gpus.needs(1 if shared else world)
+def test_collective_with_ids_first(world, name, layout, over):
+    gpus.needs(1 if over == "gloo" else world)
     more = {**test_gpus.CONFIGS[name], "layout": layout}
-    gpu = 0 if shared else None
-    assert ranks(world).run(counting_job, more, gpu, timeout=120) == [[]] * world
+    gpu = 0 if over == "gloo" else None
+    group = gpus.nodes(world) if over == "nccl between nodes" else ranks(world)
+    assert group.run(counting_job, more, gpu, timeout=120) == [[]] * world
 
 
 def traffic_job(rank, group, worth):

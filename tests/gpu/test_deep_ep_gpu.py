@@ -35,7 +35,17 @@ def test_low_latency_mode(world, routing, form, hooks):
     ranks(world).run(cases.low_latency_mode, "cuda", tokens, routing, 2, form, hooks, timeout=PATIENCE_S)
 
 
-@pytest.mark.parametrize("job", [cases.normal_details, cases.two_micro_batches, cases.captured])
+@pytest.mark.parametrize(
+    "job",
+    [
+        cases.normal_details,
+        cases.masked_and_reused,
+        cases.least_worst_case,
+        cases.two_micro_batches,
+        cases.hooks_of_all_kinds,
+        cases.captured,
+    ],
+)
 def test_details(world, job):
     ranks(world).run(job, "cuda", timeout=PATIENCE_S)
 

@@ -10,7 +10,7 @@ import gpus
 import pytest
 import torch
 from exchange import check_steps, make_call, one_by_one, step
-from harness import fresh_ranks, ranks
+from harness import fresh_ranks
 from nodes import crossings, make, run_steps_on
 
 import ep_backend as ep
@@ -49,7 +49,7 @@ def steps_job(rank, group, parts, *args):
 def test_same_bits_as_the_reference(inside, on, name, layout):
     gpus.needs(4)
     cfg = config({**test_gpus.CONFIGS[name], "layout": layout})
-    answers = ranks(4).run(steps_job, REACH[inside], on, cfg, STEPS, one_by_one(STEPS), timeout=120)
+    answers = gpus.nodes(4).run(steps_job, REACH[inside], on, cfg, STEPS, one_by_one(STEPS), timeout=120)
     check_steps(cfg, STEPS, answers, on, "cuda")
 
 
@@ -58,7 +58,7 @@ def test_closing_reaches_all_nodes():
     gpus.needs(4)
     cfg = config({})
     steps = [step([2, 3, 4, 5], seed=n, closers=closers) for n, closers in enumerate([(3,), (), (0, 1), ()])]
-    answers = ranks(4).run(steps_job, REACH["peer"], TURNS, cfg, steps, one_by_one(steps), timeout=120)
+    answers = gpus.nodes(4).run(steps_job, REACH["peer"], TURNS, cfg, steps, one_by_one(steps), timeout=120)
     check_steps(cfg, steps, answers, TURNS, "cuda")
 
 
@@ -81,7 +81,7 @@ def test_a_token_crosses_the_network_once_per_node(on):
     gpus.needs(4)
     cfg = config({"top_k": 6})
     one = step([3, 16, 0, 7], seed=5)
-    sent = ranks(4).run(traffic_job, on, cfg, one, timeout=60)
+    sent = gpus.nodes(4).run(traffic_job, on, cfg, one, timeout=60)
     rows = crossings(cfg, [make_call(cfg, 4, rank, one) for rank in range(4)], on)
     assert rows > 0
     assert [sum(way) for way in zip(*sent, strict=True)] == [rows, rows]
@@ -113,7 +113,7 @@ def stall_job(rank, group):
 
 def test_a_rank_that_does_not_come():
     gpus.needs(4)
-    with fresh_ranks(4) as group:
+    with fresh_ranks(4, gpus.NODES) as group:
         answers = group.run(stall_job, timeout=60)
     for said, waited in answers[:3]:
         assert len(said) == 3
@@ -138,6 +138,6 @@ def captured_job(rank, group):
 
 def test_a_capture_is_refused():
     gpus.needs(4)
-    for capturable, said in ranks(4).run(captured_job, timeout=60):
+    for capturable, said in gpus.nodes(4).run(captured_job, timeout=60):
         assert not capturable
         assert "with transport hier the host waits" in said

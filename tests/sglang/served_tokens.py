@@ -24,6 +24,11 @@ token and its own. Computed on a CPU, first tokens of the models here (`router_s
 when partial sums are rounded to bf16 in seven other ways, and by at least 0.63 when combine is halved."""
 FP8_LIMIT = 0.4
 """The same with fp8 experts, 0.18 and 0.73: every row that was rounded otherwise is quantised otherwise."""
+TRAINED_LIMIT = 0.8
+"""The same with the trained model, 0.68 (if all that fp8 checkpoints quantise is quantised) and 1.29: most of
+its eight likeliest tokens are unlikely ones. Its greedy tokens stay the same but when combine is halved."""
+TRAINED_EQUAL = 0.75
+"""Of the trained model's prompts, the part whose tokens must all be those of stock."""
 LOG_LINES = 40
 
 OPTIONS = [
@@ -155,6 +160,12 @@ def common_steps(ours, theirs):
     """How many new tokens follow the same text: up to the first that is another one."""
     same = [a == b for a, b in zip(ours.tokens, theirs.tokens, strict=True)]
     return same.index(False) + 1 if False in same else NEW_TOKENS
+
+
+def equal(got, want):
+    """The part of all prompts that have the same tokens."""
+    same = [a.tokens == b.tokens for group in got for a, b in zip(got[group], want[group], strict=True)]
+    return statistics.fmean(same)
 
 
 def differences(got, want, limit=LIMIT):

@@ -2,7 +2,7 @@
 
 import random_models
 import served_tokens
-from served_tokens import ASKED, LIMIT, NEW_TOKENS, Answer, common_steps, differences, read_answer
+from served_tokens import ASKED, LIMIT, NEW_TOKENS, Answer, common_steps, differences, equal, read_answer
 
 
 def answer(**changes):
@@ -48,6 +48,14 @@ def test_another_token_is_accepted_only_at_a_tie_of_stock_s():
     assert wrong(answer(tokens=far), limit=0.3) == []
     unknown = [ASKED, *range(1, NEW_TOKENS)]
     assert "inf less likely" in wrong(answer(tokens=unknown))[0]
+
+
+def test_equal_prompts_are_counted():
+    other = answer(tokens=[1, *range(1, NEW_TOKENS)])
+    assert (
+        equal({"a": [answer(), other], "b": [answer()] * 2}, {"a": [answer()] * 2, "b": [answer()] * 2})
+        == 0.75
+    )
 
 
 def test_steps_after_another_token_are_not_compared():

@@ -21,7 +21,14 @@ TINY = "--ranks 2 --hidden 128 --experts 7 --topk 3 --warmup 0 --iters 3 --token
 
 @pytest.fixture(autouse=True)
 def not_started_by_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "EP_BACKEND_TRANSPORT",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -39,7 +46,9 @@ def settings(*arguments, world=None):
 def four_gpus(monkeypatch):
     """As far as arguments go."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(contenders, "available", lambda device: frozenset({"peer", "collective"}))
+    monkeypatch.setattr(
+        contenders, "available", lambda device: frozenset({"peer", "host", "mixed", "collective", "hier"})
+    )
 
 
 def test_defaults_are_the_documented_case():
@@ -61,20 +70,40 @@ def test_defaults_on_gpus(four_gpus):
     chosen = settings("--device", "cuda")
     assert (chosen.ranks, chosen.hidden, chosen.experts, chosen.topk) == (4, 7168, 256, 8)
     assert chosen.tokens == (1, 8, 32, 64, 128, 256, 512, 1024, 4096)
-    assert chosen.contenders == ("peer", "nccl")
+    assert chosen.contenders == ("peer", "host", "nccl")
     assert (chosen.dtype, chosen.num_sms, chosen.iters) == ("bf16", None, 400)
     assert settings("--device", "cuda", "--transports", "collective").contenders == ("collective", "nccl")
     assert settings("--device", "cuda", world=8).ranks == 8  # torchrun's, of other machines too
 
 
+def test_several_machines_measure_what_goes_between_them(four_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for device, baseline in (("cuda", "nccl"), ("cpu", "gloo")):
+        monkeypatch.setattr(contenders, "available", lambda device: frozenset(contenders.TRANSPORTS))
+        assert settings("--device", device, world=8).contenders == ("collective", "hier", baseline)
+        assert "hier" not in settings("--device", device, world=4).contenders
+
+
+def test_the_variable_chooses_the_transport(monkeypatch):
+    monkeypatch.setenv("EP_BACKEND_TRANSPORT", "collective")
+    assert settings().contenders == ("collective", "gloo")
+    assert exchange.asked_transports(parse()) == (("collective",), "EP_BACKEND_TRANSPORT")
+    assert settings("--transports", "cpu").contenders == ("cpu", "gloo"), "what is typed goes first"
+    monkeypatch.setenv("EP_BACKEND_TRANSPORT", "colective")
+    with pytest.raises(EpConfigError, match=r"^EP_BACKEND_TRANSPORT: 'colective' .* mean 'collective'"):
+        settings()
+    monkeypatch.setenv("EP_BACKEND_TRANSPORT", "auto")
+    assert settings().contenders == ("cpu", "collective", "gloo")
+
+
 def test_a_run_for_each_dtype_and_number_of_sms(four_gpus):
     runs = exchange.settings_of(parse("--device", "cuda", "--dtype", "bf16,fp8", "--num-sms", "24,132"), None)
-    everything = ("peer", "nccl")
+    everything = ("peer", "host", "nccl")
     assert [(run.dtype, run.num_sms, run.contenders) for run in runs] == [
         ("bf16", 24, everything),
-        ("bf16", 132, ("peer",)),
+        ("bf16", 132, ("peer", "host")),
         ("fp8", 24, everything),
-        ("fp8", 132, ("peer",)),
+        ("fp8", 132, ("peer", "host")),
     ]
     assert runs[1].config("peer").num_sms == 132
 
@@ -91,7 +120,7 @@ def test_fp8_is_made_inside_dispatch_on_gpus_and_before_it_on_cpus(four_gpus):
     ("arguments", "words"),
     [
         (("--ranks", "5"), "--ranks 5, but PyTorch finds 4 GPUs here"),
-        (("--transports", "cpu"), "'cpu' is none of collective, peer"),
+        (("--transports", "cpu"), "'cpu' is none of collective, peer, host, mixed, hier"),
         (
             ("--transports", "collective", "--num-sms", "8"),
             "--num-sms is for transports peer, mixed and host",
@@ -135,7 +164,7 @@ def test_lists_and_the_number_of_ranks():
         (("--dtype", "fp8", "--hidden", "64"), None, "multiple of 128"),
         (("--num-sms", "8"), None, "--num-sms is for transports peer, mixed and host"),
         (("--transports", "gloo"), None, "'gloo' is none of"),
-        (("--peers", "nccl"), None, "--peers: 'nccl' is none of gloo, none"),
+        (("--peers", "nccl"), None, "--peers: 'nccl' is none of gloo, gloo_all_to_all, none"),
         (("--peers", "none,gloo"), None, "none, or some"),
     ],
 )
@@ -369,7 +398,10 @@ def test_the_check_of_results_allows_rounding_and_nothing_else():
 
 
 @pytest.mark.parametrize("more", [(), ("--layout", "expert_major", "--dtype", "fp8")])
-def test_a_small_run(tmp_path, capfd, more):
+def test_a_small_run(tmp_path, capfd, monkeypatch, more):
+    monkeypatch.setenv("EP_BACKEND_TIMEOUT_S", "29")
+    monkeypatch.setenv("NCCL_P2P_LEVEL", "PIX")
+    monkeypatch.setenv("NCCLX_TOKEN", "is not kept")
     file = tmp_path / "new" / "results.json"
     assert cli.main(["bench", *TINY, *more, "--json", str(file)]) == 0
     out = capfd.readouterr().out
@@ -377,6 +409,11 @@ def test_a_small_run(tmp_path, capfd, more):
     assert "windows of" in out
     found = json.loads(file.read_text())
     assert report.problems(found) == []
+    assert {name: found["environment"].get(name) for name in ("EP_BACKEND_TIMEOUT_S", "NCCL_P2P_LEVEL")} == {
+        "EP_BACKEND_TIMEOUT_S": "29",
+        "NCCL_P2P_LEVEL": "PIX",
+    }
+    assert all(name.startswith(("EP_BACKEND_", "NCCL_")) for name in found["environment"])
     seen = {(r["transport"], r["tokens"], r["phase"]) for r in found["results"]}
     assert len(seen) == len(found["results"]) == 3 * 2 * 3
     assert all(r["correct"] for r in found["results"])

@@ -1,4 +1,4 @@
-"""``ep-backend bench --peers``: what is chosen, and FlashInfer behind a library made here, on CPUs."""
+"""``ep-backend bench --peers`` on CPUs: all_to_all_single, and FlashInfer behind a library made here."""
 
 import random
 import sys
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from harness import RanksError, ranks
 
-from ep_backend.bench import flashinfer, workload
+from ep_backend.bench import contenders, flashinfer, workload
 from ep_backend.errors import EpConfigError
 
 
@@ -133,6 +133,43 @@ def test_wrong_sums_of_flashinfer_are_noticed():
 def test_what_flashinfer_cannot_exchange(more, words):
     with pytest.raises(EpConfigError, match=words):
         flashinfer.check(settings(**more))
+
+
+def all_to_all_job(rank, group, chosen):
+    """Whether everything is right, whether a sum that is left out is noticed, and how many rows came."""
+    contender = contenders.start("gloo_all_to_all", chosen)
+    right, came = [], []
+    for tokens in chosen.tokens:
+        inputs = [workload.make(chosen, rank, tokens, number) for number in range(2)]
+        contender.prepare(inputs)
+        right.append(contender.verify())
+        for number in (0, 1, 0):
+            out = torch.full((tokens, chosen.hidden), torch.nan, dtype=chosen.result_dtype)
+            contender.dispatch(number)
+            contender.combine(out)
+            right.append(contender.accepts(number, out))
+        came.append(len(contender.received()[0]))
+        contender.results[0][:1] = 0
+        contender.combine(out)
+        wrong = torch.tensor(not contender.accepts(0, out))
+        dist.all_reduce(wrong, dist.ReduceOp.MAX)
+        right.append(bool(wrong))
+    return right, came
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"dtype": "fp8"}, {"routing": "one_rank", "experts": 13}], ids=["bf16", "fp8", "one rank"]
+)
+def test_all_to_all_exchanges_and_is_checked(more):
+    chosen = settings(ranks=3, tokens=(1, 40), **more)
+    answers = ranks(3).run(all_to_all_job, chosen)
+    for right, _ in answers:
+        assert right == [True] * 10
+    of_ranks = [came for _, came in answers]
+    if more.get("routing"):
+        assert of_ranks == [[3, 120], [0, 0], [0, 0]]
+    else:
+        assert all(0 < large < 120 for _, large in of_ranks), "a token goes only where it has an expert"
 
 
 def absent_job(rank, group):

@@ -2,14 +2,17 @@
 
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import fresh_ranks, ranks
 
+import ep_backend as ep
 from ep_backend import rendezvous
-from ep_backend.transports.collective_gpu import find_places
+from ep_backend.transports.collective import Traffic
+from ep_backend.transports.collective_gpu import GpuCollectiveTransport, _Open, find_places
 from ep_backend.transports.wires import GlooWire
 
 
@@ -85,6 +88,21 @@ def late_job(rank, group):
 def test_gloo_has_a_deadline():
     with fresh_ranks(2) as group:
         assert 0.9 < group.run(late_job)[0] < 7
+
+
+def test_what_cannot_be_started_is_final():
+    """A rank that is gone may be noticed when the next exchange starts."""
+    transport = object.__new__(GpuCollectiveTransport)  # no GPU, no other rank
+    wire = SimpleNamespace(start=Mock(side_effect=RuntimeError("connection reset")), abort=Mock())
+    vars(transport).update(
+        _world=2, _rank=0, _names=(3, 7), _timeout_s=1.0, _wire=wire, _failure=None, traffic=Traffic()
+    )
+    said = r"rank 3 lost the connection to rank 7 in dispatch.*connection reset"
+    with pytest.raises(ep.EpTimeoutError, match=said):
+        transport._move(_Open(channel=1, slots=4, captured=False), [])
+    with pytest.raises(ep.EpTimeoutError, match=said):
+        transport.check()
+    wire.abort.assert_called_once()
 
 
 class Nccl:

@@ -1,7 +1,9 @@
 """Nodes: which ranks are on which, what a made-up network carries, and what is refused."""
 
+import os
 from dataclasses import replace
 
+import gpus
 import pytest
 import torch
 from exchange import check_steps, make_call, one_by_one, run_steps, step
@@ -18,6 +20,21 @@ TURNS = ((0, 2), (1, 3))
 CONFIG = ep.EpConfig(
     num_experts=12, top_k=4, hidden_size=64, max_tokens_per_rank=16, payload=torch.float32, timeout_s=20.0
 )
+
+
+def nccl_job(rank, group):
+    return {name: value for name, value in os.environ.items() if name in gpus.NODES}
+
+
+def test_to_nccl_each_rank_of_made_up_nodes_is_a_host_of_its_own():
+    """Else NCCL would go from GPU to GPU inside the machine, and nothing would be between nodes."""
+    told = gpus.nodes(2).run(nccl_job)
+    hosts = [said.pop("NCCL_HOSTID") for said in told]
+    assert len(set(hosts)) == 2
+    assert told == [{"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}] * 2
+    assert not any("NCCL_HOSTID" in said for said in ranks(2).run(nccl_job)), (
+        "other tests' ranks are as before"
+    )
 
 
 def test_nodes_are_ranks_that_share_memory():

@@ -77,6 +77,19 @@ def test_nvswitch_without_peer_says_why_it_is_not_used():
     assert "passed over: peer, because it is not in this build" in decision.reason
 
 
+@pytest.mark.parametrize("transport", ["peer", "host", "mixed"])
+def test_transports_of_gpus_are_not_for_cpus(transport):
+    built = frozenset({"cpu", "collective", "hier"})
+    with pytest.raises(EpConfigError, match="it moves GPU tensors and no rank computes on a GPU"):
+        decide([cpu_rank()], transport, available=built)
+
+
+def test_what_a_build_has_is_a_list():
+    built = frozenset({"hier", "collective", "cpu", "host"})
+    with pytest.raises(EpConfigError, match="which has cpu, host, collective and hier"):
+        decide(gpu_machine(8), "peer", available=built)
+
+
 def test_a_build_without_kernels_has_nothing_for_gpus():
     with pytest.raises(EpConfigError, match="collective, because this build has no CUDA kernels"):
         decide(gpu_machine(8), available=frozenset({"cpu", "collective", "hier"}))

@@ -110,7 +110,7 @@ class Fake:
 
     def __init__(self, config, spoil=lambda name, tensor: None):
         self.config, self.spoil = config, spoil
-        self.rank, self.world_size, self.device = 0, 1, torch.device("cpu")
+        self.rank, self.world_size, self.device, self.nodes = 0, 1, torch.device("cpu"), None
 
     def dispatch_send(self, x, ids, weights, *, scales, tokens_per_rank):
         self.call, self.slots = reference.Call(x, ids, weights, scales), tokens_per_rank
@@ -460,12 +460,17 @@ def test_the_last_line():
     assert report.last_line([skipped, network]) == "nothing was tested: graph, network cannot run here"
 
 
-def test_hosts_are_counted():
+@pytest.mark.parametrize(
+    ("hosts", "nodes", "words"),
+    [(2, 2, " on 2 hosts"), (1, 2, " on 2 nodes of one host"), (1, 1, ", all on one host")],
+)
+def test_hosts_are_counted(hosts, nodes, words):
     group = Group(name="collective", result=Result(transport="collective", exchanges=3, cells=5), chosen=True)
-    line = report.lines(
-        phases.Report(phase="network", status="passed", ranks=4, hosts=2, groups=(group,), seconds=1.0)
-    )[0]
-    assert "4 ranks on 2 hosts; collective (chosen here) 3 exchanges, 5 values" in line
+    found = phases.Report(
+        phase="network", status="passed", ranks=4, hosts=hosts, nodes=nodes, groups=(group,), seconds=1.0
+    )
+    line = report.lines(found)[0]
+    assert f"4 ranks{words}; collective (chosen here) 3 exchanges, 5 values" in line
 
 
 # ---- the command ----

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import time
 import warnings
 from dataclasses import replace
+from threading import Event
 from unittest import mock
 
 import pytest
@@ -14,6 +16,7 @@ from harness import fresh_ranks, ranks
 import ep_backend as ep
 from ep_backend.nvml import Link
 from ep_backend.probe import Record
+from ep_backend.rendezvous import within
 from ep_backend.select import Decision
 from ep_backend.transports.cpu import CpuTransport
 
@@ -29,6 +32,16 @@ def attempt(group, config, **more):
     except ep.EpConfigError as error:
         message = str(error)
     return message
+
+
+def test_what_may_wait_for_ever_is_left_behind():
+    assert within(5, lambda: 7, "it") == 7
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: 1 // 0, "it")
+    never = Event()
+    with pytest.raises(RuntimeError, match=r"connecting has not ended after 0\.1 s"):
+        within(0.1, never.wait, "connecting")
+    never.set()
 
 
 def config_job(rank, group, configs):
@@ -185,6 +198,8 @@ def environment_job(rank, group, name, texts):
         ("EP_BACKEND_TRANSPORT", ("cpu", "collective", "cpu")),
         ("EP_BACKEND_TRANSPORT", ("nonsense",) * 3),
         ("EP_BACKEND_PROFILE", ("cpu", "nvswitch", "cpu")),
+        ("EP_BACKEND_TRAFFIC_CLASS", ("300", "", "")),  # which nothing on a CPU would read
+        ("EP_BACKEND_STARTUP_TIMEOUT_S", ("soon", "", "")),
         ("EP_BACKEND_TIMEOUT_S", ("soon",) * 3),
         ("EP_BACKEND_TIMEOUT_S", ("3", "soon", "3")),
         ("EP_BACKEND_TIMEOUT_S", ("-1", "3", "3")),
@@ -340,16 +355,29 @@ def test_a_failed_start_leaves_nothing():
         assert counts[-1][1] == 0
 
 
-def absent_job(rank, group):
+def absent_job(rank, group, late_s):
+    if rank == 1 and late_s:
+        time.sleep(late_s)
     if rank == 1:
         os._exit(3)
-    return attempt(group, CONFIG)
+    start = time.monotonic()
+    return attempt(group, CONFIG), time.monotonic() - start
 
 
 def test_a_rank_dies_before_it_starts():
     """The group notices, and nobody waits longer than its timeout."""
     with fresh_ranks(2) as group:
-        group.start(absent_job)
+        group.start(absent_job, 0)
         outcomes = group.outcomes(timeout=30)
     assert outcomes[1].exitcode == 3
-    assert "rank 0 lost a rank while all of them met" in str(outcomes[0].value)
+    assert "rank 0 lost rank 1 while all of them met" in outcomes[0].value[0]
+
+
+def test_a_rank_does_not_come():
+    """Nobody waits for it as long as the group would."""
+    with fresh_ranks(2, {"EP_BACKEND_STARTUP_TIMEOUT_S": "1"}) as group:
+        group.start(absent_job, 600)
+        said, seconds = group.outcomes(timeout=30, stopped=(1,))[0].value
+    assert "rank 0 waited 1.0 s for rank 1 while all of them met" in said
+    assert "EP_BACKEND_STARTUP_TIMEOUT_S" in said
+    assert 0.9 < seconds < 10

@@ -255,6 +255,8 @@ def refused_job(rank, group):
             kept = layer(c, x, ids, weights, mine)
         assert torch.equal(kept, out)
         c.check()
+        (once,) = torch.autograd.grad(layer(c, x, ids, weights, mine).pow(2).sum(), x, create_graph=True)
+        assert "second derivatives" in refused(ep.EpArgumentError, once.sum().backward)
         out = layer(c, x, ids, weights, mine)
     del c
     assert "no more" in refused(ep.EpArgumentError, out.backward, toward)

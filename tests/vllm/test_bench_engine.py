@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ep_backend.bench.engines import models, vllm
+from ep_backend.bench.engines import base, models, sglang, vllm
 from ep_backend.cli import main
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch import server as launched_server
@@ -263,6 +263,16 @@ def test_what_the_caller_has_set_is_kept(monkeypatch):
     assert environ["OMP_NUM_THREADS"] == "7"
     assert environ["HF_HUB_OFFLINE"] == "1"
     assert environ["A"] == "b"
+
+
+@pytest.mark.parametrize("backend", ["ep_backend", "allgather_reducescatter"])
+@pytest.mark.parametrize("engine", [vllm, sglang])
+def test_servers_of_every_backend_get_what_steers_exchanges(monkeypatch, engine, backend):
+    given = {"EP_BACKEND_TRANSPORT": "host", "EP_BACKEND_PEER_ACCESS": "0", "NCCL_P2P_DISABLE": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    serving = base.Serving(model=Path("m"), backend=backend, device="cuda")
+    assert given.items() <= engine.serve_environment(serving).items()
 
 
 def test_an_allow_list_without_us_is_named(monkeypatch):

@@ -124,7 +124,7 @@ Plan make_plan(const Settings& settings, int64_t slots) {
 
 Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_rank,
                    const std::vector<char*>& windows)
-    : settings_(settings) {
+    : Exchange(settings) {
     const ExchangeShape& shape = settings.shape;
     if (settings.stagger != 0 && (settings.copies || settings.staged || shape.world % settings.stagger != 0))
         throw std::runtime_error("ep_backend: the staggered order is for windows of GPUs in equal groups");

@@ -75,6 +75,9 @@ class Exchange {
     int device() const { return device_index_; }
 
   private:
+    // The other constructor goes on from here, so the destructor gives back what it has taken if it throws.
+    explicit Exchange(const Settings& settings) : settings_(settings) {}
+
     const View& view(int64_t channel) const { return views_[channel]; }
     Plan complete(Plan plan) const;
     // Through host memory a block sends or receives, not both.

@@ -9,10 +9,14 @@ raises EpArgumentError at the call, with the alternative. Tensors may be on GPUs
 
 import torch
 
+from ep_backend import __version__ as _ours
 from ep_backend.compat.deep_ep.buffer import Buffer
 from ep_backend.compat.deep_ep.config import Config
 from ep_backend.compat.deep_ep.elastic import ElasticBuffer, EPHandle
 from ep_backend.compat.deep_ep.utils import EventHandle, EventOverlap
+
+__version__ = f"1.2.1+ep.backend.{_ours}"
+"""DeepEP's version that has this ``Buffer``, and ours behind it."""
 
 topk_idx_t = torch.int64
 """dtype of expert indices."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from ep_backend.compat.deep_ep.checks import (
     check_bias,
     check_flags,
     check_halves,
+    check_ids,
     check_rows,
     check_whole,
     no_cost_stats,
@@ -33,8 +34,8 @@ from ep_backend.config import MAX_TOP_K, SCALE_BLOCK, EpConfig
 from ep_backend.errors import EpArgumentError
 from ep_backend.transports.gpu import window_bytes
 
-INDEX = (torch.int64, torch.int32)
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Biases = torch.Tensor | Sequence[torch.Tensor | None] | None
 
 
 class Buffer:
@@ -66,8 +67,8 @@ class Buffer:
     ) -> None:
         if comm is not None or not isinstance(group, dist.ProcessGroup):
             raise EpArgumentError("a torch.distributed process group as group was wanted; MPI is not used")
-        check_whole("num_nvl_bytes", num_nvl_bytes)
-        check_whole("num_rdma_bytes", num_rdma_bytes)
+        self.num_nvl_bytes = check_whole("num_nvl_bytes", num_nvl_bytes)
+        self.num_rdma_bytes = check_whole("num_rdma_bytes", num_rdma_bytes)
         check_whole("num_qps_per_rank", num_qps_per_rank)
         check_flags(
             low_latency_mode=low_latency_mode,
@@ -78,7 +79,6 @@ class Buffer:
             enable_shrink=enable_shrink,
         )
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
-        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
         self._pool, self._agreement, self._streams = Pool(group), Agreement(group), Streams()
@@ -105,7 +105,7 @@ class Buffer:
     def set_num_sms(new_num_sms: int) -> None:
         """SMs for normal mode, an even number: for calls without a ``config`` and configs made from now
         on."""
-        check_whole("new_num_sms", new_num_sms, 2)
+        new_num_sms = check_whole("new_num_sms", new_num_sms, 2)
         if new_num_sms % 2:
             raise EpArgumentError(f"new_num_sms is {new_num_sms}; an even number was wanted")
         Buffer.num_sms = new_num_sms
@@ -132,11 +132,11 @@ class Buffer:
     ) -> int:
         """Bytes of the windows that bf16 low-latency calls of this shape make on each GPU, for tokens of as
         many experts as there can be. Nothing has to be given to ``Buffer``."""
-        check_whole("num_ranks", num_ranks, 1)
-        device, top_k = torch.device("cpu"), min(MAX_TOP_K, num_experts)
-        shape = Shape(num_max_dispatch_tokens_per_rank, hidden, num_experts, top_k, device)
+        num_ranks = check_whole("num_ranks", num_ranks, 1)
+        tokens = check_whole("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
+        hidden, experts = check_whole("hidden", hidden, 1), check_whole("num_experts", num_experts, 1)
+        shape = Shape(tokens, hidden, experts, min(MAX_TOP_K, experts), torch.device("cpu"))
         each = [dispatch_fields(shape, False, False), combine_fields(shape)]
-        tokens = num_max_dispatch_tokens_per_rank
         configs = [EpConfig(max_tokens_per_rank=tokens, **fields) for fields in each]
         return aligned(sum(window_bytes(config, num_ranks) for config in configs))
 
@@ -156,7 +156,7 @@ class Buffer:
         or ``size``. Allocated when it is first asked for, on the GPU if there is one; exchanges do not use
         it."""
         total = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        check_whole("offset", offset)
+        offset = check_whole("offset", offset)
         if use_rdma_buffer not in self._memory:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._memory[use_rdma_buffer] = torch.empty(total, dtype=torch.uint8, device=device)
@@ -180,12 +180,12 @@ class Buffer:
         """``topk_idx``: [M, top_k] int64, -1 for none. Returns num_tokens_per_rank [ranks] int32, None,
         num_tokens_per_expert [num_experts] int32, is_token_in_rank [M, ranks] bool, and the event. The second
         is None whether or not there are several machines."""
-        self._check_experts(num_experts)
-        check("topk_idx", topk_idx, (None, None), INDEX)
+        experts = self._check_experts(num_experts)
+        check_ids(topk_idx)
 
         def act() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            in_rank = token_in_rank(topk_idx, num_experts, self.group_size)
-            return in_rank.sum(0, dtype=torch.int32), tokens_per_expert(topk_idx, num_experts), in_rank
+            in_rank = token_in_rank(topk_idx, experts, self.group_size)
+            return in_rank.sum(0, dtype=torch.int32), tokens_per_expert(topk_idx, experts), in_rank
 
         (per_rank, per_expert, in_rank), event = self._streams.run(
             act,
@@ -224,11 +224,13 @@ class Buffer:
 
         ``x``: [M, hidden] bfloat16, or that as float8_e4m3fn with scales, [M, n] or [M] of float32 or int32.
         ``topk_idx``: [M, top_k] int64 global expert ids, -1 for none; ``topk_weights``: [M, top_k] float32.
-        Without them ``is_token_in_rank`` [M, ranks] says where tokens go. ``num_tokens_per_expert``:
-        [num_experts] int32. ``handle``: of an earlier dispatch whose routing is used again; no other routing
-        may be given then. ``num_worst_tokens``: equal on all ranks and at least ranks times the tokens of the
-        rank that has most; as many rows are returned, behind those that came rows with ids -1, and no host
-        waits. ``config``: its ``num_sms`` counts.
+        ``is_token_in_rank``: [M, ranks] bool, False where a token shall not go; without ids it says where
+        tokens go. ``num_tokens_per_expert``: [num_experts] int32. ``handle``: of an earlier dispatch whose
+        routing is used again, whatever its tensors hold by now; no other routing may be given then.
+        ``num_worst_tokens``: equal on all ranks and at least the rows that any of them receives; as many rows
+        are returned, behind those that came rows with ids -1. No host waits for its GPU if it is at least
+        ranks times the tokens of the rank that has most; CUDA graphs need that. ``config``: its ``num_sms``
+        counts.
 
         Returns rows (or rows and scales), [R, top_k] int64 numbers of local experts with -1 for others,
         [R, top_k] float32 weights with 0 there, the rows of each local expert rounded up to
@@ -269,10 +271,10 @@ class Buffer:
         if (topk_idx is None) != (topk_weights is None):
             raise EpArgumentError("topk_idx and topk_weights were wanted both, or neither")
         if topk_idx is not None:
-            check("topk_idx", topk_idx, (tokens, None), INDEX)
+            check_ids(topk_idx, tokens)
             check("topk_weights", topk_weights, tuple(topk_idx.shape), (torch.float32,))
-        check_whole("expert_alignment", expert_alignment, 1)
-        check_whole("num_worst_tokens", num_worst_tokens)
+        alignment = check_whole("expert_alignment", expert_alignment, 1)
+        worst = check_whole("num_worst_tokens", num_worst_tokens)
         ids, weights, in_rank, per_expert = topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert
         result, event = self._streams.run(
             lambda: self._normal.dispatch(
@@ -283,8 +285,8 @@ class Buffer:
                 num_experts=len(per_expert),
                 in_rank=in_rank,
                 per_expert=per_expert,
-                alignment=expert_alignment,
-                worst=num_worst_tokens,
+                alignment=alignment,
+                worst=worst,
                 num_sms=num_sms,
             ),
             [rows, scales, ids, weights, in_rank, per_expert],
@@ -297,7 +299,7 @@ class Buffer:
         x: torch.Tensor,
         handle: tuple[Any, ...],
         topk_weights: torch.Tensor | None = None,
-        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        bias: Biases = None,
         config: Config | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
@@ -368,15 +370,15 @@ class Buffer:
         int32; the handle; the event; the hook or None.
         """
         check("x", x, (None, None), (torch.bfloat16,))
-        check("topk_idx", topk_idx, (len(x), None), INDEX)
-        check_whole("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
-        self._check_experts(num_experts)
+        check_ids(topk_idx, len(x))
+        tokens = check_whole("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
+        experts = self._check_experts(num_experts)
         check_flags(use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
         check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook)
         check_halves(async_finish, return_recv_hook)
         stats = cumulative_local_expert_recv_stats
         if stats is not None:
-            local = (num_experts // self.group_size,)
+            local = (experts // self.group_size,)
             check("cumulative_local_expert_recv_stats", stats, local, (torch.int32,))
         if dispatch_wait_recv_cost_stats is not None:
             no_cost_stats("dispatch_wait_recv_cost_stats")
@@ -386,7 +388,7 @@ class Buffer:
             raise EpArgumentError(
                 f"hidden is {x.shape[1]}; a multiple of 128 was wanted for use_fp8, of 512 for use_ue8m0"
             )
-        shape = Shape(num_max_dispatch_tokens_per_rank, x.shape[1], num_experts, topk_idx.shape[1], x.device)
+        shape = Shape(tokens, x.shape[1], experts, topk_idx.shape[1], x.device)
         (result, half), event = self._streams.run(
             lambda: self._low_latency.dispatch(
                 x,
@@ -427,7 +429,7 @@ class Buffer:
         bfloat16 on its way; the sum of these is rounded once more.
         """
         shape = _shape(handle)
-        check("topk_idx", topk_idx, (None, shape.top_k), INDEX)
+        check("topk_idx", topk_idx, (None, shape.top_k), (torch.int64, torch.int32))
         tokens, local = len(topk_idx), shape.num_experts // self.group_size
         check("topk_weights", topk_weights, (tokens, shape.top_k), (torch.float32,))
         check("x", x, (local, self.group_size * shape.tokens, shape.hidden), (torch.bfloat16,))
@@ -441,6 +443,8 @@ class Buffer:
         if out is None:
             out = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=x.device)
         check("out", out, (tokens, shape.hidden), (torch.bfloat16,))
+        if not out.is_contiguous():
+            raise EpArgumentError(f"out has strides {tuple(out.stride())}; a contiguous tensor was wanted")
         combined, sent = out, self._low_latency.combine_buffer(shape) if zero_copy else x
         half, event = self._streams.run(
             lambda: self._low_latency.combine(
@@ -486,12 +490,14 @@ class Buffer:
             raise EpArgumentError(f"config is a {type(config).__name__}; a deep_ep.Config was wanted")
         return Buffer.num_sms if config is None else config.num_sms
 
-    def _check_experts(self, num_experts: int) -> None:
-        check_whole("num_experts", num_experts, 1)
-        if num_experts % self.group_size:
+    def _check_experts(self, num_experts: int) -> int:
+        """``num_experts`` as an int. Raises EpArgumentError if the ranks cannot have equally many."""
+        experts = check_whole("num_experts", num_experts, 1)
+        if experts % self.group_size:
             raise EpArgumentError(
-                f"num_experts is {num_experts}; a multiple of the {self.group_size} ranks was wanted"
+                f"num_experts is {experts}; a multiple of the {self.group_size} ranks was wanted"
             )
+        return experts
 
 
 def _routing(handle: tuple[Any, ...]) -> Any:

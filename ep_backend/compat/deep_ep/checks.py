@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NoReturn
 
 import torch
 
+from ep_backend.config import MAX_TOP_K
 from ep_backend.errors import EpArgumentError
 
 
-def check_whole(name: str, value: object, least: int = 0) -> None:
-    """Raise EpArgumentError unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_whole(name: str, value: Any, least: int = 0) -> int:
+    """``value`` as an int: one of at least ``least``, or what stands for one, as numpy's do; no bool."""
+    number = least - 1 if isinstance(value, bool) else _whole(value, least - 1)
+    if number < least:
         raise EpArgumentError(f"{name} is {value!r}; a whole number from {least} was wanted")
+    return number
+
+
+def _whole(value: Any, otherwise: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        return otherwise
 
 
 def check(name: str, t: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -28,6 +39,18 @@ def check(name: str, t: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.
         raise EpArgumentError(f"{name} is {list(t.shape)} {t.dtype}; {wanted} was wanted")
 
 
+def check_ids(topk_idx: Any, tokens: int | None = None) -> torch.Tensor:
+    """``topk_idx``: [tokens, top_k] int64 or int32, at most 16 experts for a token."""
+    check("topk_idx", topk_idx, (tokens, None), (torch.int64, torch.int32))
+    ids: torch.Tensor = topk_idx
+    if ids.shape[1] > MAX_TOP_K:
+        raise EpArgumentError(
+            f"topk_idx has {ids.shape[1]} experts for a token; at most {MAX_TOP_K} were wanted: divide them "
+            "between two calls and add the results up"
+        )
+    return ids
+
+
 def check_rows(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``x`` of a dispatch of normal mode: [M, hidden] bfloat16, or that as float8_e4m3fn with scales, [M, n]
     or [M] of float32 or int32. Returns rows and scales."""
@@ -40,18 +63,21 @@ def check_rows(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def check_bias(bias: Any, tokens: int, hidden: int) -> tuple[torch.Tensor, ...]:
-    """``bias`` of a combine: None, one or two [tokens, hidden] bfloat16. Returns those there are."""
-    biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-    if len(biases) > 2:
-        raise EpArgumentError(f"bias is {len(biases)} tensors; at most 2 were wanted")
+    """``bias`` of a combine: None, one or two [tokens, hidden] bfloat16, of which one may be None. Returns
+    those there are."""
+    given = bias if isinstance(bias, (tuple, list)) else (bias,)
+    if len(given) > 2:
+        raise EpArgumentError(f"bias is {len(given)} tensors; at most 2 were wanted")
+    biases = tuple(tensor for tensor in given if tensor is not None)
     for tensor in biases:
         check("bias", tensor, (tokens, hidden), (torch.bfloat16,))
     return biases
 
 
 def check_flags(**flags: Any) -> None:
+    """Flags are True or False, or 1 or 0, as DeepEP's own tests give them."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if _whole(value, -1) not in (0, 1):
             raise EpArgumentError(f"{name} is {value!r}; True or False was wanted")
 
 

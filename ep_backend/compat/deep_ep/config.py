@@ -27,7 +27,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            check_whole(name, value, 1)
+            object.__setattr__(self, name, check_whole(name, value, 1))
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """A number of bytes for ``Buffer``'s ``num_nvl_bytes``, which allocates nothing: rows of

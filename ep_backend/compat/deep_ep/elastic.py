@@ -13,8 +13,15 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ep_backend.compat.deep_ep.buffer import INDEX, Buffer, Rows
-from ep_backend.compat.deep_ep.checks import check, check_bias, check_flags, check_rows, check_whole
+from ep_backend.compat.deep_ep.buffer import Biases, Buffer, Rows
+from ep_backend.compat.deep_ep.checks import (
+    check,
+    check_bias,
+    check_flags,
+    check_ids,
+    check_rows,
+    check_whole,
+)
 from ep_backend.compat.deep_ep.config import aligned
 from ep_backend.compat.deep_ep.normal import Routing, tokens_per_expert
 from ep_backend.compat.deep_ep.utils import EventHandle, EventOverlap
@@ -106,9 +113,9 @@ class ElasticBuffer:
         num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
     ) -> None:
+        self.num_bytes = check_whole("num_bytes", num_bytes or 0)
+        self.num_max_tokens_per_rank = check_whole("num_max_tokens_per_rank", num_max_tokens_per_rank)
         for name, value in (
-            ("num_bytes", num_bytes or 0),
-            ("num_max_tokens_per_rank", num_max_tokens_per_rank),
             ("hidden", hidden),
             ("num_topk", num_topk),
             ("sl_idx", sl_idx),
@@ -128,7 +135,6 @@ class ElasticBuffer:
             raise EpArgumentError("num_cpu_bytes is for Engram, which is not here: 0 was wanted")
         self._buffer = Buffer(group, explicitly_destroy=explicitly_destroy)
         self.group, self.rank_idx, self.num_ranks = group, group.rank(), group.size()
-        self.num_bytes, self.num_max_tokens_per_rank = num_bytes or 0, num_max_tokens_per_rank
         self.num_allocated_qps, self.deterministic = num_allocated_qps, deterministic
         self.allow_hybrid_mode = allow_hybrid_mode
         self.allow_multiple_reduction = allow_multiple_reduction
@@ -179,11 +185,12 @@ class ElasticBuffer:
     ) -> int:
         """Bytes of the windows that bf16 dispatches of this shape make on each rank. Nothing has to be given
         to ``ElasticBuffer``."""
+        top_k = max(check_whole("num_topk", num_topk), 1)
         config = EpConfig(
-            num_experts=group.size() * max(num_topk, 1),
-            top_k=max(num_topk, 1),
-            hidden_size=hidden,
-            max_tokens_per_rank=num_max_tokens_per_rank,
+            num_experts=group.size() * top_k,
+            top_k=top_k,
+            hidden_size=check_whole("hidden", hidden, 1),
+            max_tokens_per_rank=check_whole("num_max_tokens_per_rank", num_max_tokens_per_rank, 1),
         )
         return aligned(window_bytes(config, group.size()), SIZE_ALIGNMENT)
 
@@ -229,17 +236,20 @@ class ElasticBuffer:
         rows, scales = check_rows(x)
         check_flags(do_expand=do_expand, do_zero_padding=do_zero_padding, do_handle_copy=do_handle_copy)
         check_flags(use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf)
+        if do_cpu_sync is not None:
+            check_flags(do_cpu_sync=do_cpu_sync)
         _no_epilogue(previous_event_before_epilogue)
         check_whole("num_qps", num_qps)
-        check_whole("num_sms", num_sms)
+        sms = check_whole("num_sms", num_sms) or Buffer.num_sms
+        alignment = 1 if expert_alignment is None else check_whole("expert_alignment", expert_alignment, 1)
+        sync = do_cpu_sync is None or bool(do_cpu_sync)
         if handle is None:
-            ids, tokens = topk_idx, self._most(num_max_tokens_per_rank, len(rows))
-            check("topk_idx", ids, (len(rows), None), INDEX)
+            tokens = self._most(num_max_tokens_per_rank, len(rows))
+            ids = check_ids(topk_idx, len(rows))
             if num_experts is None:
                 raise EpArgumentError("num_experts was wanted, or a handle")
-            self._buffer._check_experts(num_experts)
-            check_whole("expert_alignment", 1 if expert_alignment is None else expert_alignment, 1)
-            if do_expand and do_cpu_sync is False:
+            experts = self._buffer._check_experts(num_experts)
+            if do_expand and not sync:
                 raise EpArgumentError("do_expand needs do_cpu_sync, to know how many rows came; or leave it")
         else:
             _check_again(
@@ -251,15 +261,13 @@ class ElasticBuffer:
                 expert_alignment=expert_alignment,
                 do_expand=do_expand,
             )
-            ids, tokens, num_experts = handle.topk_idx, handle.num_max_tokens_per_rank, handle.num_experts
-        assert ids is not None
+            ids, tokens, experts = handle.topk_idx, handle.num_max_tokens_per_rank, handle.num_experts
         if topk_weights is not None:
             check("topk_weights", topk_weights, (len(rows), ids.shape[1]), (torch.float32,))
         stats = cumulative_local_expert_recv_stats
         if stats is not None:
-            here = (num_experts // self.num_ranks,)
+            here = (experts // self.num_ranks,)
             check("cumulative_local_expert_recv_stats", stats, here, (torch.int32,))
-        sms, experts = num_sms or Buffer.num_sms, num_experts
 
         def act() -> tuple[tuple[Rows, torch.Tensor | None, torch.Tensor | None, EPHandle], Any]:
             used, weights = handle, topk_weights
@@ -272,13 +280,14 @@ class ElasticBuffer:
                     ids=kept,
                     weights=sent,
                     num_experts=experts,
-                    alignment=expert_alignment or 1,
-                    worst=tokens * self.num_ranks if do_cpu_sync is False else 0,
+                    alignment=alignment,
+                    worst=0 if sync else tokens * self.num_ranks,
+                    most=tokens,
                     num_sms=sms,
                 )
                 assert local is not None
                 ranks = made.rank_prefix_matrix[:, self.rank_idx]
-                used = self._handle(made.send_head, local, ranks, counts, expert_alignment or 1, tokens, sms)
+                used = self._handle(made.send_head, local, ranks, counts, alignment, tokens, sms)
                 if do_expand:
                     _expand(used)
             else:
@@ -297,7 +306,7 @@ class ElasticBuffer:
         x: torch.Tensor,
         handle: EPHandle,
         topk_weights: torch.Tensor | None = None,
-        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        bias: Biases = None,
         num_sms: int = 0,
         num_qps: int = 0,
         previous_event: EventHandle | EventOverlap | None = None,
@@ -316,7 +325,7 @@ class ElasticBuffer:
         _check_handle(handle)
         _no_epilogue(previous_event_before_epilogue)
         check_whole("num_qps", num_qps)
-        check_whole("num_sms", num_sms)
+        sms = check_whole("num_sms", num_sms) or handle.num_sms
         rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
         check("x", x, (rows, None), (torch.bfloat16,))
         if topk_weights is not None:
@@ -326,16 +335,21 @@ class ElasticBuffer:
 
         def act() -> tuple[torch.Tensor, torch.Tensor | None]:
             folded, weights = (x, topk_weights) if not handle.do_expand else _fold(x, topk_weights, handle)
-            return self._buffer._normal.combine(
-                folded, weights, biases, handle.routing, num_sms or handle.num_sms
-            )
+            return self._buffer._normal.combine(folded, weights, biases, handle.routing, sms)
 
         (summed, weights), event = self._run(
             act, [x, topk_weights, biases, handle.tensors()], previous_event, async_with_compute_stream
         )
         return summed, weights, event
 
-    barrier = _refused("barrier", "torch.distributed.barrier waits for all ranks")
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False) -> None:
+        """Wait on the host until all ranks are here and their GPUs have done what was asked of them before:
+        more than DeepEP's, whichever arguments are given."""
+        check_flags(use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        dist.barrier(self.group)
+
     engram_write = _refused("engram_write", "keep the storage in memory of your own")
     engram_fetch = _refused("engram_fetch", "torch.distributed.all_to_all_single moves rows between ranks")
     pp_set_config = _refused("pp_set_config", "torch.distributed.send and recv need none")
@@ -350,7 +364,7 @@ class ElasticBuffer:
 
     def _most(self, asked: int | None, tokens: int) -> int:
         most = self.num_max_tokens_per_rank if asked is None else asked
-        check_whole("num_max_tokens_per_rank", most, 1)
+        most = check_whole("num_max_tokens_per_rank", most, 1)
         if tokens > most:
             raise EpArgumentError(
                 f"x has {tokens} tokens; at most num_max_tokens_per_rank = {most} were wanted"

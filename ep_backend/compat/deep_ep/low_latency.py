@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Member, Pool, sms
+from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, sms
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
 
@@ -84,10 +84,12 @@ class LowLatencyHandle(Sequence[Any]):
         return 5
 
     def __getitem__(self, index: Any) -> Any:
-        shape = self.shape
-        if index in (0, 1):
-            return self._sources()[index]
-        return (None, None, shape.tokens, shape.hidden, shape.num_experts)[index]
+        place = range(len(self))[index]
+        if isinstance(place, range):
+            return tuple(self[each] for each in place)
+        if place < 2:
+            return self._sources()[place]
+        return (self.shape.tokens, self.shape.hidden, self.shape.num_experts)[place - 2]
 
     def _sources(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.ids is None:
@@ -129,11 +131,8 @@ class LowLatency:
         if round_scale:
             x, scales = quantize_rounded(x)
         experts, capacity = shape.num_experts // self._world, self._world * shape.tokens
-        call: dict[str, Any] = {
-            "scales": scales,
-            "tokens_per_rank": shape.tokens,
-            "channel": member.next_channel(),
-        }
+        channel = member.next_channel()
+        call: dict[str, Any] = {"scales": scales, "tokens_per_rank": shape.tokens, "channel": channel}
         handle = LowLatencyHandle(shape, self._rank, self._world)
         # Columns first, as GEMMs with scales of blocks read them.
         columns, dtype = shape.hidden // SCALE_BLOCK, torch.float32
@@ -167,7 +166,10 @@ class LowLatency:
             handle.ids = communicator.received_ids(sent)
 
         result = ((rows, out_scales) if use_fp8 else rows, counts, handle)
-        return result, _second_half(member, finish, in_halves)
+        if in_halves:
+            return result, member.hook(channel, finish)
+        finish()
+        return result, None
 
     def combine(
         self,
@@ -190,7 +192,7 @@ class LowLatency:
             communicator.combine(x, handle, out=out)
             return None
         communicator.combine_send(x, handle)
-        return _second_half(member, lambda: communicator.combine_recv(handle, out=out), True)
+        return member.hook(channel, lambda: communicator.combine_recv(handle, out=out))
 
     def destroy(self) -> None:
         self._combine_buffers.clear()
@@ -203,27 +205,15 @@ class LowLatency:
         return self._combine_buffers[shape]
 
 
-def _second_half(member: Member, finish: Callable[[], Any], in_halves: bool) -> Callable[[], None] | None:
-    """``finish`` as a hook; done at once unless ``in_halves``."""
-    if not in_halves:
-        finish()
-        return None
-    member.pending += 1
-
-    def hook() -> None:
-        member.pending -= 1
-        finish()
-
-    return hook
-
-
 def quantize_rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e4m3fn [M, n] and float32 scales [M, n / 128] that are powers of 2: the least that keep
-    ``max(amax, 1e-4) / scale`` within 448. ``x``: [M, n] bfloat16."""
+    ``max(amax, 1e-4) / scale`` within 448. ``x``: [M, n] bfloat16. NaN and infinities as in
+    `ep_backend.reference.quantize_fp8`: one NaN leaves the rest of its block alone, an infinity does not."""
     blocks = x.float().unflatten(-1, (-1, SCALE_BLOCK))
-    amax = blocks.abs().amax(-1).clamp(min=MIN_AMAX)
+    amax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1).clamp(min=MIN_AMAX)
     mantissa, exponent = torch.frexp(amax / E4M3_MAX)
-    scales = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    powers = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    scales = torch.where(amax.isinf(), amax, powers)
     q = (blocks / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
     return q.flatten(-2).to(torch.float8_e4m3fn), scales
 

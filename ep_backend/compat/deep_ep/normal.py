@@ -28,7 +28,8 @@ class Routing:
     """Where the tokens of a dispatch went, and from where rows came."""
 
     ids: torch.Tensor
-    """[M, top_k] int64, as dispatched; without top-k indices the ranks themselves, -1 for none."""
+    """[M, top_k], as dispatched; without top-k indices the ranks themselves, -1 for none. The caller's own
+    tensor may change later, so this is none of it."""
     num_experts: int
     slots: int
     """T of the exchange."""
@@ -76,6 +77,13 @@ def tokens_per_expert(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     return counts.scatter_add_(0, flat, ones)[1:].contiguous()
 
 
+def _only_in(in_rank: torch.Tensor, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """A copy of ``ids``, [M, top_k], with -1 for experts of ranks that a token shall not go to."""
+    world = in_rank.shape[1]
+    ranks = (ids // (num_experts // world)).clamp(0, world - 1).long()
+    return ids.masked_fill(in_rank.gather(1, ranks).logical_not(), -1)
+
+
 class Normal:
     """Dispatch and combine of normal mode; arguments are checked by ``Buffer``."""
 
@@ -94,22 +102,22 @@ class Normal:
         per_expert: torch.Tensor | None = None,
         alignment: int,
         worst: int,
+        most: int = 0,
         num_sms: int,
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, list[int], DispatchHandle]:
         """As ``Buffer.dispatch`` without a handle, without the event. With ``ids`` and ``weights`` nothing
-        else need be given."""
+        else need be given; ``ids`` belong to the handle then. ``most``: tokens that a rank can have, where
+        the ranks know that already and ``worst`` has room for all of them."""
         here, counts = num_experts // self._world, []
         if ids is None:
             assert in_rank is not None
             assert per_expert is not None
             counts = per_expert.tolist()
             ids, num_experts = self._ranks_as_ids(in_rank), self._world
+        elif in_rank is not None:
+            ids = _only_in(in_rank, ids, num_experts)
         if worst:
-            slots = -(-worst // self._world)
-            if len(x) > slots:
-                raise EpArgumentError(
-                    f"x has {len(x)} tokens, but num_worst_tokens = {worst} means at most {slots} per rank"
-                )
+            slots = most or self._slots_for(worst, len(x), ids, num_experts)
         else:
             slots, counts = self._agreement.reach(len(x), counts)
             slots = max(slots, 1)
@@ -126,8 +134,7 @@ class Normal:
         from_rank = came.view(self._world, slots).sum(1)
         prefix = torch.full((self._world, self._world), -1, dtype=torch.int32, device=x.device)
         prefix[:, self._rank] = from_rank.cumsum(0).int()
-        if in_rank is None:
-            in_rank = token_in_rank(ids, num_experts, self._world)
+        in_rank = token_in_rank(ids, num_experts, self._world) if in_rank is None else in_rank.clone()
         handle = DispatchHandle(prefix, None, None, (routing.places % slots).int(), in_rank, routing)
         rows = self._rows(received, routing, x, scales)
         if weights is None:
@@ -180,6 +187,28 @@ class Normal:
         top_k = weights.shape[1]
         padded = torch.nn.functional.pad(weights, (0, -top_k % 8))
         return summed, self._sum(padded, routing, None, WEIGHT_BLOCKS)[:, :top_k].contiguous()
+
+    def _slots_for(self, worst: int, tokens: int, ids: torch.Tensor, num_experts: int) -> int:
+        """T of a dispatch that returns ``worst`` rows, or the same error on all ranks. Only where more rows
+        could come than that is it counted how many will, which waits for the GPU."""
+        mine = [worst if rank == self._rank else 0 for rank in range(self._world)]
+        most, asked = self._agreement.reach(tokens, mine)
+        if len(set(asked)) > 1:
+            raise EpArgumentError(f"num_worst_tokens is {asked} on the ranks; the same on all was wanted")
+        if worst < self._world * most:
+            if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise EpArgumentError(
+                    f"num_worst_tokens is {worst}; in a CUDA graph, where rows cannot be counted, at least "
+                    f"{self._world * most} was wanted: ranks times the {most} tokens of the one with most"
+                )
+            sent = token_in_rank(ids, num_experts, self._world).sum(0).tolist()
+            _, coming = self._agreement.reach(tokens, sent)
+            if max(coming) > worst:
+                raise EpArgumentError(
+                    f"num_worst_tokens is {worst}, but rank {coming.index(max(coming))} would receive "
+                    f"{max(coming)} rows: at least that was wanted, on all ranks"
+                )
+        return max(most, -(-worst // self._world))
 
     def _ranks_as_ids(self, in_rank: torch.Tensor) -> torch.Tensor:
         if self._world > MAX_TOP_K:

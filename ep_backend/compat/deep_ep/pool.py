@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,20 +24,45 @@ MARKER_BYTES = 16
 
 @dataclass
 class Member:
-    """A communicator of the pool. ``pending``: calls of which the second half is still to come. ``captured``:
-    a CUDA graph holds calls of it, which will be replayed."""
+    """A communicator of the pool. ``captured``: a CUDA graph holds calls of it, which will be replayed."""
 
     communicator: Communicator
-    pending: int = 0
     captured: bool = False
     alive: bool = True
     _channel: int = 0
+    _hooks: dict[int, weakref.ref[Callable[[], None]]] = field(default_factory=dict)
+    """Of each channel's last call, while it has not been called."""
     _zeros: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
     def next_channel(self) -> int:
-        """Channels take turns, on all ranks alike."""
-        self._channel = (self._channel + 1) % self.communicator.config.num_channels
+        """Channels take turns, on all ranks alike. Raises EpArgumentError if every channel has a hook that
+        can still be called; one that nobody holds any more ends with the next call on its channel."""
+        channels = self.communicator.config.num_channels
+        if sum(hook() is not None for hook in self._hooks.values()) == channels:
+            raise EpArgumentError(
+                f"{channels} calls of this kind are open; at most so many were wanted: call one of their "
+                "hooks first"
+            )
+        self._channel = (self._channel + 1) % channels
+        self._hooks.pop(self._channel, None)
         return self._channel
+
+    def hook(self, channel: int, finish: Callable[[], Any]) -> Callable[[], None]:
+        """``finish`` as the hook of the call that has just been made on ``channel``."""
+
+        def hook() -> None:
+            finish()
+            if self._hooks.get(channel) is mine:
+                del self._hooks[channel]
+
+        mine = self._hooks[channel] = weakref.ref(hook)
+        return hook
+
+    @property
+    def pending(self) -> bool:
+        """Whether the second half of a call is still to come. The same on all ranks: a hook that nobody holds
+        counts, for when it goes depends on the rank."""
+        return bool(self._hooks)
 
     def no_weights(self, tokens: int) -> torch.Tensor:
         """[tokens, top_k] float32 zeros."""
@@ -76,16 +102,16 @@ class Pool:
         """
         if not self._alive:
             raise EpError("the Buffer has been destroyed")
+        if tokens > MAX_TOKENS:
+            raise EpArgumentError(
+                f"a rank brings {tokens} tokens; at most {MAX_TOKENS} were wanted: divide the call"
+            )
         key = (device, tuple(sorted(fields.items(), key=lambda item: item[0])))
         member = self._members.get(key)
         if member is not None and member.communicator.config.max_tokens_per_rank < tokens:
             self._give_up(key)
             member = None
         if member is None:
-            if tokens > MAX_TOKENS:
-                raise EpArgumentError(
-                    f"a rank brings {tokens} tokens; at most {MAX_TOKENS} were wanted: divide the call"
-                )
             capacity = min(MAX_TOKENS, 1 << max(tokens - 1, 15).bit_length())
             config = EpConfig(max_tokens_per_rank=capacity, **fields)
             if device.type == "cuda":
