@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -133,12 +134,19 @@ class Communicator:
     once.
 
     ``group``: a torch.distributed process group, None for the default one. ``device``: where rows live, "cpu"
-    (the default) or a GPU. Raises EpConfigError on every rank if any rank cannot start, has another
-    configuration or does not come within EP_BACKEND_STARTUP_TIMEOUT_S.
+    (the default) or a GPU. ``limit``: makes of the number of SMs that was decided, None for no limit, the one
+    that is used; equal on all ranks; for callers whose communicators share a GPU. Raises EpConfigError on
+    every rank if any rank cannot start, has another configuration or does not come within
+    EP_BACKEND_STARTUP_TIMEOUT_S.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, config: EpConfig, *, device: torch.device | str | None = None
+        self,
+        group: dist.ProcessGroup | None,
+        config: EpConfig,
+        *,
+        device: torch.device | str | None = None,
+        limit: Callable[[int | None], int | None] | None = None,
     ) -> None:
         self.config = config
         for sentence in env.misspelt():
@@ -165,6 +173,9 @@ class Communicator:
             shape=tuned.Shape.of(config, self.world_size),
             num_sms=config.num_sms,
         )
+        if limit is not None and (sms := limit(self.decision.sms)) != self.decision.sms:
+            # Chunks were tuned with the other number.
+            self.decision = msgspec.structs.replace(self.decision, sms=sms, chunk_scale=1.0)
         for sentence in self.decision.warnings if self.rank == 0 else ():
             warnings.warn(sentence, stacklevel=2)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import deep_ep_cases as cases
 import nodes
@@ -12,9 +14,11 @@ from harness import fresh_ranks, ranks
 
 import ep_backend as ep
 from ep_backend.compat import deep_ep
+from ep_backend.compat.deep_ep import normal, pool
 from ep_backend.compat.deep_ep.low_latency import quantize_rounded
-from ep_backend.compat.deep_ep.pool import Pool
+from ep_backend.compat.deep_ep.pool import Pool, Usual
 from ep_backend.reference import quantize_fp8
+from ep_backend.select import Decision
 
 WORLDS = (2, 4)
 
@@ -168,7 +172,7 @@ def test_config_and_sizes():
     assert (config.num_sms, config.num_max_rdma_chunked_recv_tokens) == (24, 256)
     assert config.get_nvl_buffer_size_hint(14336, 8) % 128 == 0
     assert config.get_rdma_buffer_size_hint(14336, 8) == 0
-    assert deep_ep.Buffer.get_dispatch_config(3) == deep_ep.Config(deep_ep.Buffer.num_sms)
+    assert deep_ep.Buffer.get_dispatch_config(3).num_sms == deep_ep.Buffer.num_sms
     sizes = [deep_ep.Buffer.get_low_latency_rdma_size_hint(t, 7168, 8, 256) for t in (64, 128)]
     assert sizes[0] % 128 == 0
     assert sizes[0] < sizes[1]
@@ -184,8 +188,69 @@ def test_whole_numbers_of_other_kinds():
 
 def test_num_sms_is_what_configs_get(monkeypatch):
     monkeypatch.setattr(deep_ep.Buffer, "num_sms", 20)
+    monkeypatch.setattr(deep_ep.Buffer, "_wished_sms", 0)
+    buffer = object.__new__(deep_ep.Buffer)
+    usual = deep_ep.Buffer.get_dispatch_config(8)
+    assert usual.num_sms == 20
+    assert [buffer._sms_of(c) for c in (None, usual, deep_ep.Config(), deep_ep.Config(24))] == [0, 0, 20, 24]
     deep_ep.Buffer.set_num_sms(32)
-    assert deep_ep.Buffer.get_combine_config(8).num_sms == 32
+    assert deep_ep.Buffer.get_combine_config(8) == deep_ep.Config(32)
+    assert [buffer._sms_of(c) for c in (None, usual, deep_ep.Config(24))] == [32, 32, 24]
+    deep_ep.Buffer.set_num_sms(20)
+    assert buffer._sms_of(None) == 20, "the default, but as a wish"
+
+
+def test_blocks_of_normal_mode(monkeypatch):
+    monkeypatch.setattr(normal, "sms", lambda device: 132)
+    gpu = torch.device("cuda", 0)
+    assert [normal.blocks_for(n, gpu) for n in (0, 20, 24, 100)] == [Usual(40, 59), 40, 48, 59]
+    assert type(normal.blocks_for(20, gpu)) is int
+    assert normal.blocks_for(0, torch.device("cpu")) is None
+
+
+def numbers_of_a_pool(rank, group):
+    """What communicators use where the caller has no number, one, and where nothing says one."""
+    fields = {"num_experts": 4, "top_k": 1, "hidden_size": 8, "payload": torch.bfloat16}
+
+    def used(num_sms, **decided):
+        """``decided``: of the machine, where the communicator's configuration has none."""
+
+        def decide(*_, num_sms, **more):
+            sms = {"sms": num_sms} if num_sms else decided
+            return Decision(profile=None, transport="cpu", env=(), reason="made up", **sms)
+
+        members = Pool(group)
+        with mock.patch("ep_backend.communicator.decide", decide):
+            member = members.get(torch.device("cpu"), 4, num_sms=num_sms, **fields)
+            assert members.get(torch.device("cpu"), 4, num_sms=num_sms, **fields) is member
+        members.destroy()
+        return member.communicator.decision.sms, member.communicator.decision.chunk_scale, member.blocks
+
+    usual = Usual(40, 59)
+    numbers = [used(usual), used(usual, sms=24, chunk_scale=2.0), used(usual, sms=96, chunk_scale=2.0)]
+    numbers += [used(usual, chunk_scale=2.0), used(16, sms=24, chunk_scale=2.0)]
+    with pytest.raises(ep.EpConfigError, match=r"different numbers of SMs, .* \[40, 41\] blocks by rank"):
+        used(Usual(40 + rank, 59))
+    return numbers
+
+
+def test_a_tuned_number_is_used_where_the_caller_has_none():
+    wanted = [(40, 1.0, 40), (24, 2.0, 24), (59, 1.0, 59), (40, 1.0, 40), (16, 1.0, 16)]
+    assert ranks(2).run(numbers_of_a_pool) == [wanted] * 2
+
+
+def test_the_oldest_communicators_make_room(monkeypatch):
+    monkeypatch.setattr(pool, "sms", lambda device: 50)
+    made = Pool(None)
+    for name, blocks in (("a", 40), ("b", 20), ("c", 20)):
+        communicator = SimpleNamespace(
+            decision=SimpleNamespace(sms=blocks), config=SimpleNamespace(num_channels=1), destroy=lambda: None
+        )
+        made._members[name] = pool.Member(communicator)
+    made._make_room(torch.device("cuda"), 20)
+    assert list(made._members) == ["a", "b", "c"]
+    made._make_room(torch.device("cuda"), 60)
+    assert list(made._members) == ["b", "c"]
 
 
 ASKED = """

@@ -19,7 +19,7 @@ from ep_backend.compat.deep_ep.checks import (
     no_cost_stats,
     no_masks,
 )
-from ep_backend.compat.deep_ep.config import Config, aligned
+from ep_backend.compat.deep_ep.config import USUAL_SMS, Config, UsualConfig, aligned
 from ep_backend.compat.deep_ep.low_latency import (
     LowLatency,
     LowLatencyHandle,
@@ -49,7 +49,9 @@ class Buffer:
     `low_latency_update_mask_buffer`. ``comm``: refused, MPI is not used.
     """
 
-    num_sms: int = 20
+    num_sms: int = USUAL_SMS
+    _wished_sms: int = 0
+    """What `set_num_sms` was told; 0: nothing."""
 
     def __init__(
         self,
@@ -103,12 +105,12 @@ class Buffer:
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """SMs for normal mode, an even number: for calls without a ``config`` and configs made from now
-        on."""
+        """SMs for normal mode, an even number: for calls without a ``config`` and configs made from now on.
+        Until then what was tuned or set for the machine, else 20."""
         new_num_sms = check_whole("new_num_sms", new_num_sms, 2)
         if new_num_sms % 2:
             raise EpArgumentError(f"new_num_sms is {new_num_sms}; an even number was wanted")
-        Buffer.num_sms = new_num_sms
+        Buffer.num_sms = Buffer._wished_sms = new_num_sms
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -117,9 +119,10 @@ class Buffer:
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """A config for any number of ranks; ``num_sms`` as `set_num_sms` says."""
+        """A config for any number of ranks; ``num_sms`` as `set_num_sms` says. Until that is called, 20,
+        and a call with this config is as one without."""
         check_whole("num_ranks", num_ranks, 1)
-        return Config(Buffer.num_sms)
+        return Config(Buffer._wished_sms) if Buffer._wished_sms else UsualConfig()
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
@@ -486,9 +489,12 @@ class Buffer:
         return hook
 
     def _sms_of(self, config: Config | None) -> int:
+        """SMs that the caller wants; 0 if it has no wish."""
         if config is not None and not isinstance(config, Config):
             raise EpArgumentError(f"config is a {type(config).__name__}; a deep_ep.Config was wanted")
-        return Buffer.num_sms if config is None else config.num_sms
+        if config is None or isinstance(config, UsualConfig):
+            return Buffer._wished_sms
+        return config.num_sms
 
     def _check_experts(self, num_experts: int) -> int:
         """``num_experts`` as an int. Raises EpArgumentError if the ranks cannot have equally many."""

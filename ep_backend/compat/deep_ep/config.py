@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ep_backend.compat.deep_ep.checks import check_whole
 
 ALIGNMENT = 128
+USUAL_SMS = 20  # DeepEP's own default
 
 
 def aligned(size: int, alignment: int = ALIGNMENT) -> int:
@@ -19,7 +20,7 @@ class Config:
     """Of these numbers only ``num_sms`` has a meaning here: SMs that an exchange may use. Chunks follow from
     the size of a call."""
 
-    num_sms: int = 20
+    num_sms: int = USUAL_SMS
     num_max_nvl_chunked_send_tokens: int = 6
     num_max_nvl_chunked_recv_tokens: int = 256
     num_max_rdma_chunked_send_tokens: int = 6
@@ -41,3 +42,8 @@ class Config:
         check_whole("hidden_bytes", hidden_bytes, 1)
         check_whole("num_ranks", num_ranks, 1)
         return 0
+
+
+class UsualConfig(Config):
+    """What ``Buffer`` gives while nobody has said a number of SMs: ``num_sms`` is no wish, and what was tuned
+    or set for the machine goes before it."""

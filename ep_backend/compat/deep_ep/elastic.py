@@ -42,6 +42,7 @@ class EPHandle:
     expert_alignment: int
     num_max_tokens_per_rank: int
     num_sms: int
+    """As the caller or `Buffer.set_num_sms` said; 0: neither did."""
     topk_idx: torch.Tensor
     """[M, top_k] int64, as dispatched; a copy unless ``do_handle_copy`` is False."""
     num_recv_tokens: int
@@ -166,7 +167,8 @@ class ElasticBuffer:
         return 1, self.num_ranks
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int, **assumed: Any) -> int:
-        """SMs of calls with ``num_sms`` 0: what ``Buffer.set_num_sms`` says. Arguments have no meaning."""
+        """What ``Buffer.set_num_sms`` says, else 20. Arguments have no meaning. To give it to `dispatch` is a
+        wish; 0 leaves the number to what was tuned or set for the machine."""
         return Buffer.num_sms
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
@@ -240,7 +242,7 @@ class ElasticBuffer:
             check_flags(do_cpu_sync=do_cpu_sync)
         _no_epilogue(previous_event_before_epilogue)
         check_whole("num_qps", num_qps)
-        sms = check_whole("num_sms", num_sms) or Buffer.num_sms
+        sms = check_whole("num_sms", num_sms) or Buffer._wished_sms
         alignment = 1 if expert_alignment is None else check_whole("expert_alignment", expert_alignment, 1)
         sync = do_cpu_sync is None or bool(do_cpu_sync)
         if handle is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, sms
+from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, Usual, sms
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
 
@@ -38,7 +38,7 @@ class Shape:
 
     def fields(self) -> dict[str, Any]:
         """Those of EpConfig. Ids stay global, for `LowLatencyHandle`."""
-        blocks = None if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
+        blocks = 0 if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
         return {
             "num_experts": self.num_experts,
             "top_k": self.top_k,
@@ -47,7 +47,7 @@ class Shape:
             "layout": "expert_major",
             "expert_ids": "global",
             "num_channels": CHANNELS,
-            "num_sms": blocks,
+            "num_sms": Usual(blocks, blocks) if blocks else None,
         }
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ep_backend import Communicator, Handle, Received
-from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Agreement, Member, Pool
+from ep_backend.compat.deep_ep.config import USUAL_SMS
+from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Agreement, Blocks, Member, Pool, Usual
 from ep_backend.config import MAX_TOP_K
 from ep_backend.errors import EpArgumentError
 from ep_backend.transports.gpu import BLOCKS_PER_SM, sms
@@ -268,7 +269,7 @@ class Normal:
         rows: torch.Tensor,
         routing: Routing,
         opened: tuple[Communicator, Handle] | None,
-        blocks: int | None,
+        blocks: Blocks,
     ) -> torch.Tensor:
         """[M, width]: for each token the sum of what the ranks have for it. ``rows``: [R, width]."""
         communicator, handle = opened or self._ask_again(rows, routing, blocks)
@@ -277,9 +278,7 @@ class Normal:
         results.view(torch.int64).index_copy_(0, routing.places, words)
         return communicator.combine(results, handle)
 
-    def _ask_again(
-        self, rows: torch.Tensor, routing: Routing, blocks: int | None
-    ) -> tuple[Communicator, Handle]:
+    def _ask_again(self, rows: torch.Tensor, routing: Routing, blocks: Blocks) -> tuple[Communicator, Handle]:
         member = self._pool.get(
             rows.device,
             routing.slots,
@@ -298,11 +297,13 @@ class Normal:
         return member.communicator, handle
 
 
-def blocks_for(num_sms: int, device: torch.device) -> int | None:
-    """Blocks of the kernels for a number of SMs, as many as leave room for others."""
+def blocks_for(num_sms: int, device: torch.device) -> Blocks:
+    """Blocks of the kernels for a number of SMs, 0 if nobody has a wish; as many as leave room for others."""
     if device.type == "cpu":
         return None
-    return max(1, min(BLOCKS_PER_SM * num_sms, int(LARGEST_SHARE * sms(device))))
+    most = max(1, int(LARGEST_SHARE * sms(device)))
+    blocks = min(BLOCKS_PER_SM * (num_sms or USUAL_SMS), most)
+    return blocks if num_sms else Usual(blocks, most)
 
 
 def _columns(scales: torch.Tensor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,18 @@ from ep_backend.transports.gpu import BLOCKS_PER_SM, sms
 
 MARKER_BYTES = 16
 """The shortest row there is: of exchanges that only tell who has which expert."""
+
+
+class Usual(NamedTuple):
+    """In the place of a number of blocks where the caller has no wish: what EP_BACKEND_NUM_SMS, a profile or
+    `ep-backend tune` says, at most ``most``; ``blocks`` if nothing says a number."""
+
+    blocks: int
+    most: int
+
+
+Blocks = int | Usual | None
+"""Of a communicator's channel; None on CPUs."""
 
 
 @dataclass
@@ -64,6 +76,11 @@ class Member:
         counts, for when it goes depends on the rank."""
         return bool(self._hooks)
 
+    @property
+    def blocks(self) -> int:
+        """That it takes of a GPU, all channels together."""
+        return (self.communicator.decision.sms or 0) * self.communicator.config.num_channels
+
     def no_weights(self, tokens: int) -> torch.Tensor:
         """[tokens, top_k] float32 zeros."""
         return self._zero(torch.float32, self.communicator.config.top_k)[:tokens]
@@ -95,7 +112,8 @@ class Pool:
         self._alive = True
 
     def get(self, device: torch.device, tokens: int, **fields: Any) -> Member:
-        """A communicator for ``tokens`` per rank at least, equal on all ranks. ``fields``: of EpConfig.
+        """A communicator for ``tokens`` per rank at least, equal on all ranks. ``fields``: of EpConfig;
+        ``num_sms`` may be `Usual`.
 
         Collective when new or too small. Raises EpConfigError, EpArgumentError for too many tokens, EpError
         after ``destroy``.
@@ -113,11 +131,20 @@ class Pool:
             member = None
         if member is None:
             capacity = min(MAX_TOKENS, 1 << max(tokens - 1, 15).bit_length())
+            wish = fields.get("num_sms")
+            if isinstance(wish, Usual):
+                fields["num_sms"] = None
             config = EpConfig(max_tokens_per_rank=capacity, **fields)
-            if device.type == "cuda":
-                self._make_room(device, config)
+
+            def limit(decided: int | None) -> int | None:
+                if isinstance(wish, Usual):
+                    decided = self._agreed(min(decided, wish.most) if decided else wish.blocks)
+                if device.type == "cuda" and decided is not None:
+                    self._make_room(device, decided * config.num_channels)
+                return decided
+
             with no_defaults_of_a_model():
-                member = Member(Communicator(self.group, config, device=device))
+                member = Member(Communicator(self.group, config, device=device, limit=limit))
         self._members.pop(key, None)  # the last one is the one that was used last
         self._members[key] = member
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -133,11 +160,21 @@ class Pool:
         self._members.clear()
         self._outgrown.clear()
 
-    def _make_room(self, device: torch.device, config: EpConfig) -> None:
-        room = BLOCKS_PER_SM * sms(device) - _blocks(config)
+    def _agreed(self, blocks: int) -> int:
+        """``blocks``, which follow from the GPU. Collective. Raises EpConfigError if ranks differ."""
+        told = rendezvous.gather(self.group, blocks)
+        if len(set(told)) > 1:
+            raise EpConfigError(
+                f"the ranks' GPUs have different numbers of SMs, which would mean {told} blocks by rank; "
+                "equal ones were wanted"
+            )
+        return blocks
+
+    def _make_room(self, device: torch.device, blocks: int) -> None:
+        room = BLOCKS_PER_SM * sms(device) - blocks
         for key, member in list(self._members.items()):
             living = (*self._members.values(), *self._outgrown)
-            if sum(_blocks(m.communicator.config) for m in living) <= room:
+            if sum(m.blocks for m in living) <= room:
                 return
             if not member.pending and not member.captured:
                 self._give_up(key)
@@ -154,10 +191,6 @@ class Pool:
             return
         member.alive = False
         member.communicator.destroy()
-
-
-def _blocks(config: EpConfig) -> int:
-    return (config.num_sms or 0) * config.num_channels
 
 
 class Agreement:
