@@ -1,5 +1,6 @@
 """The stand-in for DeepEP, on the CPU; tests/gpu/test_deep_ep_gpu.py runs the same jobs on GPUs."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import torch
 from harness import fresh_ranks, ranks
 
 import ep_backend as ep
+from ep_backend import tuned
 from ep_backend.compat import deep_ep
 from ep_backend.compat.deep_ep import normal, pool
 from ep_backend.compat.deep_ep.low_latency import quantize_rounded
 from ep_backend.compat.deep_ep.pool import Pool, Usual
 from ep_backend.reference import quantize_fp8
 from ep_backend.select import Decision
+from ep_backend.tuning import command
 
 WORLDS = (2, 4)
 
@@ -237,6 +240,36 @@ def numbers_of_a_pool(rank, group):
 def test_a_tuned_number_is_used_where_the_caller_has_none():
     wanted = [(40, 1.0, 40), (24, 2.0, 24), (59, 1.0, 59), (40, 1.0, 40), (16, 1.0, 16)]
     assert ranks(2).run(numbers_of_a_pool) == [wanted] * 2
+
+
+def tuned_shapes(rank, group):
+    """Of the communicators of normal mode and of low-latency dispatches, rows in bf16 and in fp8."""
+    buffer, world, device = cases.ready(rank, group, "cpu")
+    experts = cases.EXPERTS_PER_RANK * world
+    mine = cases.make_inputs(rank, world, 16, "uniform", 1, device)
+    layout = cases.layout_of(buffer, mine, world)
+    for x in (mine.x, mine.fp8()):
+        buffer.dispatch(x, topk_idx=mine.ids, topk_weights=mine.weights, **layout)
+    for fp8 in (False, True):
+        buffer.low_latency_dispatch(mine.x, mine.ids, 16, experts, use_fp8=fp8)
+    members = list(buffer._pool._members.values())
+    buffer.destroy()
+    return [tuned.Shape.of(member.communicator.config, world) for member in members]
+
+
+def test_communicators_have_the_shapes_that_are_tuned():
+    arguments = ["tune", "--ranks", "2", "--tokens", "16", "--hidden", str(cases.HIDDEN)]
+    arguments += ["--experts", str(2 * cases.EXPERTS_PER_RANK), "--topk", str(cases.TOP_K)]
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    with mock.patch.object(command, "usable_gpus", return_value=2):
+        measured = [
+            command.settings_of(parser.parse_args([*arguments, "--layout", layout, "--dtype", dtype]))
+            for layout in ("rank_major", "expert_major")
+            for dtype in ("bf16", "fp8")
+        ]
+    wanted = [tuned.Shape.of(settings.config("peer"), 2) for settings in measured]
+    assert ranks(2).run(tuned_shapes) == [wanted] * 2
 
 
 def test_the_oldest_communicators_make_room(monkeypatch):
