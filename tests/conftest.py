@@ -1,5 +1,6 @@
 """Shared by all tests: helper modules, hypothesis profiles, and the end of the rank processes."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -32,3 +33,18 @@ def _no_rank_survives():
     harness = sys.modules.get("harness")
     if harness is not None:
         harness.stop_all()
+
+
+@pytest.fixture(scope="session")
+def tiny_reference():
+    """The tiny model's own reference.py: greedy tokens by transformers on the CPU."""
+    import torch
+    import wide_models
+
+    spec = importlib.util.spec_from_file_location("tiny_moe_reference", wide_models.TINY / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are tiny: more threads wait for each other
+    yield module
+    torch.set_num_threads(threads)

@@ -39,6 +39,7 @@ def write(folder, *, hidden=2048, experts=EXPERTS, fp8=False):
     theta = config["rope_theta"] ** (HEAD / head)
     config |= {**widths, "rope_theta": theta, "rms_norm_eps": config["rms_norm_eps"] * was / hidden}
     config["rope_parameters"]["rope_theta"] = theta
+    config["tie_word_embeddings"] = False  # SGLang's Qwen3-MoE knows no such thing
     if fp8:
         like = models.Shape(
             text="tiny",
@@ -67,6 +68,7 @@ def write(folder, *, hidden=2048, experts=EXPERTS, fp8=False):
             tensors[name], tensors[f"{name}_scale_inv"] = random_models.quantised(
                 wide.float(), models.FP8_BLOCK, models.FP8_BLOCK
             )
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     for file in TOKENIZER:

@@ -3,8 +3,8 @@
 A token crosses the network once for each node that has one of its experts, from rank (n, i) to rank (m, i):
 transport ``collective`` among the ranks of the same place, to which nodes are what ranks are otherwise. There
 transport ``cpu``, or on GPUs ``peer``, ``mixed`` or ``host``, brings it to the ranks that hold the experts.
-The sums go back the same way: added up inside the node first, then one row per token and node. See
-docs/architecture.md for the numerics.
+The sums go back the same way: added up inside the node first, then one row per token and node. On GPUs
+``collective`` mostly sends all slots to every node. See docs/architecture.md for bytes and numerics.
 """
 
 from __future__ import annotations
