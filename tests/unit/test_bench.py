@@ -90,7 +90,7 @@ def test_the_variable_chooses_the_transport(monkeypatch):
     assert exchange.asked_transports(parse()) == (("collective",), "EP_BACKEND_TRANSPORT")
     assert settings("--transports", "cpu").contenders == ("cpu", "gloo"), "what is typed goes first"
     monkeypatch.setenv("EP_BACKEND_TRANSPORT", "colective")
-    with pytest.raises(EpConfigError, match=r"^EP_BACKEND_TRANSPORT: 'colective' .* mean 'collective'"):
+    with pytest.raises(EpConfigError, match=r"^EP_BACKEND_TRANSPORT='colective' .* mean 'collective'"):
         settings()
     monkeypatch.setenv("EP_BACKEND_TRANSPORT", "auto")
     assert settings().contenders == ("cpu", "collective", "gloo")
