@@ -313,7 +313,7 @@ def main():
     measured = outcomes[0].value
     for name in ("tokens", "layout", "dtype"):  # they stand in each result
         del measured["settings"][name]
-    document = {**measured, **provenance(), "command": shlex.join(["python", *sys.argv])}
+    document = {**provenance(), **measured, "command": shlex.join(["python", *sys.argv])}
     show(document["results"])
     if args.json:
         args.json.write_text(json.dumps(document, indent=2) + "\n")

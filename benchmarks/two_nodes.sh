@@ -27,10 +27,11 @@ for number in 0 1; do
   [[ $rate == none ]] || tc -n "${nodes[$number]}" qdisc add dev ep0 root tbf rate "$rate" burst 128kb latency 50ms
 done
 
+# Instead of the shell that it is called in, so that this can be stopped.
 run() {
-  GLOO_SOCKET_IFNAME=ep0 OMP_NUM_THREADS=1 ip netns exec "${nodes[$1]}" torchrun --nnodes 2 --nproc-per-node "$ranks" \
+  exec env GLOO_SOCKET_IFNAME=ep0 OMP_NUM_THREADS=1 ip netns exec "${nodes[$1]}" torchrun --nnodes 2 --nproc-per-node "$ranks" \
     --node-rank "$1" --master-addr 10.99.0.1 --master-port 29500 -m ep_backend.cli "${@:2}"
 }
-run 1 "$@" &
-run 0 "$@"
-wait
+(run 1 "$@") &
+(run 0 "$@")
+wait $!

@@ -57,15 +57,17 @@ def available(device: torch.device) -> frozenset[str]:
     return frozenset({CollectiveTransport.name, HierTransport.name, *OF_GPUS} if _native.HAS_CUDA else ())
 
 
-def apply_profile(group: dist.ProcessGroup | None, device: torch.device) -> list[Record]:
+def prepare_nccl(group: dist.ProcessGroup | None, device: torch.device) -> list[Record]:
     """Set what the profile of this group's machines asks for where nothing is set yet, as an engine does;
     before anything has started NCCL. Returns the records of all ranks, in order of rank.
 
-    ``device``: what this rank computes on. Collective. Raises EpConfigError on all ranks as
-    `ep_backend.select.decide` does.
+    ``device``: what this rank computes on. A transport that EP_BACKEND_TRANSPORT asks for does not matter
+    here. Collective. Raises EpConfigError on all ranks as `ep_backend.select.decide` does.
     """
     records = _tried_out(group, device, rendezvous.gather(group, probe(device)))
-    apply_env(decide(records, available=available(device)))
+    without = {name: text for name, text in records[0].environment.items() if name != "EP_BACKEND_TRANSPORT"}
+    first = msgspec.structs.replace(records[0], environment=without)
+    apply_env(decide([first, *records[1:]], available=available(device)))
     return records
 
 
@@ -175,7 +177,10 @@ class Communicator:
         )
         if limit is not None and (sms := limit(self.decision.sms)) != self.decision.sms:
             # Chunks were tuned with the other number.
-            self.decision = msgspec.structs.replace(self.decision, sms=sms, chunk_scale=1.0)
+            reason = f"{self.decision.reason} The caller limits SMs of an exchange to {tuned.limit(sms)}."
+            self.decision = msgspec.structs.replace(
+                self.decision, sms=sms, chunk_scale=1.0, reason=reason.strip()
+            )
         for sentence in self.decision.warnings if self.rank == 0 else ():
             warnings.warn(sentence, stacklevel=2)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
@@ -207,7 +212,7 @@ class Communicator:
     def _may_use_peer(self, records: list[Record]) -> bool:
         wish = self.config.transport
         if wish == "auto":
-            wish = records[0].environment.get("EP_BACKEND_TRANSPORT", "auto").strip()
+            wish = env.get("EP_BACKEND_TRANSPORT", records[0].environment)
         by_peers = (PeerTransport.name, MixedTransport.name)
         may = wish in ("auto", HierTransport.name, *by_peers)
         return may and not available(self.device).isdisjoint(by_peers)

@@ -31,7 +31,8 @@ class EpTimeoutError(EpError, TimeoutError):
     Attributes: ``rank`` (who raises), ``peer`` (who is blamed; -1 if it is not known), ``phase``
     ("dispatch", "combine" or "a host sum"), ``channel``, ``epoch_expected``, ``epoch_seen``, ``waited_s``
     (seconds), ``reported_by`` (the rank whose deadline passed first), ``missing`` (all ranks whose flag had
-    not come), ``lost`` (whether torch.distributed failed before the deadline: the peer has mostly ended).
+    not come), ``lost`` (whether torch.distributed failed before the deadline: the peer has usually
+    ended, or has given up first).
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Meetings of a group on the host: used when communicators are made, never in an exchange."""
+"""Meetings of a group on the host, mostly while communicators are made, and what waits of torch.distributed
+need to have a deadline."""
 
 from __future__ import annotations
 
@@ -35,13 +36,13 @@ def gather(group: dist.ProcessGroup | None, value: T) -> list[T]:
     but NCCL connects when it is first used, for which torch has deadlines of its own.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
+    device = _device(group)
     told = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
     sizes = torch.full((world,), len(told), device=device)
-    patience, start = _patience(group, device), monotonic()
+    limit, start = patience(group), monotonic()
 
     def exchange(into: torch.Tensor, sent: torch.Tensor, *split: Sequence[int]) -> None:
-        left = max(0.001, start + patience - monotonic())
+        left = max(0.001, start + limit - monotonic())
         work = all_to_all(group, into, sent, *split, timeout_s=left)
         if device.type != "cpu":  # where a wait has no end of its own
             poll(work.is_completed, left, "the all-to-all")
@@ -56,7 +57,7 @@ def gather(group: dist.ProcessGroup | None, value: T) -> list[T]:
     except RuntimeError as error:
         who, waited = f"rank {1 - rank}" if world == 2 else "a rank", monotonic() - start
         text = f"rank {rank} lost {who} while all of them met on the host: it has ended, or cannot be reached"
-        if waited > 0.99 * patience:
+        if waited > 0.99 * limit:
             text = (
                 f"rank {rank} waited {waited:.1f} s for {who} while all of them met on the host: it does not "
                 f"come, or cannot be reached; {STARTUP} and the group's own timeout limit the wait"
@@ -112,14 +113,20 @@ def within(seconds: float, act: Callable[[], T], what: str) -> T:
     return ended.result()
 
 
-def _patience(group: dist.ProcessGroup | None, device: torch.device) -> float:
-    """How long to wait in a meeting, in seconds."""
+def patience(group: dist.ProcessGroup | None) -> float:
+    """How long a meeting waits, in seconds."""
     try:
         ours = env.get(STARTUP)
     except EpConfigError:  # which this rank will tell the others when they meet
         ours = env.variable(STARTUP).default
     chosen: Any = group or dist.group.WORLD
-    return min(float(ours), chosen._get_backend(device).options._timeout.total_seconds())
+    backend = chosen._get_backend(_device(group))
+    return min(float(ours), backend.options._timeout.total_seconds())
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors of a meeting lie."""
+    return torch.device(dist.distributed_c10d._get_object_coll_device(group))
 
 
 def together(

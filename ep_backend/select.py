@@ -476,6 +476,12 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         return "it moves GPU tensors and no rank computes on a GPU"
     if facts.gpus != "none" and not available & OF_GPUS:
         return "this build has no CUDA kernels"
+    if transport == "cpu":
+        for rank, record in enumerate(records):
+            if record.device and record.device != "cpu":
+                return f"it moves CPU tensors and rank {rank} computes on {record.device}"
+        if facts.gpus != "none":
+            return "it moves CPU tensors and the ranks compute on GPUs"
     if transport not in available:
         *others, last = [name for name in TRANSPORTS if name in available] or ["none"]
         return f"it is not in this build, which has {', '.join(others)}{' and ' * bool(others)}{last}"
@@ -483,12 +489,6 @@ def _obstacle(transport: str, records: Sequence[Record], facts: Facts, available
         return "this version maps GPU memory inside one machine only"
     if transport in ("cpu", "host", "mixed") and not facts.shares_memory:
         return "the ranks share no memory"
-    if transport == "cpu":
-        for rank, record in enumerate(records):
-            if record.device and record.device != "cpu":
-                return f"it moves CPU tensors and rank {rank} computes on {record.device}"
-        if facts.gpus != "none":
-            return "it moves CPU tensors and the ranks compute on GPUs"
     if facts.gpus != "none" and (old := _old_driver(records)):
         return old
     if transport == "hier":

@@ -226,8 +226,9 @@ def host_copy_rate() -> float | None:
     # Each window has a half that the peers write, a part each, and one that its own GPU reads.
     part = _part(HOST_COPY_BYTES, world)
     half = part * (world - 1)
+    timeout_s = env.get("EP_BACKEND_TIMEOUT_S")
     try:
-        windows = share_windows(None, range(world), _device(), 2 * half, env.get("EP_BACKEND_TIMEOUT_S"))
+        windows = share_windows(None, range(world), _device(), 2 * half, timeout_s)
     except EpConfigError:
         return None
     memory = torch.zeros(2 * half, dtype=torch.uint8, device=_device())

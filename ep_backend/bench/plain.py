@@ -16,8 +16,8 @@ NCCL_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 class Plain(ABC):
-    """Over gloo on CPUs, over NCCL on GPUs. A `Contender` but for what is abstract, ``capturable`` and
-    ``details``."""
+    """Over gloo on CPUs, over NCCL on GPUs. Ways, each a `Contender`, add the abstract methods,
+    ``capturable`` and ``details``."""
 
     window_bytes: int | None = None
 

@@ -19,7 +19,7 @@ from ep_backend.bench.gpus import Gpus
 from ep_backend.bench.meter import INPUT_SETS, Meter, Step, Times
 from ep_backend.bench.workload import LeastBytes, Settings
 from ep_backend.cli.provenance import set_variables
-from ep_backend.communicator import apply_profile
+from ep_backend.communicator import prepare_nccl
 from ep_backend.errors import EpConfigError
 from ep_backend.probe import probe
 
@@ -84,7 +84,7 @@ def _meter(device: str, names: Collection[str]) -> Meter:
     if device == "cpu":
         return Cpus()
     # NCCL starts with the settings that an engine would give it.
-    records = apply_profile(None, torch.device("cuda", torch.cuda.current_device()))
+    records = prepare_nccl(None, torch.device("cuda", torch.cuda.current_device()))
     return Gpus(records, names)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ep_backend import Communicator, EpConfig, Handle, Received, reference, rendezvous
-from ep_backend.communicator import apply_profile
+from ep_backend.communicator import prepare_nccl
 from ep_backend.errors import EpConfigError
 from ep_backend.launch.processes import Note
 from ep_backend.select import obstacle_to
@@ -97,7 +97,7 @@ def start_device(task: Task) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local if task.gpu is None else task.gpu)
     torch.cuda.set_device(device)
-    apply_profile(None, device)
+    prepare_nccl(None, device)
     return device
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ep_backend import env, rendezvous
+from ep_backend import rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpTimeoutError
@@ -120,12 +120,13 @@ class GpuCollectiveTransport(GpuTransport):
         self._wire = wires.choose(group, self._names, device, self._timeout_s)
         self.capturable = self._wire.capturable
         # What torch.distributed makes when it is first used must not be made while a graph is captured.
-        rendezvous.together(group, self._first_use)
+        rendezvous.together(group, lambda: self._first_use(group))
 
-    def _first_use(self) -> None:
+    def _first_use(self, group: dist.ProcessGroup | None) -> None:
         first = _Open(channel=0, slots=1, captured=False)
         pieces = [self._regions(0, 1).headers.piece]
-        patience: float = env.get(rendezvous.STARTUP)
+        # A rank that has failed waits in `together`, and must find the others there.
+        patience = rendezvous.patience(group) / 2
         rendezvous.within(patience, lambda: self._move(first, pieces), "the first all-to-all")
         self._finish(first)
 
@@ -296,6 +297,8 @@ class GpuCollectiveTransport(GpuTransport):
         """Around what fails for good: after a deadline, or because a rank is gone."""
         try:
             yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # RuntimeErrors, too, but this rank's own
         except RuntimeError as error:
             self._failure = failure(
                 self._names,

@@ -72,9 +72,11 @@ class NcclWire(Wire):
     def start(self, pieces: Sequence[Piece], timeout_s: float) -> Wait:
         with torch.cuda.device(self._device):
             self._nccl._start_coalescing()
-            for into, out_of in pieces:
-                self._nccl.alltoall(into, out_of, self._options)
-            self._nccl._end_coalescing()
+            try:
+                for into, out_of in pieces:
+                    self._nccl.alltoall(into, out_of, self._options)
+            finally:
+                self._nccl._end_coalescing()
             done = torch.cuda.Event()
             if not torch.cuda.is_current_stream_capturing():
                 done.record()

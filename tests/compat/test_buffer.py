@@ -272,17 +272,16 @@ def test_communicators_have_the_shapes_that_are_tuned():
     assert ranks(2).run(tuned_shapes) == [wanted] * 2
 
 
-def test_the_oldest_communicators_make_room(monkeypatch):
-    monkeypatch.setattr(pool, "sms", lambda device: 50)
+def test_the_oldest_communicators_make_room():
     made = Pool(None)
     for name, blocks in (("a", 40), ("b", 20), ("c", 20)):
         communicator = SimpleNamespace(
             decision=SimpleNamespace(sms=blocks), config=SimpleNamespace(num_channels=1), destroy=lambda: None
         )
         made._members[name] = pool.Member(communicator)
-    made._make_room(torch.device("cuda"), 20)
+    made._make_room(50, 20)
     assert list(made._members) == ["a", "b", "c"]
-    made._make_room(torch.device("cuda"), 60)
+    made._make_room(50, 60)
     assert list(made._members) == ["b", "c"]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -103,7 +104,9 @@ def test_a_network_that_is_cut_before_a_communicator_is_made(nodes, tmp_path):
         (tmp_path / "cut").touch()
         found = answers(processes, tmp_path, 40)
     for rank, answer in enumerate(found):
-        assert f"rank {rank} waited 2.0 s for a rank while all of them met" in answer["start"]["error"]
+        # Who gives up first closes the connections of the other rank of its node.
+        said = rf"rank {rank} (waited \d\.\d s for|lost) a rank while all of them met"
+        assert re.search(said, answer["start"]["error"])
         assert answer["start"]["waited"] < 20
 
 

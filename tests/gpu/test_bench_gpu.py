@@ -68,7 +68,8 @@ def test_a_small_run(tmp_path, ranks):
         if result["phase"] == "round_trip":
             assert result["exchanges_per_graph"] == (4 if result["tokens"] == 1030 else 20)
     if ranks > 1:
-        assert found["machine"]["peer_write_bytes_per_s"] > found["machine"]["host_copy_bytes_per_s"] > 1e9
+        written = found["machine"]["peer_write_bytes_per_s"]  # null where peers do not reach each other
+        assert written is None or written > found["machine"]["host_copy_bytes_per_s"] > 1e9
         assert all(r["limit_us"] > 0 for r in found["results"] if r["tokens"] > 1)
     assert bool(plot) == picture.exists()
 

@@ -492,7 +492,7 @@ class Buffer:
         """SMs that the caller wants; 0 if it has no wish."""
         if config is not None and not isinstance(config, Config):
             raise EpArgumentError(f"config is a {type(config).__name__}; a deep_ep.Config was wanted")
-        if config is None or isinstance(config, UsualConfig):
+        if config is None or (isinstance(config, UsualConfig) and config.num_sms == USUAL_SMS):
             return Buffer._wished_sms
         return config.num_sms
 

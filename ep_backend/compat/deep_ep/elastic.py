@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from ep_backend import rendezvous
 from ep_backend.compat.deep_ep.buffer import Biases, Buffer, Rows
 from ep_backend.compat.deep_ep.checks import (
     check,
@@ -350,7 +351,7 @@ class ElasticBuffer:
         check_flags(use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        dist.barrier(self.group)
+        rendezvous.gather(self.group, None)
 
     engram_write = _refused("engram_write", "keep the storage in memory of your own")
     engram_fetch = _refused("engram_fetch", "torch.distributed.all_to_all_single moves rows between ranks")

@@ -30,7 +30,7 @@ class Routing:
 
     ids: torch.Tensor
     """[M, top_k], as dispatched; without top-k indices the ranks themselves, -1 for none. The caller's own
-    tensor may change later, so this is none of it."""
+    tensor may change later, so this is a copy."""
     num_experts: int
     slots: int
     """T of the exchange."""

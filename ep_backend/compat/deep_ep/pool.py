@@ -138,9 +138,12 @@ class Pool:
 
             def limit(decided: int | None) -> int | None:
                 if isinstance(wish, Usual):
-                    decided = self._agreed(min(decided, wish.most) if decided else wish.blocks)
-                if device.type == "cuda" and decided is not None:
-                    self._make_room(device, decided * config.num_channels)
+                    decided = min(decided, wish.most) if decided else wish.blocks
+                if decided is not None:
+                    on_gpu = device.type == "cuda"
+                    smallest = self._agreed(decided, sms(device) if on_gpu else 0)
+                    if on_gpu:
+                        self._make_room(smallest, decided * config.num_channels)
                 return decided
 
             with no_defaults_of_a_model():
@@ -160,18 +163,20 @@ class Pool:
         self._members.clear()
         self._outgrown.clear()
 
-    def _agreed(self, blocks: int) -> int:
-        """``blocks``, which follow from the GPU. Collective. Raises EpConfigError if ranks differ."""
-        told = rendezvous.gather(self.group, blocks)
-        if len(set(told)) > 1:
+    def _agreed(self, blocks: int, sms_here: int) -> int:
+        """SMs of the smallest GPU: all ranks must give up the same communicators. Collective. Raises
+        EpConfigError if ranks have different ``blocks``, which may follow from their GPUs."""
+        told = rendezvous.gather(self.group, (blocks, sms_here))
+        if len({blocks for blocks, _ in told}) > 1:
             raise EpConfigError(
-                f"the ranks' GPUs have different numbers of SMs, which would mean {told} blocks by rank; "
-                "equal ones were wanted"
+                f"the ranks' GPUs have different numbers of SMs, which would mean {[b for b, _ in told]} "
+                "blocks by rank; equal ones were wanted"
             )
-        return blocks
+        return min(sms_of_rank for _, sms_of_rank in told)
 
-    def _make_room(self, device: torch.device, blocks: int) -> None:
-        room = BLOCKS_PER_SM * sms(device) - blocks
+    def _make_room(self, smallest: int, blocks: int) -> None:
+        """Give up those used the longest time ago until ``blocks`` fit a GPU of ``smallest`` SMs."""
+        room = BLOCKS_PER_SM * smallest - blocks
         for key, member in list(self._members.items()):
             living = (*self._members.values(), *self._outgrown)
             if sum(m.blocks for m in living) <= room:
@@ -183,7 +188,8 @@ class Pool:
         member = self._members[key]
         if member.pending:
             raise EpArgumentError(
-                "a call with more tokens per rank came before the hook of an earlier one; call that first"
+                "a call with more tokens per rank came before the hook of an earlier one; call that first, "
+                "or make two calls of the earlier size if nobody has it any more"
             )
         del self._members[key]
         if member.captured:
