@@ -192,6 +192,7 @@ def test_what_a_failure_becomes(outcome, words, cure):
 def test_a_deadline_holds_for_ranks_that_nobody_ends(tmp_path):
     """Whose parent was killed with its whole session."""
     code = (
+        "import torch.distributed;"  # which may take longer than the deadline
         "from pathlib import Path; from ep_backend.doctor import warmup_ranks as w; import sys;"
         "w.GRACE_S = 1.0; w.rank_main(Path(sys.argv[1]), 2, 0, 3.0, 'cpu', None)"
     )
