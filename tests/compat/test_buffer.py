@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import deep_ep_cases as cases
+import deep_ep_low_latency_cases as low_latency
 import nodes
 import pytest
 import torch
@@ -41,7 +42,7 @@ def _on_two_machines(rank, group):
         mine.x, mine.ids, 8, cases.EXPERTS_PER_RANK * world, use_fp8=False
     )
     out, _, _ = buffer.low_latency_combine(rows, mine.ids, mine.weights, handle)
-    assert cases.diff(mine.x.float() * mine.weights.sum(1, keepdim=True), out) < cases.BF16_DIFF
+    assert low_latency.diff(mine.x.float() * mine.weights.sum(1, keepdim=True), out) < low_latency.BF16_DIFF
     with pytest.raises(ep.EpArgumentError, match="hier has none"):
         handle[0]
     buffer.destroy()
@@ -103,26 +104,26 @@ def test_least_worst_case():
         assert "[17, 18, 19, 20] on the ranks" in unequal
 
 
-@pytest.mark.parametrize("form", cases.LOW_LATENCY_FORMATS)
+@pytest.mark.parametrize("form", low_latency.FORMATS)
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize(("world", "routing"), [(2, "uniform"), (4, "holes")])
 def test_low_latency_mode(world, routing, form, hooks):
     tokens = spread(world, 12, 0) if hooks else spread(world, 3, 9)
-    ranks(world).run(cases.low_latency_mode, "cpu", tokens, routing, 2, form, hooks)
+    ranks(world).run(low_latency.low_latency_mode, "cpu", tokens, routing, 2, form, hooks)
 
 
 @pytest.mark.parametrize("routing", ["skewed", "nobody"])
 def test_uneven_low_latency(routing):
-    ranks(4).run(cases.low_latency_mode, "cpu", spread(4, 7), routing, 3, "fp8", True)
+    ranks(4).run(low_latency.low_latency_mode, "cpu", spread(4, 7), routing, 3, "fp8", True)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_two_micro_batches(world):
-    ranks(world).run(cases.two_micro_batches, "cpu")
+    ranks(world).run(low_latency.two_micro_batches, "cpu")
 
 
 def test_hooks_of_all_kinds():
-    for third, twice, lost in ranks(2).run(cases.hooks_of_all_kinds, "cpu"):
+    for third, twice, lost in ranks(2).run(low_latency.hooks_of_all_kinds, "cpu"):
         assert third.startswith("2 calls of this kind are open")
         assert "exchange is" in twice
         assert "exchange is 'closed'" in lost
@@ -141,7 +142,7 @@ def test_rounded_scales_of_what_is_not_finite(value):
 def test_over_torch_distributed():
     with fresh_ranks(2, {"EP_BACKEND_TRANSPORT": "collective"}) as group:
         group.run(cases.normal_mode, "cpu", [7, 12], "holes", 1, None)
-        group.run(cases.low_latency_mode, "cpu", [7, 12], "holes", 1, "fp8", True)
+        group.run(low_latency.low_latency_mode, "cpu", [7, 12], "holes", 1, "fp8", True)
 
 
 def test_between_machines():

@@ -1,6 +1,7 @@
 """The stand-in for DeepEP on GPUs: the jobs of tests/compat, and CUDA graphs."""
 
 import deep_ep_cases as cases
+import deep_ep_low_latency_cases as low_latency
 import elastic_cases
 import gpus
 import pytest
@@ -28,11 +29,13 @@ def test_no_tokens(world):
 
 
 @pytest.mark.parametrize("routing", cases.ROUTINGS)
-@pytest.mark.parametrize("form", cases.LOW_LATENCY_FORMATS)
+@pytest.mark.parametrize("form", low_latency.FORMATS)
 @pytest.mark.parametrize("hooks", [False, True])
 def test_low_latency_mode(world, routing, form, hooks):
     tokens = [64 - 21 * rank for rank in range(world)]
-    ranks(world).run(cases.low_latency_mode, "cuda", tokens, routing, 2, form, hooks, timeout=PATIENCE_S)
+    ranks(world).run(
+        low_latency.low_latency_mode, "cuda", tokens, routing, 2, form, hooks, timeout=PATIENCE_S
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,8 +44,8 @@ def test_low_latency_mode(world, routing, form, hooks):
         cases.normal_details,
         cases.masked_and_reused,
         cases.least_worst_case,
-        cases.two_micro_batches,
-        cases.hooks_of_all_kinds,
+        low_latency.two_micro_batches,
+        low_latency.hooks_of_all_kinds,
         cases.captured,
     ],
 )

@@ -88,22 +88,27 @@ def install(kind):
     sys.modules |= {module.__name__: module for module in (package, comm, mnnvl)}
 
 
+def timed(contender, chosen, rank, tokens):
+    """Prepares ``contender``, exchanges as a bench does, and returns whether the experts' results and the
+    timed ones are right and a changed one is noticed; and the last one."""
+    contender.prepare([workload.make(chosen, rank, tokens, number) for number in range(2)])
+    right = [contender.verify()]
+    for number in (0, 1, 0):
+        out = torch.full((tokens, chosen.hidden), torch.nan, dtype=chosen.result_dtype)
+        contender.dispatch(number)
+        contender.combine(out)
+        right.append(contender.accepts(number, out))
+        out[-1, -1] += 1
+        right.append(not contender.accepts(number, out))
+    return right, out
+
+
 def exchange_job(rank, group, kind, chosen):
-    """Whether the experts' results and the timed ones are right, and whether a wrong one is noticed."""
     install(globals()[kind])
     contender = flashinfer.FlashInfer(chosen)
     right = []
     for tokens in chosen.tokens:
-        inputs = [workload.make(chosen, rank, tokens, number) for number in range(2)]
-        contender.prepare(inputs)
-        right.append(contender.verify())
-        for number in (0, 1, 0):
-            out = torch.full((tokens, chosen.hidden), torch.nan, dtype=chosen.result_dtype)
-            contender.dispatch(number)
-            contender.combine(out)
-            right.append(contender.accepts(number, out))
-            out[-1, -1] += 1
-            right.append(not contender.accepts(number, out))
+        right += timed(contender, chosen, rank, tokens)[0]
     return right, contender.details()
 
 
@@ -136,18 +141,12 @@ def test_what_flashinfer_cannot_exchange(more, words):
 
 
 def all_to_all_job(rank, group, chosen):
-    """Whether everything is right, whether a sum that is left out is noticed, and how many rows came."""
+    """As `timed`, whether a sum that is left out is noticed, and how many rows came."""
     contender = contenders.start("gloo_all_to_all", chosen)
     right, came = [], []
     for tokens in chosen.tokens:
-        inputs = [workload.make(chosen, rank, tokens, number) for number in range(2)]
-        contender.prepare(inputs)
-        right.append(contender.verify())
-        for number in (0, 1, 0):
-            out = torch.full((tokens, chosen.hidden), torch.nan, dtype=chosen.result_dtype)
-            contender.dispatch(number)
-            contender.combine(out)
-            right.append(contender.accepts(number, out))
+        answers, out = timed(contender, chosen, rank, tokens)
+        right += answers
         came.append(len(contender.received()[0]))
         contender.results[0][:1] = 0
         contender.combine(out)
@@ -164,7 +163,7 @@ def test_all_to_all_exchanges_and_is_checked(more):
     chosen = settings(ranks=3, tokens=(1, 40), **more)
     answers = ranks(3).run(all_to_all_job, chosen)
     for right, _ in answers:
-        assert right == [True] * 10
+        assert right == [True] * 16
     of_ranks = [came for _, came in answers]
     if more.get("routing"):
         assert of_ranks == [[3, 120], [0, 0], [0, 0]]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ep_backend.compat.deep_ep.checks import (
+    INDEX,
     check,
     check_bias,
     check_flags,
@@ -432,7 +433,7 @@ class Buffer:
         bfloat16 on its way; the sum of these is rounded once more.
         """
         shape = _shape(handle)
-        check("topk_idx", topk_idx, (None, shape.top_k), (torch.int64, torch.int32))
+        check("topk_idx", topk_idx, (None, shape.top_k), INDEX)
         tokens, local = len(topk_idx), shape.num_experts // self.group_size
         check("topk_weights", topk_weights, (tokens, shape.top_k), (torch.float32,))
         check("x", x, (local, self.group_size * shape.tokens, shape.hidden), (torch.bfloat16,))

@@ -10,6 +10,8 @@ import torch
 from ep_backend.config import MAX_TOP_K
 from ep_backend.errors import EpArgumentError
 
+INDEX = (torch.int64, torch.int32)  # dtypes of expert ids
+
 
 def check_whole(name: str, value: Any, least: int = 0) -> int:
     """``value`` as an int: one of at least ``least``, or what stands for one, as numpy's do; no bool."""
@@ -41,7 +43,7 @@ def check(name: str, t: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.
 
 def check_ids(topk_idx: Any, tokens: int | None = None) -> torch.Tensor:
     """``topk_idx``: [tokens, top_k] int64 or int32, at most 16 experts for a token."""
-    check("topk_idx", topk_idx, (tokens, None), (torch.int64, torch.int32))
+    check("topk_idx", topk_idx, (tokens, None), INDEX)
     ids: torch.Tensor = topk_idx
     if ids.shape[1] > MAX_TOP_K:
         raise EpArgumentError(
