@@ -65,9 +65,11 @@ def prepare_nccl(group: dist.ProcessGroup | None, device: torch.device) -> list[
     here. Collective. Raises EpConfigError on all ranks as `ep_backend.select.decide` does.
     """
     records = _tried_out(group, device, rendezvous.gather(group, probe(device)))
-    without = {name: text for name, text in records[0].environment.items() if name != "EP_BACKEND_TRANSPORT"}
-    first = msgspec.structs.replace(records[0], environment=without)
-    apply_env(decide([first, *records[1:]], available=available(device)))
+    free = []
+    for record in records:
+        environment = {k: text for k, text in record.environment.items() if k != "EP_BACKEND_TRANSPORT"}
+        free.append(msgspec.structs.replace(record, environment=environment))
+    apply_env(decide(free, available=available(device)))
     return records
 
 

@@ -20,7 +20,8 @@ STANDS_IN = f"ep_backend stands in for the module {NAME} in this process"
 
 def provide_deep_ep() -> None:
     """Make ``import deep_ep`` give `ep_backend.compat.deep_ep` in this process, from now on, and its modules
-    those of ours. Idempotent.
+    those of ours, and so in the processes that it starts through multiprocessing, from their beginning:
+    they take over ``sys.path``, which gets a folder for that at its end. Idempotent.
 
     Call it before anything imports ``deep_ep``. Raises EpConfigError if DeepEP itself is installed, or a
     module of its name has been imported: nobody shall believe to run the one and run the other.
@@ -37,6 +38,8 @@ def provide_deep_ep() -> None:
     for each in pkgutil.iter_modules(package.__path__):
         sys.modules[f"{NAME}.{each.name}"] = importlib.import_module(f"{_PACKAGE}.{each.name}")
     sys.modules[NAME] = package
+    if CHILDREN not in sys.path:
+        sys.path.append(CHILDREN)
 
 
 def _in_the_way() -> str | None:

@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 
-from ep_backend.compat import CHILDREN, STANDS_IN, provide_deep_ep
+from ep_backend.compat import STANDS_IN, provide_deep_ep
 from ep_backend.errors import EpConfigError
 
 USAGE = """usage: python -m ep_backend.compat script.py [arguments]
@@ -29,7 +29,6 @@ def main(arguments: list[str]) -> None:
     except EpConfigError as error:
         raise SystemExit(f"ep_backend: {error}") from None
     print(STANDS_IN, file=sys.stderr)
-    sys.path.append(CHILDREN)
     sys.argv = target
     if module:
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)

@@ -322,6 +322,19 @@ def test_it_stands_in_for_the_module():
     assert done.returncode == 0, done.stderr
 
 
+def test_processes_started_from_it_find_the_module_by_themselves():
+    """Engines ask for it in their workers before they call plug-ins there."""
+    text = (
+        "import importlib, multiprocessing\n"
+        "start = multiprocessing.get_context('spawn').Process\n"
+        "process = start(target=importlib.import_module, args=('deep_ep.buffer',))\n"
+        "process.start()\nprocess.join()\nassert process.exitcode == 0"
+    )
+    done = run_python(ASKED + text, EP_BACKEND_PROVIDE_DEEP_EP="1")
+    assert done.returncode == 0, done.stderr
+    assert "No module named 'deep_ep'" in run_python(ASKED + text).stderr
+
+
 def test_a_folder_of_the_name_is_not_the_module(tmp_path):
     (tmp_path / "deep_ep").mkdir()
     before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"

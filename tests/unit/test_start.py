@@ -15,6 +15,7 @@ from exchange import check_steps, one_by_one, run_steps, step
 from harness import fresh_ranks, ranks
 
 import ep_backend as ep
+from ep_backend.communicator import prepare_nccl
 from ep_backend.nvml import Link
 from ep_backend.probe import Record
 from ep_backend.rendezvous import within
@@ -211,6 +212,16 @@ def test_environment(name, texts):
     for message, _ in answers:
         assert name in message or texts[0] in message, message
     check_steps(CONFIG, STEPS, [results for _, results in answers])
+
+
+def prepared_job(rank, group):
+    """That a transport is asked for on all ranks, one that these tensors have not, does not matter yet."""
+    with mock.patch.dict(os.environ, {"EP_BACKEND_TRANSPORT": "peer"}):
+        return len(prepare_nccl(group, torch.device("cpu")))
+
+
+def test_nccl_is_prepared_whatever_transport_is_asked_for():
+    assert ranks(3).run(prepared_job) == [3] * 3
 
 
 def broken_job(rank, group, target, transport, culprit):
