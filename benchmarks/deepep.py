@@ -9,7 +9,7 @@ of an earlier dispatch) and tests/test_low_latency.py, bf16 and fp8. It is timed
 as by `ep-backend bench` (docs/benchmarking.md): libraries take turns, a time is that of the slowest rank.
 Low-latency round trips are in CUDA graphs, normal mode is not. Exit status 1: a result was wrong.
 
-Not yet run on several GPUs, nor beside DeepEP itself.
+Not yet run beside DeepEP itself.
 """
 
 import argparse
