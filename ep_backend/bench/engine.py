@@ -141,8 +141,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: measured; 1: a server or a client failed: the end of its log is shown, and what was measured before.
-    Raises EpConfigError."""
+    """0: measured; 1: a server or a client failed: the end of its log is shown. What was measured before is
+    published all the same, and if the run is interrupted. Raises EpConfigError."""
     console = Console()
     shape = models.parse(args.shape) if args.shape is not None else None
     if shape is None and not (args.model / "config.json").is_file():
@@ -168,8 +168,13 @@ def run(args: argparse.Namespace) -> int:
     except EpError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         status = 1
-    if not bench.results:
-        return status
+    finally:  # also of a run that is interrupted
+        if bench.results:
+            _publish(bench, args, console)
+    return status
+
+
+def _publish(bench: Bench, args: argparse.Namespace, console: Console) -> None:
     summaries, title = summary.summarise(bench.results), bench.title()
     console.print(summary.table(summaries, title))
     if bench.traces:
@@ -181,7 +186,6 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot.write(summaries, title, args.plot)
         console.print(f"wrote {args.plot}", highlight=False)
-    return status
 
 
 class Bench:

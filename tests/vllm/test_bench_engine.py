@@ -327,6 +327,8 @@ def servings(monkeypatch):
             return [{"text": " end"} for _ in prompts]
 
         def measure(self, load):
+            if load.concurrency == 16:
+                raise KeyboardInterrupt
             measured = {"completed": load.num_prompts, "failed": 0, "duration_s": 1.0}
             for metric in ("ttft", "tpot", "itl"):
                 measured |= {f"{metric}_median_ms": self._tpot, f"{metric}_p99_ms": self._tpot}
@@ -389,6 +391,18 @@ def test_traces_are_recorded_and_a_failure_keeps_what_was_measured(tmp_path, ser
     assert [result["concurrency"] for result in document["results"]] == [4, 8]
     (step,) = document["traces"]
     assert (step["backend"], step["concurrency"], step["communication_us"]) == ("ep_backend", 4, 100.0)
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, servings, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    json_file = tmp_path / "result.json"
+    command = ["bench-engine", "--model", str(tmp_path), "--device", "cpu", "--json", str(json_file)]
+    assert main([*command, "--concurrency", "16,4"]) == 128 + signal.SIGINT
+    assert servings
+    assert not json_file.exists()
+    assert main([*command, "--concurrency", "4,16"]) == 128 + signal.SIGINT
+    assert [result["concurrency"] for result in json.loads(json_file.read_text())["results"]] == [4]
+    assert "wrote" in capsys.readouterr().out
 
 
 def test_a_model_keeps_its_weights_and_completes_prompts(tmp_path, servings):
