@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1
 index=$2
-read -ra parts <<<"${EP_CHECK:-sanitizers wheel cuda install protocol abi seam stress}"
+read -ra parts <<<"${EP_CHECK:-sanitizers kernels wheel cuda install protocol abi seam stress}"
 passed=0
 failed=()
 
@@ -31,6 +31,8 @@ finish() {
 check_protocol() { finish protocol; }
 
 check_sanitizers() { scripts/sanitizers.sh "$bin/python"; }
+
+check_kernels() { scripts/kernels_on_cpu.sh; }
 
 # Built as a user would build it, isolated, and with NVIDIA's compiler from its wheels: the next three parts check the result.
 check_wheel() {

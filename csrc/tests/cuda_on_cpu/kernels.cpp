@@ -1,0 +1,307 @@
+// What the CUDA kernels do, on a CPU: see emulator.h. The ranks are threads. Bulk copies are not emulated.
+#include <cstdio>
+#include <random>
+#include <string>
+
+#include "../../kernels/cuda/exchange.h"
+#include "../../kernels/cuda/layouts.h"
+
+namespace ep::cuda {
+
+cudaError_t launch_dispatch_bulk(const View&, const DispatchArgs&, Launch) {
+    throw std::logic_error("bulk copies are not emulated");
+}
+cudaError_t launch_combine_bulk(const View&, const CombineArgs&, Launch) {
+    throw std::logic_error("bulk copies are not emulated");
+}
+int dispatch_bulk_blocks_per_sm() {
+    return 0;
+}
+int combine_bulk_blocks_per_sm() {
+    return 0;
+}
+
+namespace {
+
+using Bytes = std::vector<uint4>;  // aligned
+
+Bytes bytes(int64_t count) {
+    return Bytes(static_cast<size_t>(count / 16 + 1));
+}
+template <class T>
+T* as(Bytes& b) {
+    return reinterpret_cast<T*>(b.data());
+}
+
+struct Case {
+    int world, tokens, hidden, top_k, experts;
+    int64_t max_blocks;
+    bool host;  // windows in host memory
+    int stagger;
+};
+
+struct Member {
+    Bytes window, copies;
+    std::unique_ptr<Exchange> exchange;
+    WindowLayout layout;
+
+    // What a dispatch has received: rows of this rank's window, or of its copy of that.
+    const char* rows(int64_t channel) {
+        if (copies.empty()) return as<char>(window) + layout.row(channel, 0);
+        return as<char>(copies) + channel * layout.copy_bytes() + layout.row(channel, 0) -
+               layout.channel(channel);
+    }
+};
+
+// Exchanges of all ranks over windows of this process.
+std::vector<Member> members(const Case& c, int64_t timeout_us) {
+    const ExchangeShape shape{c.world, c.top_k, c.tokens, c.hidden * 2, 0, c.hidden * 2, 64, 2, 0};
+    const WindowLayout layout = WindowLayout::make(shape);
+    std::vector<Member> ranks(static_cast<size_t>(c.world));
+    std::vector<char*> windows;
+    for (Member& m : ranks) {
+        m.layout = layout;
+        m.window = bytes(layout.total);
+        windows.push_back(as<char>(m.window));
+        if (c.host) m.copies = bytes(2 * layout.copy_bytes());
+    }
+    std::vector<int32_t> owners;
+    for (int e = 0; e < c.experts; ++e) owners.push_back(e % c.world);
+    for (int r = 0; r < c.world; ++r) {
+        Settings s{shape,        r,       c.hidden, DType::kBF16, DType::kBF16, false, -1, 0, timeout_us,
+                   c.max_blocks, nullptr, {},       false,        c.stagger,    1.0};
+        if (c.host) s.copies = as<char>(ranks[static_cast<size_t>(r)].copies);
+        ranks[static_cast<size_t>(r)].exchange = std::make_unique<Exchange>(s, owners, windows);
+    }
+    return ranks;
+}
+
+struct Tokens {
+    int count;
+    std::vector<uint16_t> x;
+    std::vector<int32_t> ids;
+    std::vector<float> weights;
+};
+
+Tokens make(const Case& c, int rank, int slots, unsigned seed) {
+    std::mt19937 random(seed * 100 + static_cast<unsigned>(rank));
+    Tokens t;
+    t.count = static_cast<int>(random() % static_cast<unsigned>(slots + 1));
+    for (int i = 0; i < t.count * c.hidden; ++i)
+        t.x.push_back(float_to_bf16(static_cast<float>(random() % 64) / 8 - 4));
+    for (int i = 0; i < t.count; ++i) {
+        std::vector<int32_t> all;
+        for (int e = 0; e < c.experts; ++e) all.push_back(e);
+        std::shuffle(all.begin(), all.end(), random);
+        for (int k = 0; k < c.top_k; ++k) t.ids.push_back(random() % 8 ? all[static_cast<size_t>(k)] : -1);
+    }
+    for (int i = 0; i < t.count * c.top_k; ++i) t.weights.push_back(static_cast<float>(random()) / 4e9f);
+    return t;
+}
+
+float result(float x, int expert) {
+    return bf16_to_float(float_to_bf16(x * static_cast<float>(expert + 1)));
+}
+
+std::vector<uint16_t> wanted(const Case& c, const Tokens& t) {
+    std::vector<uint16_t> out;
+    for (int i = 0; i < t.count; ++i)
+        for (int h = 0; h < c.hidden; ++h) {
+            float total = 0;
+            for (int r = 0; r < c.world; ++r) {
+                float sum = 0;
+                for (int k = 0; k < c.top_k; ++k) {
+                    const int at = i * c.top_k + k, e = t.ids[static_cast<size_t>(at)];
+                    if (e < 0 || e % c.world != r) continue;
+                    const float x = bf16_to_float(t.x[static_cast<size_t>(i * c.hidden + h)]);
+                    sum = std::fma(t.weights[static_cast<size_t>(at)], result(x, e), sum);
+                }
+                total += bf16_to_float(float_to_bf16(sum));
+            }
+            out.push_back(float_to_bf16(total));
+        }
+    return out;
+}
+
+#define EXPECT(condition) \
+    if (!(condition))     \
+    throw std::runtime_error(std::string(__FILE__ ":") + std::to_string(__LINE__) + ": " #condition)
+
+// What a rank does: rows by expert, and the weighted sums of their results back.
+void rank_of(const Case& c, int rank, Member& member, std::string& wrong) try {
+    Exchange& exchange = *member.exchange;
+    const int experts = (c.experts - rank + c.world - 1) / c.world;
+    std::vector<int16_t> local;
+    for (int e = 0; e < c.experts; ++e)
+        local.push_back(static_cast<int16_t>(e % c.world == rank ? e / c.world : -1));
+    for (unsigned number = 0; number < 6; ++number) {
+        const int slots = number == 3 ? 1 : c.tokens, count = c.world * slots, channel = number % 2;
+        Tokens t = make(c, rank, slots, number);
+        std::vector<int32_t> ids(static_cast<size_t>(count * c.top_k)), sources(static_cast<size_t>(c.world));
+        std::vector<float> weights(static_cast<size_t>(count * c.top_k));
+        DispatchArgs d{};
+        d.x = reinterpret_cast<const char*>(t.x.data());
+        d.ids = t.ids.data();
+        d.weights = t.weights.data();
+        d.out_ids = ids.data();
+        d.out_weights = weights.data();
+        d.tokens_per_source = sources.data();
+        d.plan.slots = slots;
+        d.tokens = t.count;
+        d.x_type = DType::kBF16;
+        d.send = true;
+        d.receive = number % 3 != 1;
+        exchange.dispatch(channel, d, nullptr);
+        if (!d.receive) {
+            d.send = false, d.receive = true;
+            exchange.dispatch(channel, d, nullptr);
+        }
+        EXPECT(exchange.error().status == Status::kOk);
+        EXPECT(sources[static_cast<size_t>(rank)] == t.count);
+
+        std::vector<int32_t> places(ids.size(), -7), totals(static_cast<size_t>(experts) + 1),
+            tiles(static_cast<size_t>(kMaxTiles * (experts + 1)));
+        const int64_t row_bytes = c.hidden * 2;
+        Bytes by_expert = bytes(experts * count * row_bytes), scratch = bytes(count * row_bytes);
+        IndexArgs index{};
+        index.slots = {ids.data(), weights.data(), local.data(), count, c.top_k, experts};
+        index.tile_counts = tiles.data();
+        index.places = places.data();
+        index.totals = totals.data();
+        index.by_expert = true;
+        GatherArgs gather{};
+        gather.slots = index.slots;
+        gather.places = places.data();
+        gather.rows = member.rows(channel);
+        gather.out_rows = as<char>(by_expert);
+        gather.row_bytes = row_bytes;
+        gather.places_per_slot = c.top_k;
+        launch_index(index, 4, nullptr);
+        launch_gather(gather, 4, nullptr);
+        std::vector<int> next(static_cast<size_t>(experts));
+        for (int entry = 0; entry < count * c.top_k; ++entry) {
+            const int id = ids[static_cast<size_t>(entry)], place = places[static_cast<size_t>(entry)];
+            const int e = id < 0 ? -1 : local[static_cast<size_t>(id)];
+            EXPECT(place == (e < 0 ? -1 : e * count + next[static_cast<size_t>(e)]++));
+        }
+        for (int e = 0; e < experts; ++e)
+            EXPECT(totals[static_cast<size_t>(e)] == next[static_cast<size_t>(e)]);
+        auto* y = as<uint16_t>(by_expert);
+        for (int e = 0; e < experts; ++e)
+            for (int row = 0; row < count; ++row)
+                for (int h = 0; h < c.hidden; ++h) {
+                    uint16_t& at = y[(static_cast<int64_t>(e) * count + row) * c.hidden + h];
+                    at = row < next[static_cast<size_t>(e)]
+                             ? float_to_bf16(result(bf16_to_float(at), e * c.world + rank))
+                             : uint16_t{0x7FC0};  // NaN: nobody reads it
+                }
+
+        launch_return({as<char>(by_expert), as<char>(scratch), places.data(), weights.data(), count, c.top_k,
+                       c.hidden, 0, DType::kBF16, DType::kBF16},
+                      4, nullptr);
+        if (number == 2 || number == 4) continue;  // left open: the next dispatch on the channel closes it
+        const std::vector<uint16_t> want = wanted(c, t);
+        std::vector<uint16_t> out(want.size() + 1);
+        CombineArgs back{};
+        back.y = as<char>(scratch);
+        back.out = reinterpret_cast<char*>(out.data());
+        back.plan.slots = slots;
+        back.y_type = DType::kBF16;
+        back.send = true, back.receive = number % 3 != 1;
+        exchange.combine(channel, back, nullptr);
+        if (!back.receive) {
+            back.send = false, back.receive = true;
+            exchange.combine(channel, back, nullptr);
+        }
+        out.resize(want.size());
+        EXPECT(out == want);
+        EXPECT(exchange.error().status == Status::kOk);
+    }
+} catch (const std::exception& error) {
+    wrong = "rank " + std::to_string(rank) + ": " + error.what();
+}
+
+int run(const Case& c) {
+    std::vector<Member> all = members(c, 20'000'000);
+    std::vector<std::string> wrong(all.size());
+    std::vector<std::thread> ranks;
+    for (size_t r = 0; r < all.size(); ++r)
+        ranks.emplace_back([&, r] { rank_of(c, static_cast<int>(r), all[r], wrong[r]); });
+    for (std::thread& rank : ranks) rank.join();
+    int failed = 0;
+    for (const std::string& text : wrong) {
+        failed |= !text.empty();
+        if (!text.empty()) std::printf("%s\n", text.c_str());
+    }
+    std::printf("world %d, T %d, hidden %d, top-%d of %d, %d blocks%s%s: %s\n", c.world, c.tokens, c.hidden,
+                c.top_k, c.experts, static_cast<int>(c.max_blocks), c.host ? ", host" : "",
+                c.stagger ? ", staggered" : "", failed ? "FAILED" : "passed");
+    std::fflush(stdout);
+    return failed;
+}
+
+// Rank 0 dispatches `first` slots and rank 1 `second`; rank 2 does not come, if there is one. What stopped
+// each.
+std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int second) {
+    std::vector<Member> all = members(c, timeout_us);
+    std::vector<std::thread> ranks;
+    for (size_t r = 0; r < 2; ++r)
+        ranks.emplace_back([&, r] {
+            const int slots = r == 0 ? first : second;
+            Tokens t = make(c, static_cast<int>(r), slots, 1);
+            std::vector<int32_t> ids(static_cast<size_t>(c.world * slots * c.top_k)), sources(all.size());
+            std::vector<float> weights(ids.size());
+            DispatchArgs d{};
+            d.x = reinterpret_cast<const char*>(t.x.data());
+            d.ids = t.ids.data();
+            d.weights = t.weights.data();
+            d.out_ids = ids.data();
+            d.out_weights = weights.data();
+            d.tokens_per_source = sources.data();
+            d.plan.slots = slots;
+            d.tokens = t.count;
+            d.x_type = DType::kBF16;
+            d.send = d.receive = true;
+            all[r].exchange->dispatch(0, d, nullptr);
+        });
+    for (std::thread& rank : ranks) rank.join();
+    return {all[0].exchange->error(), all[1].exchange->error()};
+}
+
+int faults() {
+    int failed = 0;
+    auto check = [&failed](bool right, const char* what) {
+        failed += !right;
+        std::printf("%s: %s\n", what, right ? "passed" : "FAILED");
+        std::fflush(stdout);
+    };
+    const std::vector<ErrorWord> differ = stopped({2, 8, 64, 3, 8, 4, false, 0}, 20'000'000, 5, 8);
+    bool right = true;
+    for (const ErrorWord& e : differ)
+        right &= e.status == Status::kSlotsDiffer ||
+                 (e.status == Status::kAborted && e.cause == Status::kSlotsDiffer);
+    check(right, "ranks that give different T are told");
+    const std::vector<ErrorWord> alone = stopped({3, 8, 64, 3, 8, 4, false, 0}, 3'000'000, 8, 8);
+    right = false;
+    for (const ErrorWord& e : alone) right |= e.status == Status::kTimeout && (e.missing[0] >> 2 & 1);
+    for (const ErrorWord& e : alone) right &= e.status == Status::kTimeout || e.status == Status::kAborted;
+    check(right, "a rank that does not come is named");
+    return failed;
+}
+
+}  // namespace
+}  // namespace ep::cuda
+
+int main() {
+    using ep::cuda::Case;
+    const Case cases[] = {
+        {1, 3, 64, 2, 3, 2, false, 0},   {2, 5, 64, 3, 8, 4, false, 0},   {2, 40, 264, 4, 9, 3, false, 0},
+        {3, 9, 128, 8, 16, 2, false, 0}, {2, 5, 64, 3, 8, 4, true, 0},    {3, 7, 64, 2, 7, 3, true, 0},
+        {4, 5, 64, 3, 8, 2, false, 2},   {2, 150, 32, 2, 5, 3, false, 0},
+    };
+    int failed = 0;
+    for (const Case& c : cases) failed += ep::cuda::run(c);
+    failed += ep::cuda::faults();
+    std::printf("%d failed\n", failed);
+    return failed != 0;
+}
