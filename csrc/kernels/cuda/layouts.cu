@@ -69,6 +69,13 @@ __device__ int list_of(const ReceivedSlots& s, int entry) {
     }
 }
 
+// One tile's places need no counts of others. How many slots have a row at all is then not counted: nobody
+// who wants rows by expert asks.
+template <bool kByExpert>
+__host__ __device__ bool is_counted_alone(const Tiles& tiles) {
+    return kByExpert && tiles.count == 1;
+}
+
 // The place of an entry is the number of entries before it in its list: those of tiles before, of warps
 // before it in the tile, of its warp so far, and of lanes before it.
 template <bool kByExpert>
@@ -109,12 +116,17 @@ __global__ void __launch_bounds__(kThreads)
             __syncwarp();
             if (i < warp_end) a.places[i] = list < 0 || at >= s.count ? -1 : list * s.count + at;
         }
-        if (tile == tiles.count - 1)
+        if (is_counted_alone<kByExpert>(tiles)) {  // the last warp has moved on behind all entries
+            __syncthreads();
+            for (int e = threadIdx.x; e < lists; e += kThreads)
+                a.totals[e] = min(next[(kWarps - 1) * lists + e], s.count);
+        } else if (tile == tiles.count - 1) {
             for (int e = threadIdx.x; e < columns; e += kThreads) {
                 int total = 0;
                 for (int t = 0; t < tiles.count; ++t) total += a.tile_counts[t * columns + e];
                 a.totals[e] = min(total, s.count);
             }
+        }
         __syncthreads();  // next is used again
     }
 }
@@ -292,8 +304,10 @@ cudaError_t launch_index(const IndexArgs& a, int blocks, cudaStream_t stream) {
     const Tiles tiles = Tiles::of(a.slots.count);
     blocks = std::min(tiles.count, blocks);
     const int64_t columns = a.slots.experts + 1;
-    const cudaError_t counted = launch(count_kernel, ordinary(blocks, stream, columns * 4), a, tiles);
-    if (counted != cudaSuccess) return counted;
+    if (!(a.by_expert && is_counted_alone<true>(tiles))) {
+        const cudaError_t counted = launch(count_kernel, ordinary(blocks, stream, columns * 4), a, tiles);
+        if (counted != cudaSuccess) return counted;
+    }
     const int64_t lists = a.by_expert ? a.slots.experts : 1;
     return launch(a.by_expert ? place_kernel<true> : place_kernel<false>,
                   ordinary(blocks, stream, kWarps * lists * 4), a, tiles);

@@ -30,7 +30,8 @@ struct IndexArgs {
     ReceivedSlots slots;
     int32_t* tile_counts;  // scratch, [kMaxTiles, experts + 1]
     int32_t* places;       // [count, 1 or top_k]
-    int32_t* totals;       // [experts + 1]: rows of each expert; then slots that have any expert of this rank
+    // [experts + 1]: rows of each expert; then, unless by_expert, slots that have any expert of this rank.
+    int32_t* totals;
     bool by_expert;
 };
 
