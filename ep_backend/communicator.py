@@ -329,17 +329,18 @@ class Communicator:
         return received
 
     @_not_traced
-    def received_ids(self, handle: Handle) -> torch.Tensor | None:
-        """Whose rows came, in the expert-major layout: [world * T, top_k] int32, a copy of the ids that were
-        dispatched, token t of source s in row s * T + t; -1 in slots without an expert of this rank.
+    def received_places(self, handle: Handle) -> torch.Tensor | None:
+        """Where the rows of each slot stand in the expert-major layout: [world * T, top_k] int32, token t of
+        source s in row s * T + t. ``expert * world * T + i``: it is the i-th row of this rank's ``expert``;
+        -1: the choice is none of this rank's experts. It stays as it is for as long as it lives.
 
         None where the transport does not keep them (hier). ``EpConfig.expert_ids`` must be "global". Raises
         EpArgumentError otherwise, and in another layout.
         """
         self._expect(handle, "received")
         if self.config.layout != "expert_major" or self.config.expert_ids != "global":
-            raise EpArgumentError("received_ids is for the layout expert_major with global expert_ids")
-        return self._transport.received_ids(handle.channel, handle.tokens_per_rank)
+            raise EpArgumentError("received_places is for the layout expert_major with global expert_ids")
+        return self._transport.received_places(handle.channel, handle.tokens_per_rank)
 
     @_not_traced
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:

@@ -14,6 +14,7 @@ from ep_backend import _native
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpError, EpProtocolError, EpTimeoutError
+from ep_backend.places import local_numbers, places
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Transport(ABC):
     @abstractmethod
     def destroy(self) -> None: ...
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor | None:
-        """As ``Communicator.received_ids``."""
+    def received_places(self, channel: int, slots: int) -> torch.Tensor | None:
+        """As ``Communicator.received_places``."""
         return None
 
     # Both halves at once; a transport that has a better way than one after the other says so.
@@ -183,12 +184,13 @@ class NativeExchange:
         self._free()
         self.__dict__.pop("_views", None)  # tensors that were handed out keep the window, nothing else does
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
-        """The ids of all slots, [world * T, top_k], as the configuration wants them."""
+    def received_places(self, channel: int, slots: int) -> torch.Tensor:
+        """As ``Communicator.received_places``."""
         ids = torch.empty(self.world * slots, self.config.top_k, dtype=torch.int32)
         weights = torch.empty_like(ids, dtype=torch.float32)
         ops.dispatch_read(self.handle, channel, LAYOUTS["rank_major"], None, None, ids, weights)
-        return ids
+        ids.masked_fill_(ids == self.config.pad_id, -1)
+        return places(ids, local_numbers(self.config.expert_ranks(self.world), self.rank))
 
     def received(self, channel: int, slots: int, out: torch.Tensor | None = None) -> Received:
         """The received rows in the layout of the configuration, after all of them have come. ``out``: where

@@ -12,7 +12,6 @@ for the GPU to know how many, and cannot be captured.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from ep_backend import _native, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError
+from ep_backend.places import local_numbers
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
@@ -158,9 +158,9 @@ class GpuTransport(Transport):
         call = DispatchCall(channel, nothing, None, empty.int(), empty, slots)
         return self._dispatch(call, send=False, rows=rows)
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
+    def received_places(self, channel: int, slots: int) -> torch.Tensor:
         assert self._placed is not None
-        return self._placed.metadata(channel, self._world * slots)[0].clone()
+        return self._placed.places[channel]
 
     def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
         self._launch_combine(channel, y, out, send=True, receive=True)
@@ -279,25 +279,26 @@ class GpuTransport(Transport):
 class _PlacedRows:
     """Received rows in a layout other than rank-major, and results back in rank-major rows for combine.
 
-    All scratch memory is allocated here: per slot one row of ``config.sum_dtype``, ids, weights and places.
-    Each channel has its own, as places are needed until combine and channels may be on different streams.
+    All scratch memory is allocated here: per slot one row of ``config.sum_dtype``, ids and weights. Each
+    channel has its own, as weights are needed until combine and channels may be on different streams.
+
+    ``places``: of each channel's last exchange, [its slots, top_k] int32 (compact: [its slots, 1]).
     """
 
     def __init__(self, config: EpConfig, rank: int, world: int, device: torch.device, blocks: int) -> None:
         self._config, self._device, self._blocks = config, device, blocks
         self._by_expert = config.layout == "expert_major"
         numbers = local_numbers(config.expert_ranks(world), rank)
-        self._num_local = sum(n >= 0 for n in numbers)
-        self._local = torch.tensor(numbers, dtype=torch.int16, device=device)
+        self._num_local = int((numbers >= 0).sum())
+        self._local = numbers.to(device)
         channels, slots = config.num_channels, world * config.max_tokens_per_rank
-        width = config.top_k if self._by_expert else 1
 
         def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(channels, *shape, dtype=dtype, device=device)
 
         self._ids = scratch(slots, config.top_k, dtype=torch.int32)
         self._weights = scratch(slots, config.top_k, dtype=torch.float32)
-        self._places = scratch(slots, width, dtype=torch.int32).fill_(-1)
+        self.places = [self._ids.new_empty(0)] * channels
         self._tile_counts = scratch(MAX_TILES, self._num_local + 1, dtype=torch.int32)
         self._sums = scratch(slots, config.hidden_size, dtype=config.sum_dtype)
         torch.cuda.synchronize(device)  # later calls may be on other streams
@@ -317,7 +318,9 @@ class _PlacedRows:
         """Rows and scales of a channel's window, [count, ...], copied to their places; behind a dispatch.
         ``into``: memory for the rows there, None for new memory."""
         config, count = self._config, len(rows)
-        metadata, places = self.metadata(channel, count), self._places[channel, :count]
+        metadata = self.metadata(channel, count)
+        width = config.top_k if self._by_expert else 1
+        places = self.places[channel] = metadata[0].new_empty(count, width)
         totals = torch.empty(self._num_local + 1, dtype=torch.int32, device=self._device)
         ops.cuda_index_rows(
             metadata[0],
@@ -358,7 +361,7 @@ class _PlacedRows:
         """The experts' results as combine reads them, [count, hidden] and already of the wire's dtype."""
         weights = self._weights[channel, :count] if self._by_expert else None
         sums = self._sums[channel, :count]
-        ops.cuda_return_rows(y, self._places[channel, :count], weights, self._blocks, sums)
+        ops.cuda_return_rows(y, self.places[channel], weights, self._blocks, sums)
         return sums
 
 
@@ -375,12 +378,6 @@ def window_bytes(config: EpConfig, world: int) -> int:
 def sms(device: torch.device) -> int:
     """Of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def local_numbers(expert_ranks: Sequence[int], rank: int) -> list[int]:
-    """For each expert its number among those of ``rank``, in order of global id; -1: of another rank."""
-    counter = itertools.count()
-    return [next(counter) if r == rank else -1 for r in expert_ranks]
 
 
 def _meeting_config(world: int, timeout_s: float) -> EpConfig:

@@ -1,8 +1,9 @@
 """Low-latency mode: rows by expert, weighted sums.
 
 The top-k weights come only with the combine, but the ranks that hold the experts apply them before rows
-travel back. So a combine is an exchange of its own, whose dispatch brings ids and weights with marker rows.
-The exchange of the dispatch is never combined: the next one on its channel ends it.
+travel back. So a combine is an exchange of its own, in the layout rank-major, whose dispatch brings ids and
+weights with marker rows; where the rows of each of its slots stand is known since the dispatch of the rows.
+That one's exchange is never combined: the next one on its channel ends it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, Usual, sms
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
+from ep_backend.places import local_numbers, places, weighted_sums
 
 CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
@@ -37,26 +39,31 @@ class Shape:
     device: torch.device
 
     def fields(self) -> dict[str, Any]:
-        """Those of EpConfig. Ids stay global, for `LowLatencyHandle`."""
-        blocks = 0 if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
+        """Those of EpConfig."""
+        blocks = self.blocks
         return {
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "hidden_size": self.hidden,
             "out_dtype": torch.bfloat16,
-            "layout": "expert_major",
             "expert_ids": "global",
             "num_channels": CHANNELS,
             "num_sms": Usual(blocks, blocks) if blocks else None,
         }
 
+    @property
+    def blocks(self) -> int:
+        """Of a channel of dispatch or combine; 0 on CPUs."""
+        return 0 if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
+
 
 def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, Any]:
     """EpConfig of a dispatch: bf16, fp8 by the kernel, or fp8 that is quantised before."""
+    fields = {**shape.fields(), "layout": "expert_major"}
     if rounded:
-        return {**shape.fields(), "payload": torch.float8_e4m3fn}
+        return {**fields, "payload": torch.float8_e4m3fn}
     return {
-        **shape.fields(),
+        **fields,
         "payload": torch.bfloat16,
         "quantization": "fp8_block128" if quantized else None,
     }
@@ -69,16 +76,16 @@ def combine_fields(shape: Shape) -> dict[str, Any]:
 
 class LowLatencyHandle(Sequence[Any]):
     """As DeepEP's: (src_info, layout_range, T, hidden, num_experts). The first two are computed when they are
-    asked for; combine does not need them.
+    asked for.
 
     ``src_info``: [local experts, ranks * T] int32, the token of its source that a row is; beyond the count,
-    anything. ``layout_range``: [local experts, ranks] int64, ``first << 32 | count`` of each source's rows.
+    -1. ``layout_range``: [local experts, ranks] int64, ``first << 32 | count`` of each source's rows.
     """
 
-    def __init__(self, shape: Shape, rank: int, world: int) -> None:
-        self.shape, self._rank, self._world = shape, rank, world
-        self.ids: torch.Tensor | None = None
-        """[ranks * T, top_k]; None until the rows have come, and with transport hier."""
+    def __init__(self, shape: Shape, world: int) -> None:
+        self.shape, self._world = shape, world
+        self.places: torch.Tensor | None = None
+        """As ``Communicator.received_places``. None until the rows have come, and with transport hier."""
 
     def __len__(self) -> int:
         return 5
@@ -92,16 +99,21 @@ class LowLatencyHandle(Sequence[Any]):
         return (self.shape.tokens, self.shape.hidden, self.shape.num_experts)[place - 2]
 
     def _sources(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.ids is None:
+        if self.places is None:
             raise EpArgumentError(
                 "src_info and layout_range are not known: call the hook first; transport hier has none"
             )
-        tokens, local = self.shape.tokens, self.shape.num_experts // self._world
-        experts = torch.arange(local, device=self.ids.device) + self._rank * local
-        rows = (self.ids == experts[:, None, None]).any(-1)
-        src_info = (rows.logical_not().byte().argsort(dim=1, stable=True) % tokens).int()
-        counts = rows.view(local, self._world, tokens).sum(-1)
-        return src_info, (counts.cumsum(1) - counts) << 32 | counts
+        slots, local = len(self.places), self.shape.num_experts // self._world
+        slot = torch.arange(slots, device=self.places.device)[:, None].expand_as(self.places)
+        # All others write behind the end. No mask: a CUDA graph may hold this.
+        at = torch.where(self.places < 0, local * slots, self.places).long()
+        src_info = torch.full((local * slots + 1,), -1, dtype=torch.int32, device=at.device)
+        src_info.scatter_(0, at.flatten(), (slot % self.shape.tokens).int().flatten())
+        group = at // slots * self._world + slot // self.shape.tokens
+        counts = at.new_zeros((local + 1) * self._world)
+        counts.scatter_add_(0, group.flatten(), torch.ones_like(at).flatten())
+        counts = counts.view(-1, self._world)[:local]
+        return src_info[:-1].view(local, slots), (counts.cumsum(1) - counts) << 32 | counts
 
 
 class LowLatency:
@@ -133,7 +145,7 @@ class LowLatency:
         experts, capacity = shape.num_experts // self._world, self._world * shape.tokens
         channel = member.next_channel()
         call: dict[str, Any] = {"scales": scales, "tokens_per_rank": shape.tokens, "channel": channel}
-        handle = LowLatencyHandle(shape, self._rank, self._world)
+        handle = LowLatencyHandle(shape, self._world)
         # Columns first, as GEMMs with scales of blocks read them.
         columns, dtype = shape.hidden // SCALE_BLOCK, torch.float32
         if use_ue8m0:
@@ -163,7 +175,7 @@ class LowLatency:
                 out_scales.copy_(pack_ue8m0(got.scales) if use_ue8m0 else got.scales)
             if stats is not None:
                 stats.add_(counts)
-            handle.ids = communicator.received_ids(sent)
+            handle.places = communicator.received_places(sent)
 
         result = ((rows, out_scales) if use_fp8 else rows, counts, handle)
         if in_halves:
@@ -176,22 +188,30 @@ class LowLatency:
         x: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        shape: Shape,
+        dispatched: LowLatencyHandle,
         out: torch.Tensor,
         *,
         in_halves: bool,
     ) -> Callable[[], None] | None:
         """As ``Buffer.low_latency_combine``, into ``out``; the second half if ``in_halves``."""
+        shape = dispatched.shape
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
         markers = member.markers(len(ids))
-        _, handle = communicator.dispatch(
+        received, handle = communicator.dispatch(
             markers, ids, weights, tokens_per_rank=shape.tokens, channel=channel
         )
+        assert received.topk_ids is not None
+        assert received.topk_weights is not None
+        at = dispatched.places
+        if at is None:
+            owners = communicator.config.expert_ranks(self._world)
+            at = places(received.topk_ids, local_numbers(owners, self._rank))
+        sums = weighted_sums(x, at, received.topk_weights, x.dtype, shape.blocks)
         if not in_halves:
-            communicator.combine(x, handle, out=out)
+            communicator.combine(sums, handle, out=out)
             return None
-        communicator.combine_send(x, handle)
+        communicator.combine_send(sums, handle)
         return member.hook(channel, lambda: communicator.combine_recv(handle, out=out))
 
     def destroy(self) -> None:
