@@ -90,6 +90,7 @@ if HAS_CUDA:
         "cuda_combine",
         "cuda_index_rows",
         "cuda_gather_rows",
+        "cuda_sort_rows",
         "cuda_return_rows",
     )
 

@@ -17,6 +17,7 @@ from ep_backend import _native, env, rendezvous, tuned
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, nodes, parts, unchecked
+from ep_backend.places import Placed
 from ep_backend.probe import Record, probe
 from ep_backend.select import Decision, apply_env, decide
 from ep_backend.transports import OF_GPUS
@@ -275,23 +276,37 @@ class Communicator:
         return received, handle
 
     @_not_traced
-    def combine(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        placed: tuple[torch.Tensor, torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Send the experts' results back; return their sum for each of this rank's tokens, [M, hidden_size].
 
         ``y``, of the result's dtype or float32: rank-major and compact [R, hidden_size], one row per received
         row, weighted and summed over this rank's experts by the caller (rank-major: rows without a local
         expert are not read); expert-major [local experts, world * T, hidden_size], unweighted. This rank's
         sum for a token is rounded once to ``config.sum_dtype``; the sums are added in float32 in order of
-        rank and rounded once. A token without experts gives zeros. ``out``: where to put the result. Raises
-        EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
+        rank and rounded once. A token without experts gives zeros. ``out``: where to put the result.
+
+        ``placed``, in the rank-major layout: ``y`` is expert-major, the rows of another exchange with the
+        same ids; their places there, as `received_places` gives them, and weights, both [world * T, top_k].
+
+        Raises EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
         exchange.
         """
         self._expect(handle, "received")
         out = self._check_out(handle, out)
-        y = self._check_results(y, handle)
+        y, places = self._check_results(y, handle, placed)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
-        self._transport.combine(handle.channel, y, out)
+        if places is None:
+            self._transport.combine(handle.channel, y, out)
+        else:
+            self._transport.combine_placed(handle.channel, y, places, out)
         return out
 
     @_not_traced
@@ -343,10 +358,20 @@ class Communicator:
         return self._transport.received_places(handle.channel, handle.tokens_per_rank)
 
     @_not_traced
-    def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
+    def combine_send(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        placed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """First half of ``combine``. The received rows must not be read any more."""
         self._expect(handle, "received")
-        self._transport.combine_send(handle.channel, self._check_results(y, handle))
+        y, places = self._check_results(y, handle, placed)
+        if places is None:
+            self._transport.combine_send(handle.channel, y)
+        else:
+            self._transport.combine_send_placed(handle.channel, y, places)
         handle.state = "returned"
 
     @_not_traced
@@ -488,15 +513,30 @@ class Communicator:
         self._handles[call.channel] = handle
         return handle
 
-    def _check_results(self, y: torch.Tensor, handle: Handle) -> torch.Tensor:
+    def _check_results(
+        self, y: torch.Tensor, handle: Handle, placed: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, Placed | None]:
         config, capacity = self.config, self.world_size * handle.tokens_per_rank
+        layout = config.layout
+        if placed is not None:
+            if layout != "rank_major":
+                raise EpArgumentError("placed is for the layout rank_major: others know where their rows are")
+            layout = "expert_major"
+            for name, tensor, dtype in zip(
+                ("places", "weights"), placed, (torch.int32, torch.float32), strict=True
+            ):
+                self._check(name, tensor, (capacity, config.top_k), (dtype,))
         lead = {
             "rank_major": (capacity,),
             "compact": (handle.num_rows,),
             "expert_major": (len(self.local_experts), capacity),
-        }[config.layout]
+        }[layout]
         self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
-        return y.contiguous()
+        y = y.contiguous()
+        if placed is None:
+            return y, None
+        places, weights = placed
+        return y, Placed(places.contiguous(), weights.contiguous(), config.sum_dtype)
 
     def _check_rows(self, rows: torch.Tensor, handle: Handle) -> None:
         config = self.config

@@ -7,6 +7,7 @@ token; N is the number of slots, ranks * T. -1: the slot's choice is none of thi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -34,17 +35,26 @@ def places(ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return torch.where(experts < 0, -1, rows).int()
 
 
+class Placed(NamedTuple):
+    """``places``: [N, top_k] int32. ``weights``: [N, top_k] float32. ``dtype``: of the sums."""
+
+    places: torch.Tensor
+    weights: torch.Tensor
+    dtype: torch.dtype
+
+
 def weighted_sums(
-    y: torch.Tensor, at: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype, blocks: int
+    y: torch.Tensor, at: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """[N, hidden] of ``dtype``: for each slot the sum of its experts' results, in order of k, fused multiply
     and add in float32, rounded once. A slot without a place holds anything.
 
-    ``y``: [local experts, N, hidden], contiguous; rows without a place are not read. ``at``: [N, top_k]
-    int32, their places. ``weights``: [N, top_k] float32. ``blocks``: of the GPU, at most.
+    ``y``: [local experts, N, hidden], contiguous; rows without a place are not read. The rest is that of
+    `Placed`.
     """
     if y.is_cuda:
         sums = torch.empty(len(at), y.shape[-1], dtype=dtype, device=y.device)
+        blocks = torch.cuda.get_device_properties(y.device).multi_processor_count
         ops.cuda_return_rows(y, at, weights, blocks, sums)
         return sums
     rows, total = y.flatten(0, 1), torch.zeros(len(at), y.shape[-1], dtype=torch.float32)

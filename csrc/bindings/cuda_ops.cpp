@@ -51,6 +51,36 @@ cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
     return s;
 }
 
+cuda::IndexArgs index_args(const Tensor& ids, const Tensor& local, bool by_expert, const Tensor& tile_counts,
+                           const Tensor& places, const Tensor& totals) {
+    cuda::IndexArgs a{};
+    a.slots = slots_of(ids, local);
+    a.slots.experts = static_cast<int32_t>(totals.numel() - 1);
+    a.tile_counts = pointer<int32_t>(tile_counts);
+    a.places = pointer<int32_t>(places);
+    a.totals = pointer<int32_t>(totals);
+    a.by_expert = by_expert;
+    return a;
+}
+
+cuda::GatherArgs gather_args(const Tensor& rows, const std::optional<Tensor>& scales,
+                             const cuda::ReceivedSlots& slots, const Tensor& places, const Tensor& out_rows,
+                             const std::optional<Tensor>& out_scales) {
+    cuda::GatherArgs a{};
+    a.slots = slots;
+    a.places = pointer<int32_t>(places);
+    a.rows = pointer<char>(rows);
+    a.row_bytes = rows.size(1) * element_bytes(format_of(rows));
+    a.out_rows = pointer<char>(out_rows);
+    if (scales) {
+        a.scales = pointer<char>(*scales);
+        a.scale_bytes = scales->size(1) * element_bytes(format_of(*scales));
+        a.out_scales = pointer<char>(*out_scales);
+    }
+    a.places_per_slot = static_cast<int32_t>(places.size(1));
+    return a;
+}
+
 }  // namespace
 
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
@@ -163,13 +193,19 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
     check(at(exchange).dispatch(channel, a, current_stream(device)), "dispatch");
 }
 
-void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send,
-                  bool receive, Tensor out) {
+void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Tensor> places,
+                  std::optional<Tensor> weights, std::optional<Tensor> sums, std::vector<int64_t> plan,
+                  bool send, bool receive, Tensor out) {
     const int32_t device = out.get_device_index();
     const DeviceGuard guard(device);
     cuda::CombineArgs a{};
     a.y = static_cast<const char*>(y.data_ptr());
     a.out = static_cast<char*>(out.data_ptr());
+    if (places) {
+        a.places = pointer<int32_t>(*places);
+        a.weights = pointer<float>(*weights);
+        a.sums = pointer<char>(*sums);
+    }
     a.plan = plan_of(plan);
     a.y_type = format_of(y);
     a.send = send;
@@ -187,46 +223,37 @@ int64_t cuda_plan_chunks(int64_t exchange, std::vector<int64_t> plan) {
     return at(exchange).chunks(plan_of(plan));
 }
 
-void cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int64_t blocks, Tensor tile_counts,
-                     Tensor places, Tensor totals) {
+void cuda_index_rows(Tensor ids, Tensor local, int64_t blocks, Tensor tile_counts, Tensor places,
+                     Tensor totals) {
     const int32_t device = ids.get_device_index();
     const DeviceGuard guard(device);
-    cuda::IndexArgs a{};
-    a.slots = slots_of(ids, local);
-    a.slots.experts = static_cast<int32_t>(totals.numel() - 1);
-    a.tile_counts = pointer<int32_t>(tile_counts);
-    a.places = pointer<int32_t>(places);
-    a.totals = pointer<int32_t>(totals);
-    a.by_expert = by_expert;
+    const cuda::IndexArgs a = index_args(ids, local, false, tile_counts, places, totals);
     check(cuda::launch_index(a, static_cast<int>(blocks), current_stream(device)), "finding places for rows");
 }
 
 void cuda_gather_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor weights, Tensor local,
                       Tensor places, bool local_ids, int64_t pad_id, int64_t blocks, Tensor out_rows,
-                      std::optional<Tensor> out_scales, std::optional<Tensor> out_ids,
-                      std::optional<Tensor> out_weights) {
+                      std::optional<Tensor> out_scales, Tensor out_ids, Tensor out_weights) {
     const int32_t device = rows.get_device_index();
     const DeviceGuard guard(device);
-    cuda::GatherArgs a{};
-    a.slots = slots_of(ids, local);
+    cuda::GatherArgs a = gather_args(rows, scales, slots_of(ids, local), places, out_rows, out_scales);
     a.slots.weights = pointer<float>(weights);
-    a.places = pointer<int32_t>(places);
-    a.rows = pointer<char>(rows);
-    a.row_bytes = rows.size(1) * element_bytes(format_of(rows));
-    a.out_rows = pointer<char>(out_rows);
-    if (scales) {
-        a.scales = pointer<char>(*scales);
-        a.scale_bytes = scales->size(1) * element_bytes(format_of(*scales));
-        a.out_scales = pointer<char>(*out_scales);
-    }
-    if (out_ids) {
-        a.out_ids = pointer<int32_t>(*out_ids);
-        a.out_weights = pointer<float>(*out_weights);
-    }
-    a.places_per_slot = static_cast<int32_t>(places.size(1));
+    a.out_ids = pointer<int32_t>(out_ids);
+    a.out_weights = pointer<float>(out_weights);
     a.pad_id = static_cast<int32_t>(pad_id);
     a.local_ids = local_ids;
     check(cuda::launch_gather(a, static_cast<int>(blocks), current_stream(device)), "gathering rows");
+}
+
+void cuda_sort_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor local, int64_t blocks,
+                    Tensor tile_counts, Tensor places, Tensor totals, Tensor out_rows,
+                    std::optional<Tensor> out_scales) {
+    const int32_t device = rows.get_device_index();
+    const DeviceGuard guard(device);
+    const cuda::IndexArgs a = index_args(ids, local, true, tile_counts, places, totals);
+    check(cuda::launch_sort(a, gather_args(rows, scales, a.slots, places, out_rows, out_scales),
+                            static_cast<int>(blocks), current_stream(device)),
+          "sorting rows by expert");
 }
 
 void cuda_return_rows(Tensor y, Tensor places, std::optional<Tensor> weights, int64_t blocks, Tensor rows) {

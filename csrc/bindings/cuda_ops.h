@@ -41,21 +41,27 @@ void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us);
 void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,
                    Tensor weights, std::optional<Tensor> num_tokens, std::vector<int64_t> plan, bool send,
                    bool receive, Tensor out_ids, Tensor out_weights, Tensor tokens_per_source);
-void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send,
-                  bool receive, Tensor out);
+// places, weights: [world * T, top_k]; with them y are rows by expert, and sums is scratch, [world * T,
+// hidden].
+void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Tensor> places,
+                  std::optional<Tensor> weights, std::optional<Tensor> sums, std::vector<int64_t> plan,
+                  bool send, bool receive, Tensor out);
 // On the device's current stream: half of ending an exchange where windows are staged.
 void cuda_close(int64_t exchange, int64_t channel, bool send);
 // Chunks that a plan has: flags of a source in one exchange.
 int64_t cuda_plan_chunks(int64_t exchange, std::vector<int64_t> plan);
 
-// Layouts other than rank-major; csrc/kernels/cuda/layouts.h says what the tensors hold. local: [experts of
-// all ranks] int16. totals: [local experts + 1].
-void cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int64_t blocks, Tensor tile_counts,
-                     Tensor places, Tensor totals);
+// Layouts other than rank-major, the first two for compact; csrc/kernels/cuda/layouts.h says what the tensors
+// hold. local: [experts of all ranks] int16. totals: [local experts + 1].
+void cuda_index_rows(Tensor ids, Tensor local, int64_t blocks, Tensor tile_counts, Tensor places,
+                     Tensor totals);
 void cuda_gather_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor weights, Tensor local,
                       Tensor places, bool local_ids, int64_t pad_id, int64_t blocks, Tensor out_rows,
-                      std::optional<Tensor> out_scales, std::optional<Tensor> out_ids,
-                      std::optional<Tensor> out_weights);
+                      std::optional<Tensor> out_scales, Tensor out_ids, Tensor out_weights);
+// By expert, both at once; the last of totals is left as it was.
+void cuda_sort_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor local, int64_t blocks,
+                    Tensor tile_counts, Tensor places, Tensor totals, Tensor out_rows,
+                    std::optional<Tensor> out_scales);
 void cuda_return_rows(Tensor y, Tensor places, std::optional<Tensor> weights, int64_t blocks, Tensor rows);
 
 }  // namespace ep::ops

@@ -27,17 +27,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "out_weights, "
         "Tensor(c!) tokens_per_source) -> ()");
     m.def(
-        "cuda_combine(int exchange, int channel, Tensor y, int[] plan, bool send, bool receive, Tensor(a!) "
-        "out) -> ()");
+        "cuda_combine(int exchange, int channel, Tensor y, Tensor? places, Tensor? weights, Tensor(a!)? "
+        "sums, "
+        "int[] plan, bool send, bool receive, Tensor(b!) out) -> ()");
     m.def("cuda_close(int exchange, int channel, bool send) -> ()");
     m.def("cuda_plan_chunks(int exchange, int[] plan) -> int");
     m.def(
-        "cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int blocks, Tensor(a!) tile_counts, "
-        "Tensor(b!) places, Tensor(c!) totals) -> ()");
+        "cuda_index_rows(Tensor ids, Tensor local, int blocks, Tensor(a!) tile_counts, Tensor(b!) places, "
+        "Tensor(c!) totals) -> ()");
     m.def(
         "cuda_gather_rows(Tensor rows, Tensor? scales, Tensor ids, Tensor weights, Tensor local, Tensor "
         "places, bool local_ids, int pad_id, int blocks, Tensor(a!) out_rows, Tensor(b!)? out_scales, "
-        "Tensor(c!)? out_ids, Tensor(d!)? out_weights) -> ()");
+        "Tensor(c!) out_ids, Tensor(d!) out_weights) -> ()");
+    m.def(
+        "cuda_sort_rows(Tensor rows, Tensor? scales, Tensor ids, Tensor local, int blocks, Tensor(a!) "
+        "tile_counts, Tensor(b!) places, Tensor(c!) totals, Tensor(d!) out_rows, Tensor(e!)? out_scales) -> "
+        "()");
     m.def("cuda_return_rows(Tensor y, Tensor places, Tensor? weights, int blocks, Tensor(a!) rows) -> ()");
 
     m.def("gpu_pair_attributes(int source, int target) -> int[]");
@@ -82,5 +87,6 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {
     m.impl("cuda_combine", TORCH_BOX(&ep::ops::cuda_combine));
     m.impl("cuda_index_rows", TORCH_BOX(&ep::ops::cuda_index_rows));
     m.impl("cuda_gather_rows", TORCH_BOX(&ep::ops::cuda_gather_rows));
+    m.impl("cuda_sort_rows", TORCH_BOX(&ep::ops::cuda_sort_rows));
     m.impl("cuda_return_rows", TORCH_BOX(&ep::ops::cuda_return_rows));
 }

@@ -14,7 +14,7 @@ from ep_backend import _native
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpError, EpProtocolError, EpTimeoutError
-from ep_backend.places import local_numbers, places
+from ep_backend.places import Placed, local_numbers, places, weighted_sums
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,13 @@ class Transport(ABC):
     def received_places(self, channel: int, slots: int) -> torch.Tensor | None:
         """As ``Communicator.received_places``."""
         return None
+
+    # ``y``: [local experts, world * T, hidden] where rows are rank-major; see ``Communicator.combine``.
+    def combine_send_placed(self, channel: int, y: torch.Tensor, placed: Placed) -> None:
+        self.combine_send(channel, weighted_sums(y, *placed))
+
+    def combine_placed(self, channel: int, y: torch.Tensor, placed: Placed, out: torch.Tensor) -> None:
+        self.combine(channel, weighted_sums(y, *placed), out)
 
     # Both halves at once; a transport that has a better way than one after the other says so.
     def dispatch(self, call: DispatchCall) -> Received:

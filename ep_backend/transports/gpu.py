@@ -25,7 +25,7 @@ from ep_backend import _native, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError
-from ep_backend.places import local_numbers
+from ep_backend.places import Placed, local_numbers
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
@@ -95,8 +95,8 @@ class GpuTransport(Transport):
         self._free = weakref.finalize(self, _free, self._exchange, windows)
         self._placed: _PlacedRows | None = None
         if config.layout != "rank_major":
-            copying = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
-            self._placed = _PlacedRows(config, self._rank, self._world, device, copying)
+            self._blocks = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
+            self._placed = _PlacedRows(config, self._rank, self._world, device, self._blocks)
         self._slots = [config.max_tokens_per_rank] * config.num_channels
         self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
 
@@ -163,13 +163,19 @@ class GpuTransport(Transport):
         return self._placed.places[channel]
 
     def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
-        self._launch_combine(channel, y, out, send=True, receive=True)
+        self._launch_combine(channel, y, out, self._placed_in(channel))
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
-        self._launch_combine(channel, y, self._nothing, send=True, receive=False)
+        self._launch_combine(channel, y, None, self._placed_in(channel))
+
+    def combine_placed(self, channel: int, y: torch.Tensor, placed: Placed, out: torch.Tensor) -> None:
+        self._launch_combine(channel, y, out, placed)
+
+    def combine_send_placed(self, channel: int, y: torch.Tensor, placed: Placed) -> None:
+        self._launch_combine(channel, y, None, placed)
 
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
-        self._launch_combine(channel, self._nothing, out, send=False, receive=True)
+        self._launch_combine(channel, None, out)
 
     def close_exchange(self, channel: int) -> None:
         """The closing flags leave with the next dispatch on the channel, which all ranks make."""
@@ -267,20 +273,43 @@ class GpuTransport(Transport):
                 "GPU to know how many rows came; layout rank_major or expert_major was wanted"
             )
 
+    def _placed_in(self, channel: int) -> Placed | None:
+        """Where this communicator's own layout has the rows of a channel; None if they are rank-major."""
+        if self._placed is None:
+            return None
+        return self._placed.placed(channel, self._world * self._slots[channel])
+
     def _launch_combine(
-        self, channel: int, y: torch.Tensor, out: torch.Tensor, send: bool, receive: bool
+        self, channel: int, y: torch.Tensor | None, out: torch.Tensor | None, placed: Placed | None = None
     ) -> None:
+        """``y`` is None in the receiving half, ``out`` in the sending one."""
         self.check()
-        if send and self._placed is not None:
-            y = self._placed.returned(channel, self._world * self._slots[channel], y)
-        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel], *self._plan], send, receive, out)
+        places = weights = sums = None
+        if y is not None and placed is not None:
+            places, weights, dtype = placed
+            sums = torch.empty(len(places), self._config.hidden_size, dtype=dtype, device=self._device)
+            if self._config.layout == "compact":
+                ops.cuda_return_rows(y, places, None, self._blocks, sums)
+                y, places, weights, sums = sums, None, None, None
+        ops.cuda_combine(
+            self._exchange,
+            channel,
+            self._nothing if y is None else y,
+            places,
+            weights,
+            sums,
+            [self._slots[channel], *self._plan],
+            y is not None,
+            out is not None,
+            self._nothing if out is None else out,
+        )
 
 
 class _PlacedRows:
     """Received rows in a layout other than rank-major, and results back in rank-major rows for combine.
 
-    All scratch memory is allocated here: per slot one row of ``config.sum_dtype``, ids and weights. Each
-    channel has its own, as weights are needed until combine and channels may be on different streams.
+    Each channel has scratch memory of its own, as weights are needed until combine and channels may be on
+    different streams.
 
     ``places``: of each channel's last exchange, [its slots, top_k] int32 (compact: [its slots, 1]).
     """
@@ -300,7 +329,6 @@ class _PlacedRows:
         self._weights = scratch(slots, config.top_k, dtype=torch.float32)
         self.places = [self._ids.new_empty(0)] * channels
         self._tile_counts = scratch(MAX_TILES, self._num_local + 1, dtype=torch.int32)
-        self._sums = scratch(slots, config.hidden_size, dtype=config.sum_dtype)
         torch.cuda.synchronize(device)  # later calls may be on other streams
 
     def metadata(self, channel: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,19 +346,12 @@ class _PlacedRows:
         """Rows and scales of a channel's window, [count, ...], copied to their places; behind a dispatch.
         ``into``: memory for the rows there, None for new memory."""
         config, count = self._config, len(rows)
-        metadata = self.metadata(channel, count)
-        width = config.top_k if self._by_expert else 1
-        places = self.places[channel] = metadata[0].new_empty(count, width)
-        totals = torch.empty(self._num_local + 1, dtype=torch.int32, device=self._device)
-        ops.cuda_index_rows(
-            metadata[0],
-            self._local,
-            self._by_expert,
-            self._blocks,
-            self._tile_counts[channel],
-            places,
-            totals,
-        )
+        ids, weights = self.metadata(channel, count)
+        places = self.places[channel] = ids.new_empty(count, config.top_k if self._by_expert else 1)
+        totals = ids.new_empty(self._num_local + 1)
+        tile_counts = self._tile_counts[channel]
+        if not self._by_expert:
+            ops.cuda_index_rows(ids, self._local, self._blocks, tile_counts, places, totals)
         # The one wait for the GPU: for R.
         lead = [self._num_local, count] if self._by_expert else [int(totals[-1])]
 
@@ -339,12 +360,26 @@ class _PlacedRows:
 
         out_rows = out(config.row_width, config.received_dtype) if into is None else into
         out_scales = None if scales is None else out(config.scale_width, config.scale_dtype)
-        ids = None if self._by_expert else out(config.top_k, torch.int32)
-        weights = None if self._by_expert else out(config.top_k, torch.float32)
+        if self._by_expert:
+            ops.cuda_sort_rows(
+                rows,
+                scales,
+                ids,
+                self._local,
+                self._blocks,
+                tile_counts,
+                places,
+                totals,
+                out_rows,
+                out_scales,
+            )
+            return Received(out_rows, out_scales, None, None, tokens, totals[:-1])
+        out_ids, out_weights = out(config.top_k, torch.int32), out(config.top_k, torch.float32)
         ops.cuda_gather_rows(
             rows,
             scales,
-            *metadata,
+            ids,
+            weights,
             self._local,
             places,
             config.expert_ids == "local",
@@ -352,17 +387,14 @@ class _PlacedRows:
             self._blocks,
             out_rows,
             out_scales,
-            ids,
-            weights,
+            out_ids,
+            out_weights,
         )
-        return Received(out_rows, out_scales, ids, weights, tokens, totals[:-1])
+        return Received(out_rows, out_scales, out_ids, out_weights, tokens, totals[:-1])
 
-    def returned(self, channel: int, count: int, y: torch.Tensor) -> torch.Tensor:
-        """The experts' results as combine reads them, [count, hidden] and already of the wire's dtype."""
-        weights = self._weights[channel, :count] if self._by_expert else None
-        sums = self._sums[channel, :count]
-        ops.cuda_return_rows(y, self.places[channel], weights, self._blocks, sums)
-        return sums
+    def placed(self, channel: int, count: int) -> Placed:
+        """Of a channel's ``count`` slots. Compact rows are weighted already: their weights are for nobody."""
+        return Placed(self.places[channel], self._weights[channel, :count], self._config.sum_dtype)
 
 
 def _free(exchange: int, windows: Windows) -> None:

@@ -403,3 +403,35 @@ def rows_and_ids_job(rank, group, transport):
 @BOTH
 def test_rows_where_they_are_wanted(transport):
     ranks(2).run(rows_and_ids_job, transport)
+
+
+def placed_job(rank, group, transport, dtype):
+    """Results of one exchange's rows, by expert, go back by another: as if they went by their own."""
+    common = replace(
+        CONFIG, transport=transport, payload=dtype, expert_ids="global", wire_dtype=torch.float32
+    )
+    with (
+        ep.Communicator(group, replace(common, layout="expert_major")) as by_expert,
+        ep.Communicator(group, common) as c,
+    ):
+        received, there = dispatch(by_expert)
+        y, places = result(by_expert, received), by_expert.received_places(there)
+        want = by_expert.combine(y, there)
+        for channel in (0, 1):
+            received, handle = dispatch(c, channel=channel)
+            placed = places, received.topk_weights
+            assert "places" in refused(c.combine, y, handle, placed=(places[1:], received.topk_weights))
+            assert "weights" in refused(c.combine_send, y, handle, placed=(places, places))
+            if channel == 0:
+                assert same_bits(c.combine(y, handle, placed=placed), want)
+            else:
+                c.combine_send(y, handle, placed=placed)
+                assert same_bits(c.combine_recv(handle), want)
+        _, there = dispatch(by_expert)
+        assert "rank_major" in refused(by_expert.combine, y, there, placed=placed)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_that_stand_elsewhere(transport, dtype):
+    ranks(3).run(placed_job, transport, dtype)

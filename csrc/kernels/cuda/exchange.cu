@@ -9,6 +9,8 @@
 #include <string>
 #include <unordered_map>
 
+#include "layouts.h"
+
 namespace ep::cuda {
 namespace {
 
@@ -261,6 +263,16 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     const int64_t rows = (settings_.stagger ? 1 : settings_.shape.world) * a.plan.tokens_per_chunk;
     a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
     const int blocks = blocks_of(a.plan, a.send && a.receive);
+    if (a.places && bulk_ && a.plan.bulk) {  // which copy whole rows
+        const auto slots = static_cast<int32_t>(settings_.shape.world * a.plan.slots);
+        const auto top_k = static_cast<int32_t>(settings_.shape.top_k);
+        const cudaError_t added = launch_return(
+            {a.y, a.sums, a.places, a.weights, slots, top_k, a.hidden, 0, a.y_type, a.wire}, blocks, stream);
+        if (added != cudaSuccess) return added;
+        a.y = a.sums;
+        a.y_type = a.wire;
+        a.places = nullptr;
+    }
     if (bulk_ && a.plan.bulk && a.y_type == a.wire)
         return launch_combine_bulk(view(channel), a,
                                    {std::min(blocks, copy_blocks(settings_.shape)), stream, dependent_});

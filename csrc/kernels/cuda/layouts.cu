@@ -69,65 +69,61 @@ __device__ int list_of(const ReceivedSlots& s, int entry) {
     }
 }
 
-// One tile's places need no counts of others. How many slots have a row at all is then not counted: nobody
-// who wants rows by expert asks.
+// The places of a tile's entries: the number of entries before each in its list, those of tiles before, of
+// warps before it in the tile, of its warp so far, and of lanes before it. `next`: [kWarps, lists], in shared
+// memory; in the end the last warp's numbers are those of all entries up to the tile's last. The whole block
+// comes.
 template <bool kByExpert>
-__host__ __device__ bool is_counted_alone(const Tiles& tiles) {
-    return kByExpert && tiles.count == 1;
-}
-
-// The place of an entry is the number of entries before it in its list: those of tiles before, of warps
-// before it in the tile, of its warp so far, and of lanes before it.
-template <bool kByExpert>
-__global__ void __launch_bounds__(kThreads)
-    place_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ Tiles tiles) {
-    extern __shared__ int32_t next[];  // [kWarps, lists]
+__device__ void place_tile(const IndexArgs& a, const Tiles& tiles, int tile, int32_t* next, int32_t* places) {
     const ReceivedSlots& s = a.slots;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, columns = s.experts + 1;
     const int lists = kByExpert ? s.experts : 1, per_slot = kByExpert ? s.top_k : 1;
     int32_t* const mine = next + warp * lists;
+    const int begin = tile * tiles.slots * per_slot;
+    const int end = min((tile + 1) * tiles.slots, s.count) * per_slot;
+    const int share = (end - begin + kThreads - 1) / kThreads * 32;  // entries of a warp
+    const int warp_begin = min(begin + warp * share, end), warp_end = min(warp_begin + share, end);
+    for (int i = threadIdx.x; i < kWarps * lists; i += kThreads) next[i] = 0;
+    __syncthreads();
+    for (int i = warp_begin + lane; i < warp_end; i += 32)
+        if (const int list = list_of<kByExpert>(s, i); list >= 0) atomicAdd(&mine[list], 1);
+    __syncthreads();
+    for (int list = threadIdx.x; list < lists; list += kThreads) {
+        const int32_t* const column = a.tile_counts + (kByExpert ? list : s.experts);
+        int before = 0;
+        for (int t = 0; t < tile; ++t) before += column[t * columns];
+        for (int w = 0; w < kWarps; ++w) {
+            const int count = next[w * lists + list];
+            next[w * lists + list] = before;
+            before += count;
+        }
+    }
+    __syncthreads();
+    for (int base = warp_begin; base < warp_end; base += 32) {
+        const int i = base + lane, list = i < warp_end ? list_of<kByExpert>(s, i) : -1;
+        const unsigned same = __match_any_sync(kAll, list), before = same & ((1u << lane) - 1);
+        const int at = list < 0 ? 0 : mine[list] + __popc(before);
+        __syncwarp();  // all have read what the first of each list now moves on
+        if (list >= 0 && before == 0) mine[list] += __popc(same);
+        __syncwarp();
+        if (i < warp_end) places[i] = list < 0 || at >= s.count ? -1 : list * s.count + at;
+    }
+    __syncthreads();
+}
+
+template <bool kByExpert>
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ Tiles tiles) {
+    extern __shared__ int32_t next[];
+    const int columns = a.slots.experts + 1;
     for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-        const int begin = tile * tiles.slots * per_slot;
-        const int end = min((tile + 1) * tiles.slots, s.count) * per_slot;
-        const int share = (end - begin + kThreads - 1) / kThreads * 32;  // entries of a warp
-        const int warp_begin = min(begin + warp * share, end), warp_end = min(warp_begin + share, end);
-        for (int i = threadIdx.x; i < kWarps * lists; i += kThreads) next[i] = 0;
-        __syncthreads();
-        for (int i = warp_begin + lane; i < warp_end; i += 32)
-            if (const int list = list_of<kByExpert>(s, i); list >= 0) atomicAdd(&mine[list], 1);
-        __syncthreads();
-        for (int list = threadIdx.x; list < lists; list += kThreads) {
-            const int32_t* const column = a.tile_counts + (kByExpert ? list : s.experts);
-            int before = 0;
-            for (int t = 0; t < tile; ++t) before += column[t * columns];
-            for (int w = 0; w < kWarps; ++w) {
-                const int count = next[w * lists + list];
-                next[w * lists + list] = before;
-                before += count;
-            }
+        place_tile<kByExpert>(a, tiles, tile, next, a.places);
+        if (tile != tiles.count - 1) continue;
+        for (int e = threadIdx.x; e < columns; e += kThreads) {
+            int total = 0;
+            for (int t = 0; t < tiles.count; ++t) total += a.tile_counts[t * columns + e];
+            a.totals[e] = min(total, a.slots.count);
         }
-        __syncthreads();
-        for (int base = warp_begin; base < warp_end; base += 32) {
-            const int i = base + lane, list = i < warp_end ? list_of<kByExpert>(s, i) : -1;
-            const unsigned same = __match_any_sync(kAll, list), before = same & ((1u << lane) - 1);
-            const int at = list < 0 ? 0 : mine[list] + __popc(before);
-            __syncwarp();  // all have read what the first of each list now moves on
-            if (list >= 0 && before == 0) mine[list] += __popc(same);
-            __syncwarp();
-            if (i < warp_end) a.places[i] = list < 0 || at >= s.count ? -1 : list * s.count + at;
-        }
-        if (is_counted_alone<kByExpert>(tiles)) {  // the last warp has moved on behind all entries
-            __syncthreads();
-            for (int e = threadIdx.x; e < lists; e += kThreads)
-                a.totals[e] = min(next[(kWarps - 1) * lists + e], s.count);
-        } else if (tile == tiles.count - 1) {
-            for (int e = threadIdx.x; e < columns; e += kThreads) {
-                int total = 0;
-                for (int t = 0; t < tiles.count; ++t) total += a.tile_counts[t * columns + e];
-                a.totals[e] = min(total, s.count);
-            }
-        }
-        __syncthreads();  // next is used again
     }
 }
 
@@ -151,12 +147,13 @@ __device__ bool any_place(const int32_t* places, int count) {
     return __any_sync(kAll, lane < count && places[lane] >= 0);
 }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs a) {
+// `all_places`: those of a.places, where they are at hand.
+__device__ void gather_rows(const GatherArgs& a, const int32_t* all_places) {
     const ReceivedSlots& s = a.slots;
     const Share share(a.warps_per_row);
     const int words = static_cast<int>(a.row_bytes / 16), scale_words = static_cast<int>(a.scale_bytes / 4);
     for (int64_t slot = share.first(); slot < s.count; slot += share.stride()) {
-        const int32_t* const places = a.places + slot * a.places_per_slot;
+        const int32_t* const places = all_places + slot * a.places_per_slot;
         if (!any_place(places, a.places_per_slot)) continue;
         const char* const from = a.rows + slot * a.row_bytes;
         for (int first = share.place; first < words; first += share.step * kInFlight) {
@@ -187,6 +184,27 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
         a.out_ids[to] = id < 0 ? a.pad_id : id;
         a.out_weights[to] = id < 0 ? 0.0f : s.weights[entry];
     }
+}
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs a) {
+    gather_rows(a, a.places);
+}
+
+// Few rows, by expert, in one launch: each block finds all places, as that takes less time than to wait for
+// another kernel that does.
+__global__ void __launch_bounds__(kThreads)
+    sort_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ GatherArgs gather,
+                const __grid_constant__ Tiles tiles) {
+    extern __shared__ int32_t next[];
+    const ReceivedSlots& s = a.slots;
+    int32_t* const places = next + kWarps * s.experts;
+    place_tile<true>(a, tiles, 0, next, places);
+    if (blockIdx.x == 0) {
+        for (int i = threadIdx.x; i < s.count * s.top_k; i += kThreads) a.places[i] = places[i];
+        for (int e = threadIdx.x; e < s.experts; e += kThreads)
+            a.totals[e] = min(next[(kWarps - 1) * s.experts + e], s.count);
+    }
+    gather_rows(gather, places);
 }
 
 template <class F>
@@ -304,10 +322,8 @@ cudaError_t launch_index(const IndexArgs& a, int blocks, cudaStream_t stream) {
     const Tiles tiles = Tiles::of(a.slots.count);
     blocks = std::min(tiles.count, blocks);
     const int64_t columns = a.slots.experts + 1;
-    if (!(a.by_expert && is_counted_alone<true>(tiles))) {
-        const cudaError_t counted = launch(count_kernel, ordinary(blocks, stream, columns * 4), a, tiles);
-        if (counted != cudaSuccess) return counted;
-    }
+    const cudaError_t counted = launch(count_kernel, ordinary(blocks, stream, columns * 4), a, tiles);
+    if (counted != cudaSuccess) return counted;
     const int64_t lists = a.by_expert ? a.slots.experts : 1;
     return launch(a.by_expert ? place_kernel<true> : place_kernel<false>,
                   ordinary(blocks, stream, kWarps * lists * 4), a, tiles);
@@ -316,6 +332,19 @@ cudaError_t launch_index(const IndexArgs& a, int blocks, cudaStream_t stream) {
 cudaError_t launch_gather(GatherArgs a, int blocks, cudaStream_t stream) {
     a.warps_per_row = warps_for(a.row_bytes / 16);
     return launch(gather_kernel, ordinary(blocks_for(a.slots.count, a.warps_per_row, blocks), stream), a);
+}
+
+cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, cudaStream_t stream) {
+    constexpr int64_t kShared = 48 * 1024;  // that a block has without asking
+    const Tiles tiles = Tiles::of(a.slots.count);
+    const int64_t shared = (kWarps * a.slots.experts + int64_t{a.slots.count} * a.slots.top_k) * 4;
+    if (tiles.count > 1 || shared > kShared) {
+        const cudaError_t placed = launch_index(a, blocks, stream);
+        return placed == cudaSuccess ? launch_gather(gather, blocks, stream) : placed;
+    }
+    gather.warps_per_row = warps_for(gather.row_bytes / 16);
+    blocks = blocks_for(a.slots.count, gather.warps_per_row, blocks);
+    return launch(sort_kernel, ordinary(blocks, stream, shared), a, gather, tiles);
 }
 
 cudaError_t launch_return(ReturnArgs a, int blocks, cudaStream_t stream) {

@@ -30,7 +30,7 @@ struct IndexArgs {
     ReceivedSlots slots;
     int32_t* tile_counts;  // scratch, [kMaxTiles, experts + 1]
     int32_t* places;       // [count, 1 or top_k]
-    // [experts + 1]: rows of each expert; then, unless by_expert, slots that have any expert of this rank.
+    // [experts + 1]: rows of each expert; then slots that have any expert of this rank, not from launch_sort.
     int32_t* totals;
     bool by_expert;
 };
@@ -68,6 +68,9 @@ struct ReturnArgs {
 cudaError_t launch_index(const IndexArgs& a, int blocks, cudaStream_t stream);
 // Copies received rows, scales, ids and weights to their places.
 cudaError_t launch_gather(GatherArgs a, int blocks, cudaStream_t stream);
+// Both, by_expert, where nobody must know in between how many rows there are. `gather` is of the same slots
+// and places.
+cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, cudaStream_t stream);
 // Rank-major rows for combine: sums in fp32 in order of k, fused, rounded once to the wire's format.
 cudaError_t launch_return(ReturnArgs a, int blocks, cudaStream_t stream);
 

@@ -116,8 +116,13 @@ struct DispatchArgs {
 };
 
 struct CombineArgs {
-    const char* y;  // [world * T, hidden]
+    const char* y;  // [world * T, hidden], or with `places` the experts' results there: [rows, hidden]
     char* out;      // [tokens, hidden]
+    // Null: y are this rank's sums. Else the weighted sums are made on the way: [world * T, top_k] each, a
+    // number of a row, or -1.
+    const int32_t* places;
+    const float* weights;
+    char* sums;  // with `places`: scratch, [world * T, hidden] of the wire's format, for bulk copies
     Plan plan;
     int32_t hidden;
     int32_t warps_per_row;  // of the sending half: power of two, at most kWarps

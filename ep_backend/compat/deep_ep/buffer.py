@@ -450,8 +450,6 @@ class Buffer:
         if not out.is_contiguous():
             raise EpArgumentError(f"out has strides {tuple(out.stride())}; a contiguous tensor was wanted")
         combined, sent = out, self._low_latency.combine_buffer(shape) if zero_copy else x
-        if not sent.is_contiguous():
-            raise EpArgumentError(f"x has strides {tuple(x.stride())}; a contiguous tensor was wanted")
         half, event = self._streams.run(
             lambda: self._low_latency.combine(
                 sent, topk_idx, topk_weights, handle, combined, in_halves=return_recv_hook

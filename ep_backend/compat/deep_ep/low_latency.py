@@ -17,7 +17,7 @@ import torch
 from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, Usual, sms
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
-from ep_backend.places import local_numbers, places, weighted_sums
+from ep_backend.places import local_numbers, places
 
 CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
@@ -40,7 +40,7 @@ class Shape:
 
     def fields(self) -> dict[str, Any]:
         """Those of EpConfig."""
-        blocks = self.blocks
+        blocks = 0 if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
         return {
             "num_experts": self.num_experts,
             "top_k": self.top_k,
@@ -50,11 +50,6 @@ class Shape:
             "num_channels": CHANNELS,
             "num_sms": Usual(blocks, blocks) if blocks else None,
         }
-
-    @property
-    def blocks(self) -> int:
-        """Of a channel of dispatch or combine; 0 on CPUs."""
-        return 0 if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
 
 
 def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, Any]:
@@ -207,11 +202,11 @@ class LowLatency:
         if at is None:
             owners = communicator.config.expert_ranks(self._world)
             at = places(received.topk_ids, local_numbers(owners, self._rank))
-        sums = weighted_sums(x, at, received.topk_weights, x.dtype, shape.blocks)
+        placed = at, received.topk_weights
         if not in_halves:
-            communicator.combine(sums, handle, out=out)
+            communicator.combine(x, handle, placed=placed, out=out)
             return None
-        communicator.combine_send(sums, handle)
+        communicator.combine_send(x, handle, placed=placed)
         return member.hook(channel, lambda: communicator.combine_recv(handle, out=out))
 
     def destroy(self) -> None:
