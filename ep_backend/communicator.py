@@ -17,7 +17,7 @@ from ep_backend import _native, env, rendezvous, tuned
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, nodes, parts, unchecked
-from ep_backend.places import Placed
+from ep_backend.places import find_places, local_numbers, weighted_sums
 from ep_backend.probe import Record, probe
 from ep_backend.select import Decision, apply_env, decide
 from ep_backend.transports import OF_GPUS
@@ -276,37 +276,23 @@ class Communicator:
         return received, handle
 
     @_not_traced
-    def combine(
-        self,
-        y: torch.Tensor,
-        handle: Handle,
-        *,
-        placed: tuple[torch.Tensor, torch.Tensor] | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def combine(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Send the experts' results back; return their sum for each of this rank's tokens, [M, hidden_size].
 
         ``y``, of the result's dtype or float32: rank-major and compact [R, hidden_size], one row per received
         row, weighted and summed over this rank's experts by the caller (rank-major: rows without a local
         expert are not read); expert-major [local experts, world * T, hidden_size], unweighted. This rank's
         sum for a token is rounded once to ``config.sum_dtype``; the sums are added in float32 in order of
-        rank and rounded once. A token without experts gives zeros. ``out``: where to put the result.
-
-        ``placed``, in the rank-major layout: ``y`` is expert-major, the rows of another exchange with the
-        same ids; their places there, as `received_places` gives them, and weights, both [world * T, top_k].
-
-        Raises EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
+        rank and rounded once. A token without experts gives zeros. ``out``: where to put the result. Raises
+        EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
         exchange.
         """
         self._expect(handle, "received")
         out = self._check_out(handle, out)
-        y, places = self._check_results(y, handle, placed)
+        y = self._check_results(y, handle)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
-        if places is None:
-            self._transport.combine(handle.channel, y, out)
-        else:
-            self._transport.combine_placed(handle.channel, y, places, out)
+        self._transport.combine(handle.channel, y, out)
         return out
 
     @_not_traced
@@ -358,20 +344,10 @@ class Communicator:
         return self._transport.received_places(handle.channel, handle.tokens_per_rank)
 
     @_not_traced
-    def combine_send(
-        self,
-        y: torch.Tensor,
-        handle: Handle,
-        *,
-        placed: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:
+    def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
         """First half of ``combine``. The received rows must not be read any more."""
         self._expect(handle, "received")
-        y, places = self._check_results(y, handle, placed)
-        if places is None:
-            self._transport.combine_send(handle.channel, y)
-        else:
-            self._transport.combine_send_placed(handle.channel, y, places)
+        self._transport.combine_send(handle.channel, self._check_results(y, handle))
         handle.state = "returned"
 
     @_not_traced
@@ -383,6 +359,53 @@ class Communicator:
         handle.state, self._handles[handle.channel] = "combined", None
         self._transport.combine_recv(handle.channel, out)
         return out
+
+    @_not_traced
+    def exchange_sums(
+        self,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        tokens_per_rank: int | None = None,
+        channel: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``dispatch``, whose rows nobody needs, and ``combine`` of what experts have made of the rows of
+        another communicator's exchange with the same ids: for weights that come later than rows.
+
+        In the layout rank_major. ``y``: as the other one received its rows, expert-major. ``places``: as its
+        `received_places` gives them; None: they are found again, which takes longer. The rest as for these
+        two.
+        """
+        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel)
+        handle = self._opened(call)
+        out = self._check_out(handle, out)
+        self._handles[channel] = None
+        self._exchange_sums(call, y, places, out)
+        return out
+
+    @_not_traced
+    def exchange_sums_send(
+        self,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        tokens_per_rank: int | None = None,
+        channel: int = 0,
+    ) -> Handle:
+        """First half of ``exchange_sums``, in which ids and weights are waited for; ``combine_recv`` is the
+        second."""
+        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel)
+        self._exchange_sums(call, y, places, None)
+        handle = self._opened(call)
+        handle.state = "returned"
+        return handle
 
     @_not_traced
     def release(self, handle: Handle) -> None:
@@ -513,30 +536,56 @@ class Communicator:
         self._handles[call.channel] = handle
         return handle
 
-    def _check_results(
-        self, y: torch.Tensor, handle: Handle, placed: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, Placed | None]:
+    def _check_results(self, y: torch.Tensor, handle: Handle) -> torch.Tensor:
         config, capacity = self.config, self.world_size * handle.tokens_per_rank
-        layout = config.layout
-        if placed is not None:
-            if layout != "rank_major":
-                raise EpArgumentError("placed is for the layout rank_major: others know where their rows are")
-            layout = "expert_major"
-            for name, tensor, dtype in zip(
-                ("places", "weights"), placed, (torch.int32, torch.float32), strict=True
-            ):
-                self._check(name, tensor, (capacity, config.top_k), (dtype,))
         lead = {
             "rank_major": (capacity,),
             "compact": (handle.num_rows,),
             "expert_major": (len(self.local_experts), capacity),
-        }[layout]
+        }[config.layout]
         self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
-        y = y.contiguous()
-        if placed is None:
-            return y, None
-        places, weights = placed
-        return y, Placed(places.contiguous(), weights.contiguous(), config.sum_dtype)
+        return y.contiguous()
+
+    def _check_sums(
+        self,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        tokens_per_rank: int | None,
+        channel: int,
+    ) -> tuple[DispatchCall, torch.Tensor]:
+        config = self.config
+        if config.layout != "rank_major" or config.expert_ids != "global":
+            raise EpArgumentError("exchange_sums is for the layout rank_major with global expert_ids")
+        call = self._check_dispatch(x, ids, weights, None, tokens_per_rank, None, channel)
+        capacity = self.world_size * call.slots
+        shape = (len(self.local_experts), capacity, config.hidden_size)
+        self._check("y", y, shape, (config.result_dtype, torch.float32))
+        if places is not None:
+            self._check("places", places, (capacity, config.top_k), (torch.int32,))
+            if not places.is_contiguous():
+                raise EpArgumentError("places is not contiguous, as received_places gives it")
+        return call, y.contiguous()
+
+    def _exchange_sums(
+        self, call: DispatchCall, y: torch.Tensor, places: torch.Tensor | None, out: torch.Tensor | None
+    ) -> None:
+        transport, config = self._transport, self.config
+        if places is not None and transport.exchange_sums(call, y, places, out):
+            return
+        received = transport.dispatch(call)
+        assert received.topk_ids is not None
+        assert received.topk_weights is not None
+        if places is None:
+            ids = received.topk_ids.masked_fill(received.topk_ids == config.pad_id, -1)
+            places = find_places(ids, local_numbers(config.expert_ranks(self.world_size), self.rank))
+        sums = weighted_sums(y, places, received.topk_weights, config.sum_dtype)
+        if out is None:
+            transport.combine_send(call.channel, sums)
+        else:
+            transport.combine(call.channel, sums, out)
 
     def _check_rows(self, rows: torch.Tensor, handle: Handle) -> None:
         config = self.config

@@ -7,7 +7,6 @@ token; N is the number of slots, ranks * T. -1: the slot's choice is none of thi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -23,7 +22,7 @@ def local_numbers(expert_ranks: Sequence[int], rank: int) -> torch.Tensor:
     return numbers
 
 
-def places(ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+def find_places(ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """[N, top_k] int32. ``ids``: [N, top_k] int32, global, -1: none, no expert twice in a slot. ``local``: on
     the CPU, as `local_numbers` gives it."""
     lists = int(local.max()) + 1
@@ -35,30 +34,22 @@ def places(ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return torch.where(experts < 0, -1, rows).int()
 
 
-class Placed(NamedTuple):
-    """``places``: [N, top_k] int32. ``weights``: [N, top_k] float32. ``dtype``: of the sums."""
-
-    places: torch.Tensor
-    weights: torch.Tensor
-    dtype: torch.dtype
-
-
 def weighted_sums(
-    y: torch.Tensor, at: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
+    y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """[N, hidden] of ``dtype``: for each slot the sum of its experts' results, in order of k, fused multiply
     and add in float32, rounded once. A slot without a place holds anything.
 
-    ``y``: [local experts, N, hidden], contiguous; rows without a place are not read. The rest is that of
-    `Placed`.
+    ``y``: [local experts, N, hidden], contiguous; rows without a place are not read. ``places``: [N, top_k]
+    int32. ``weights``: [N, top_k] float32.
     """
     if y.is_cuda:
-        sums = torch.empty(len(at), y.shape[-1], dtype=dtype, device=y.device)
+        sums = torch.empty(len(places), y.shape[-1], dtype=dtype, device=y.device)
         blocks = torch.cuda.get_device_properties(y.device).multi_processor_count
-        ops.cuda_return_rows(y, at, weights, blocks, sums)
+        ops.cuda_return_rows(y, places, weights, blocks, sums)
         return sums
-    rows, total = y.flatten(0, 1), torch.zeros(len(at), y.shape[-1], dtype=torch.float32)
-    for places_of_k, weights_of_k in zip(at.unbind(1), weights.unbind(1), strict=True):
+    rows, total = y.flatten(0, 1), torch.zeros(len(places), y.shape[-1], dtype=torch.float32)
+    for places_of_k, weights_of_k in zip(places.unbind(1), weights.unbind(1), strict=True):
         slots = (places_of_k >= 0).nonzero().squeeze(1)
         terms = rows[places_of_k[slots].long()].double() * weights_of_k[slots, None].double()
         total[slots] = (total[slots].double() + terms).float()

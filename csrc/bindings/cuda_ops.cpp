@@ -213,6 +213,25 @@ void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Ten
     check(at(exchange).combine(channel, a, current_stream(device)), "combine");
 }
 
+bool cuda_exchange_sums(int64_t exchange, int64_t channel, Tensor ids, Tensor weights, Tensor y,
+                        Tensor places, std::vector<int64_t> plan, bool receive, Tensor out) {
+    const int32_t device = y.get_device_index();
+    const DeviceGuard guard(device);
+    cuda::SumsArgs a{};
+    a.ask.plan = plan_of(plan);
+    if (!at(exchange).takes_sums(a.ask.plan, format_of(y))) return false;
+    a.ask.ids = ids.data_ptr();
+    a.ask.weights = pointer<float>(weights);
+    a.ask.tokens = static_cast<int32_t>(ids.size(0));
+    a.ask.ids_are_64_bit = ids.scalar_type() == ScalarType::Long;
+    a.answer.y = pointer<char>(y);
+    a.answer.places = pointer<int32_t>(places);
+    a.answer.out = pointer<char>(out);
+    a.answer.receive = receive;
+    check(at(exchange).sums(channel, a, current_stream(device)), "exchanging sums");
+    return true;
+}
+
 void cuda_close(int64_t exchange, int64_t channel, bool send) {
     const int32_t device = at(exchange).device();
     const DeviceGuard guard(device);

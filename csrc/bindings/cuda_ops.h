@@ -46,6 +46,10 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
 void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Tensor> places,
                   std::optional<Tensor> weights, std::optional<Tensor> sums, std::vector<int64_t> plan,
                   bool send, bool receive, Tensor out);
+// A dispatch of ids and weights alone and the combine of y, rows by expert, in one launch; without `receive`
+// the combine's first half. False, and nothing was launched, where it takes two.
+bool cuda_exchange_sums(int64_t exchange, int64_t channel, Tensor ids, Tensor weights, Tensor y,
+                        Tensor places, std::vector<int64_t> plan, bool receive, Tensor out);
 // On the device's current stream: half of ending an exchange where windows are staged.
 void cuda_close(int64_t exchange, int64_t channel, bool send);
 // Chunks that a plan has: flags of a source in one exchange.

@@ -30,6 +30,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "cuda_combine(int exchange, int channel, Tensor y, Tensor? places, Tensor? weights, Tensor(a!)? "
         "sums, "
         "int[] plan, bool send, bool receive, Tensor(b!) out) -> ()");
+    m.def(
+        "cuda_exchange_sums(int exchange, int channel, Tensor ids, Tensor weights, Tensor y, Tensor places, "
+        "int[] plan, bool receive, Tensor(a!) out) -> bool");
     m.def("cuda_close(int exchange, int channel, bool send) -> ()");
     m.def("cuda_plan_chunks(int exchange, int[] plan) -> int");
     m.def(
@@ -85,6 +88,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {
     m.impl("cuda_dispatch", TORCH_BOX(&ep::ops::cuda_dispatch));
     m.impl("cuda_combine", TORCH_BOX(&ep::ops::cuda_combine));
+    m.impl("cuda_exchange_sums", TORCH_BOX(&ep::ops::cuda_exchange_sums));
     m.impl("cuda_index_rows", TORCH_BOX(&ep::ops::cuda_index_rows));
     m.impl("cuda_gather_rows", TORCH_BOX(&ep::ops::cuda_gather_rows));
     m.impl("cuda_sort_rows", TORCH_BOX(&ep::ops::cuda_sort_rows));

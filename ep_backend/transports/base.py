@@ -14,7 +14,7 @@ from ep_backend import _native
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpError, EpProtocolError, EpTimeoutError
-from ep_backend.places import Placed, local_numbers, places, weighted_sums
+from ep_backend.places import find_places, local_numbers
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class Transport(ABC):
         """As ``Communicator.received_places``."""
         return None
 
-    # ``y``: [local experts, world * T, hidden] where rows are rank-major; see ``Communicator.combine``.
-    def combine_send_placed(self, channel: int, y: torch.Tensor, placed: Placed) -> None:
-        self.combine_send(channel, weighted_sums(y, *placed))
-
-    def combine_placed(self, channel: int, y: torch.Tensor, placed: Placed, out: torch.Tensor) -> None:
-        self.combine(channel, weighted_sums(y, *placed), out)
+    def exchange_sums(
+        self, call: DispatchCall, y: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None
+    ) -> bool:
+        """``Communicator.exchange_sums`` in a better way than by dispatch and combine, without ``out`` its
+        first half. False, and nothing has happened, if there is none; the same on all ranks."""
+        return False
 
     # Both halves at once; a transport that has a better way than one after the other says so.
     def dispatch(self, call: DispatchCall) -> Received:
@@ -197,7 +197,7 @@ class NativeExchange:
         weights = torch.empty_like(ids, dtype=torch.float32)
         ops.dispatch_read(self.handle, channel, LAYOUTS["rank_major"], None, None, ids, weights)
         ids.masked_fill_(ids == self.config.pad_id, -1)
-        return places(ids, local_numbers(self.config.expert_ranks(self.world), self.rank))
+        return find_places(ids, local_numbers(self.config.expert_ranks(self.world), self.rank))
 
     def received(self, channel: int, slots: int, out: torch.Tensor | None = None) -> Received:
         """The received rows in the layout of the configuration, after all of them have come. ``out``: where

@@ -96,7 +96,7 @@ class GpuCollectiveTransport(GpuTransport):
     name = CollectiveTransport.name
     recoverable = False
     dispatch, combine = Transport.dispatch, Transport.combine  # one half after the other
-    combine_send_placed, combine_placed = Transport.combine_send_placed, Transport.combine_placed
+    exchange_sums = Transport.exchange_sums
 
     def __init__(
         self,

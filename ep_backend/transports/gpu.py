@@ -25,7 +25,7 @@ from ep_backend import _native, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError
-from ep_backend.places import Placed, local_numbers
+from ep_backend.places import local_numbers
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
@@ -168,14 +168,21 @@ class GpuTransport(Transport):
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         self._launch_combine(channel, y, None, self._placed_in(channel))
 
-    def combine_placed(self, channel: int, y: torch.Tensor, placed: Placed, out: torch.Tensor) -> None:
-        self._launch_combine(channel, y, out, placed)
-
-    def combine_send_placed(self, channel: int, y: torch.Tensor, placed: Placed) -> None:
-        self._launch_combine(channel, y, None, placed)
-
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
         self._launch_combine(channel, None, out)
+
+    def exchange_sums(
+        self, call: DispatchCall, y: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None
+    ) -> bool:
+        self.check()
+        self._slots[call.channel] = call.slots
+        plan = [call.slots, *self._plan]
+        into = self._nothing if out is None else out
+        return bool(
+            ops.cuda_exchange_sums(
+                self._exchange, call.channel, call.ids, call.weights, y, places, plan, out is not None, into
+            )
+        )
 
     def close_exchange(self, channel: int) -> None:
         """The closing flags leave with the next dispatch on the channel, which all ranks make."""
@@ -273,21 +280,26 @@ class GpuTransport(Transport):
                 "GPU to know how many rows came; layout rank_major or expert_major was wanted"
             )
 
-    def _placed_in(self, channel: int) -> Placed | None:
+    def _placed_in(self, channel: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Where this communicator's own layout has the rows of a channel; None if they are rank-major."""
         if self._placed is None:
             return None
         return self._placed.placed(channel, self._world * self._slots[channel])
 
     def _launch_combine(
-        self, channel: int, y: torch.Tensor | None, out: torch.Tensor | None, placed: Placed | None = None
+        self,
+        channel: int,
+        y: torch.Tensor | None,
+        out: torch.Tensor | None,
+        placed: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """``y`` is None in the receiving half, ``out`` in the sending one."""
+        """``y`` is None in the receiving half, ``out`` in the sending one. ``placed``: places and weights."""
         self.check()
         places = weights = sums = None
         if y is not None and placed is not None:
-            places, weights, dtype = placed
-            sums = torch.empty(len(places), self._config.hidden_size, dtype=dtype, device=self._device)
+            places, weights = placed
+            shape = (len(places), self._config.hidden_size)
+            sums = torch.empty(shape, dtype=self._config.sum_dtype, device=self._device)
             if self._config.layout == "compact":
                 ops.cuda_return_rows(y, places, None, self._blocks, sums)
                 y, places, weights, sums = sums, None, None, None
@@ -392,9 +404,10 @@ class _PlacedRows:
         )
         return Received(out_rows, out_scales, out_ids, out_weights, tokens, totals[:-1])
 
-    def placed(self, channel: int, count: int) -> Placed:
-        """Of a channel's ``count`` slots. Compact rows are weighted already: their weights are for nobody."""
-        return Placed(self.places[channel], self._weights[channel, :count], self._config.sum_dtype)
+    def placed(self, channel: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places and weights of a channel's ``count`` slots. Compact rows are weighted already: their weights
+        are for nobody."""
+        return self.places[channel], self._weights[channel, :count]
 
 
 def _free(exchange: int, windows: Windows) -> None:

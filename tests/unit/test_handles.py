@@ -405,11 +405,10 @@ def test_rows_where_they_are_wanted(transport):
     ranks(2).run(rows_and_ids_job, transport)
 
 
-def placed_job(rank, group, transport, dtype):
+def sums_job(rank, group, transport, dtype):
     """Results of one exchange's rows, by expert, go back by another: as if they went by their own."""
-    common = replace(
-        CONFIG, transport=transport, payload=dtype, expert_ids="global", wire_dtype=torch.float32
-    )
+    common = replace(CONFIG, transport=transport, payload=dtype, expert_ids="global")
+    common = replace(common, wire_dtype=torch.float32)
     with (
         ep.Communicator(group, replace(common, layout="expert_major")) as by_expert,
         ep.Communicator(group, common) as c,
@@ -417,21 +416,20 @@ def placed_job(rank, group, transport, dtype):
         received, there = dispatch(by_expert)
         y, places = result(by_expert, received), by_expert.received_places(there)
         want = by_expert.combine(y, there)
-        for channel in (0, 1):
-            received, handle = dispatch(c, channel=channel)
-            placed = places, received.topk_weights
-            assert "places" in refused(c.combine, y, handle, placed=(places[1:], received.topk_weights))
-            assert "weights" in refused(c.combine_send, y, handle, placed=(places, places))
-            if channel == 0:
-                assert same_bits(c.combine(y, handle, placed=placed), want)
-            else:
-                c.combine_send(y, handle, placed=placed)
-                assert same_bits(c.combine_recv(handle), want)
-        _, there = dispatch(by_expert)
-        assert "rank_major" in refused(by_expert.combine, y, there, placed=placed)
+        call = make_call(common, c.world_size, rank, step([3] * c.world_size))
+        given = (call.x, call.topk_ids, call.topk_weights)
+        for known in (places, None):
+            assert same_bits(c.exchange_sums(y, known, *given), want)
+            handle = c.exchange_sums_send(y, known, *given, channel=1)
+            out = torch.full_like(want, torch.nan)
+            assert same_bits(c.exchange_sums(y, known, *given, out=out), want)  # between the halves
+            assert same_bits(c.combine_recv(handle), want)
+        assert "places" in refused(c.exchange_sums, y, places[1:], *given)
+        assert "contiguous" in refused(c.exchange_sums, y, places.T.contiguous().T, *given)
+        assert "rank_major" in refused(by_expert.exchange_sums, y, places, *given)
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_that_stand_elsewhere(transport, dtype):
-    ranks(3).run(placed_job, transport, dtype)
+def test_results_of_the_rows_of_another_exchange(transport, dtype):
+    ranks(3).run(sums_job, transport, dtype)

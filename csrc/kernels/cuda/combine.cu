@@ -21,8 +21,6 @@ __device__ Piece piece_of(int hidden, int segment, int segments) {
 constexpr int kLoads = 4;       // 16-byte loads that a thread issues before it stores
 constexpr int kEarlyWorld = 8;  // up to so many ranks most rows are live: load them before that is known
 
-constexpr int kReduceLoads = 8;  // 16 needs more registers than there are
-
 template <class Y>
 constexpr int kUnits = kLoads / Y::kWords;  // of eight elements
 
@@ -66,40 +64,6 @@ __device__ inline void find_ahead(const View& v, const CombineArgs& a, int y_byt
     h.to = outbox(v, h.source) + v.layout.combine_row(v.channel, source_for(v, h.source), h.token);
 }
 
-// Eight elements of the weighted sum of what this rank's experts made of a slot: in order of k, fused.
-template <class Y>
-__device__ Eight placed_sum(const CombineArgs& a, int64_t slot, int top_k, int unit) {
-    constexpr int kAhead = 4;  // rows whose loads are issued before the first is added
-    const int32_t* const places = a.places + slot * top_k;
-    const float* const weights = a.weights + slot * top_k;
-    const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
-    Eight sum{};
-    for (int first = 0; first < top_k; first += kAhead) {
-        uint4 words[kAhead][Y::kWords];
-        int place[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) place[i] = first + i < top_k ? places[first + i] : -1;
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            if (place[i] >= 0)
-#pragma unroll
-                for (int j = 0; j < Y::kWords; ++j)
-                    if (has_word<Y>(a.hidden, unit, j))
-                        words[i][j] = ptx::load_row(a.y + place[i] * row_bytes +
-                                                    (static_cast<int64_t>(unit) * Y::kWords + j) * 16);
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            if (place[i] < 0) continue;
-            const float weight = weights[first + i];
-            Eight part;
-            Y::unpack(words[i], part);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum.v[j] = __fmaf_rn(weight, part.v[j], sum.v[j]);
-        }
-    }
-    return sum;
-}
-
 template <class Y, bool kPlaced>
 __device__ void load_ahead(const View& v, const CombineArgs& a, int place, int step, Piece piece, Ahead& h) {
     if (!h.inside) return;
@@ -133,7 +97,8 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
         char* const to = const_cast<char*>(h.to);
         if constexpr (kPlaced) {
             for (int e = piece.begin + place; e < piece.end; e += step)
-                store_eight<Wire>(to, a.hidden, e, placed_sum<Y>(a, h.slot, v.top_k, e));
+                store_eight<Wire>(to, a.hidden, e,
+                                  placed_sum<Y>(a, h.slot, a.weights + h.slot * v.top_k, v.top_k, e));
         } else {
             for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
                 if (v.world > kEarlyWorld || e != piece.begin + place)

@@ -8,6 +8,8 @@
 
 namespace ep::cuda {
 
+constexpr int kReduceLoads = 8;  // of 16 bytes, for a row; 16 need more registers than there are
+
 __device__ inline RankSet load_route(const View& v, int64_t token) {
     const uint32_t* words = v.routes + token * kRouteWords;
     RankSet route{ptx::load_fresh_word(words), 0, 0};
@@ -62,6 +64,40 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
         for (int k = 0; k < kWide; ++k)
             if (e + k * step < end) store_eight<Out>(out, a.hidden, e + k * step, sum[k]);
     }
+}
+
+// Eight elements of the weighted sum of what this rank's experts made of a slot: in order of k, fused.
+// `weights`: of the slot.
+template <class Y>
+__device__ Eight placed_sum(const CombineArgs& a, int64_t slot, const float* weights, int top_k, int unit) {
+    constexpr int kAhead = 4;  // rows whose loads are issued before the first is added
+    const int32_t* const places = a.places + slot * top_k;
+    const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
+    Eight sum{};
+    for (int first = 0; first < top_k; first += kAhead) {
+        uint4 words[kAhead][Y::kWords];
+        int place[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) place[i] = first + i < top_k ? places[first + i] : -1;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+            if (place[i] >= 0)
+#pragma unroll
+                for (int j = 0; j < Y::kWords; ++j)
+                    if (has_word<Y>(a.hidden, unit, j))
+                        words[i][j] = ptx::load_row(a.y + place[i] * row_bytes +
+                                                    (static_cast<int64_t>(unit) * Y::kWords + j) * 16);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (place[i] < 0) continue;
+            const float weight = weights[first + i];
+            Eight part;
+            Y::unpack(words[i], part);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum.v[j] = __fmaf_rn(weight, part.v[j], sum.v[j]);
+        }
+    }
+    return sum;
 }
 
 // The rows that this rank returns to itself stay where they are, if they are still there when it adds.

@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                 receive_metadata(v, a, chunk, counts, alive, threadIdx.x, kThreads);
             // By the last threads of the block: the first ones have metadata to copy.
             if (chunk == 0 && alive)
-                receive_headers(v, state, a, epoch, kThreads - 1 - static_cast<int>(threadIdx.x), kThreads);
+                receive_headers(v, state, plan, a.tokens_per_source, epoch,
+                                kThreads - 1 - static_cast<int>(threadIdx.x), kThreads);
             if (in_host_memory(v) && alive) fetch_chunk(v, a, epoch, chunk, counts);
             if (chunk + role.step < chunks) __syncthreads();  // counts are used again
         }

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             alive = alive && wait_chunk_warp(v, state, Phase::kDispatch, epoch, chunk, counts[turn]);
             __syncwarp();
             receive_metadata(v, a, chunk, counts[turn], alive, lane, 32);
-            if (chunk == 0 && alive) receive_headers(v, state, a, epoch, lane, 32);
+            if (chunk == 0 && alive) receive_headers(v, state, a.plan, a.tokens_per_source, epoch, lane, 32);
             __syncwarp();
         }
     }

@@ -55,6 +55,12 @@ int power_of_two_at_most(int n) {
     return p;
 }
 
+// Of a combine's sending half, whose passes send so many ranks' rows.
+int warps_per_row(const Plan& plan, int64_t ranks) {
+    return power_of_two_at_most(
+        static_cast<int>(std::max<int64_t>(1, kWarps / (ranks * plan.tokens_per_chunk))));
+}
+
 // Ranks that a token goes to, on average, if all experts are chosen alike.
 double rows_per_token(const ExchangeShape& shape) {
     const auto world = static_cast<double>(shape.world);
@@ -137,7 +143,8 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_),
           "cudaDeviceGetAttribute");
     dependent_ = major >= 9 && !settings.staged;  // else the kernel ahead may be NCCL's
-    const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
+    const int blocks_per_sm =
+        std::min({dispatch_blocks_per_sm(), combine_blocks_per_sm(), sums_blocks_per_sm()});
     // Bulk copies into host memory take longer than stores (docs/performance.md); their kernels know no
     // staggered order.
     bulk_ = !settings.copies && settings.stagger == 0 && major >= 9 &&
@@ -259,9 +266,7 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     a.hidden = static_cast<int32_t>(settings_.hidden);
     a.wire = settings_.wire;
     a.out_type = settings_.out;
-    // That a pass sends in a chunk.
-    const int64_t rows = (settings_.stagger ? 1 : settings_.shape.world) * a.plan.tokens_per_chunk;
-    a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
+    a.warps_per_row = warps_per_row(a.plan, settings_.stagger ? 1 : settings_.shape.world);
     const int blocks = blocks_of(a.plan, a.send && a.receive);
     if (a.places && bulk_ && a.plan.bulk) {  // which copy whole rows
         const auto slots = static_cast<int32_t>(settings_.shape.world * a.plan.slots);
@@ -279,6 +284,20 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     return launch_combine(
         view(channel), a,
         {.blocks = blocks, .stream = stream, .dependent = dependent_, .staggered = settings_.stagger != 0});
+}
+
+bool Exchange::takes_sums(const Plan& plan, DType y_type) const {
+    const bool alike = y_type == settings_.wire && y_type == settings_.out;
+    return alike && !settings_.staged && !complete(plan).bulk;
+}
+
+cudaError_t Exchange::sums(int64_t channel, SumsArgs a, cudaStream_t stream) {
+    a.ask.plan = a.answer.plan = complete(a.ask.plan);
+    a.answer.hidden = static_cast<int32_t>(settings_.hidden);
+    a.answer.wire = settings_.wire;
+    a.answer.warps_per_row = warps_per_row(a.ask.plan, settings_.shape.world);
+    return launch_sums(view(channel), a,
+                       {.blocks = blocks_of(a.ask.plan, false), .stream = stream, .dependent = dependent_});
 }
 
 cudaError_t Exchange::close(int64_t channel, bool send, cudaStream_t stream) {

@@ -57,6 +57,9 @@ class Exchange {
     // `a` without what the exchange knows itself; plan.slots = T, the rest of the plan may be 0: chosen.
     cudaError_t dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream);
     cudaError_t combine(int64_t channel, CombineArgs a, cudaStream_t stream);
+    // Both in one launch, without rows in the first; `takes_sums` says whether that can be.
+    cudaError_t sums(int64_t channel, SumsArgs a, cudaStream_t stream);
+    bool takes_sums(const Plan& plan, DType y_type) const;
 
     // The first or second half of ending an exchange that nobody combines, where windows are staged: the
     // closing flags out; then wait for those of all others. Both do nothing if the channel has no open

@@ -19,6 +19,7 @@ struct Launch {
 
 cudaError_t launch_dispatch(const View& v, const DispatchArgs& a, const Launch& how);
 cudaError_t launch_combine(const View& v, const CombineArgs& a, const Launch& how);
+cudaError_t launch_sums(const View& v, const SumsArgs& a, const Launch& how);
 cudaError_t launch_close(const View& v, bool send, const Launch& how);
 cudaError_t launch_dispatch_bulk(const View& v, const DispatchArgs& a, Launch how);
 cudaError_t launch_combine_bulk(const View& v, const CombineArgs& a, Launch how);
@@ -28,6 +29,7 @@ int dispatch_blocks_per_sm();
 int combine_blocks_per_sm();
 int dispatch_bulk_blocks_per_sm();
 int combine_bulk_blocks_per_sm();
+int sums_blocks_per_sm();
 
 #if defined(__CUDACC__)
 template <class... Params>

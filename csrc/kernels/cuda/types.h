@@ -130,4 +130,10 @@ struct CombineArgs {
     bool send, receive;
 };
 
+// An exchange without rows: ids and weights there, weighted sums back.
+struct SumsArgs {
+    DispatchArgs ask;    // its ids, weights, tokens and plan
+    CombineArgs answer;  // all of it but weights, sums and send; y, wire and out are of one type
+};
+
 }  // namespace ep::cuda

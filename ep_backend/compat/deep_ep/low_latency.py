@@ -1,9 +1,9 @@
 """Low-latency mode: rows by expert, weighted sums.
 
 The top-k weights come only with the combine, but the ranks that hold the experts apply them before rows
-travel back. So a combine is an exchange of its own, in the layout rank-major, whose dispatch brings ids and
-weights with marker rows; where the rows of each of its slots stand is known since the dispatch of the rows.
-That one's exchange is never combined: the next one on its channel ends it.
+travel back. So a combine is an exchange of its own, whose dispatch brings ids and weights; where the rows of
+each of its slots stand is known since the dispatch of the rows. That one's exchange is never combined: the
+next one on its channel ends it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, Usual, sms
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
-from ep_backend.places import local_numbers, places
 
 CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
@@ -193,20 +192,11 @@ class LowLatency:
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
         markers = member.markers(len(ids))
-        received, handle = communicator.dispatch(
-            markers, ids, weights, tokens_per_rank=shape.tokens, channel=channel
-        )
-        assert received.topk_ids is not None
-        assert received.topk_weights is not None
-        at = dispatched.places
-        if at is None:
-            owners = communicator.config.expert_ranks(self._world)
-            at = places(received.topk_ids, local_numbers(owners, self._rank))
-        placed = at, received.topk_weights
+        given, slots = (x, dispatched.places, markers, ids, weights), shape.tokens
         if not in_halves:
-            communicator.combine(x, handle, placed=placed, out=out)
+            communicator.exchange_sums(*given, tokens_per_rank=slots, channel=channel, out=out)
             return None
-        communicator.combine_send(x, handle, placed=placed)
+        handle = communicator.exchange_sums_send(*given, tokens_per_rank=slots, channel=channel)
         return member.hook(channel, lambda: communicator.combine_recv(handle, out=out))
 
     def destroy(self) -> None:
