@@ -124,6 +124,52 @@ def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
     assert ranks(world).run(same_bits_job, transport, more, timeout=120) == [[]] * world
 
 
+def sums_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 7, 40)):
+    """Results of rows that another exchange has brought, against those of a combine of that exchange."""
+    device, world = gpus.take(rank), torch.distributed.get_world_size(group)
+    common = config({"expert_ids": "global", **more}, world, transport, num_channels=2)
+    wrong = []
+    with (
+        ep.Communicator(group, replace(common, layout="expert_major"), device=device) as by_expert,
+        ep.Communicator(group, common, device=device) as comm,
+    ):
+        for number, slots in enumerate(exchanges):
+            count = slots - (number * 5 + rank * 3) % (slots + 1)
+            given = [t.to(device) for t in inputs(common, rank, count, number)[:3]]
+            call = {"tokens_per_rank": slots, "channel": number % 2}
+            received, handle = by_expert.dispatch(*given, **call)
+            dtype = torch.float32 if number == 4 else common.result_dtype
+            y = results(by_expert.config, rank, on_cpu(received), number, dtype).to(device)
+            places = by_expert.received_places(handle)
+            want = by_expert.combine(y, handle)
+            for known in (places, None):
+                if number % 3 == 1:
+                    opened = comm.exchange_sums_send(y, known, *given, **call)
+                    got = comm.combine_recv(opened)
+                else:
+                    got = comm.exchange_sums(y, known, *given, **call)
+                if not torch.equal(got, want):
+                    wrong.append((number, slots, known is None))
+        comm.check()
+    return wrong
+
+
+SUMS = {
+    "bf16": {"payload": torch.bfloat16},
+    "fp16 fp32-wire": {"payload": torch.float16, "wire_dtype": torch.float32},
+    "fp32, half a unit": {"payload": torch.float32, "hidden_size": 260},
+    "bf16, long rows": {"payload": torch.bfloat16, "hidden_size": 7168},
+}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_results_of_the_rows_of_another_exchange(world, name, transport):
+    gpus.needs(world)
+    assert ranks(world).run(sums_job, transport, SUMS[name], timeout=120) == [[]] * world
+
+
 def staggered_job(rank, group):
     """Every rank's order of stores, and what differs."""
     with mock.patch.dict(os.environ, {"EP_BACKEND_PEER_ORDER": "staggered"}):
