@@ -288,7 +288,7 @@ class Communicator:
         exchange.
         """
         self._expect(handle, "received")
-        out = self._check_out(handle, out)
+        out = self._check_out(handle.num_tokens, out)
         y = self._check_results(y, handle)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
@@ -339,8 +339,7 @@ class Communicator:
         EpArgumentError otherwise, and in another layout.
         """
         self._expect(handle, "received")
-        if self.config.layout != "expert_major" or self.config.expert_ids != "global":
-            raise EpArgumentError("received_places is for the layout expert_major with global expert_ids")
+        self._expect_global_ids("received_places", "expert_major")
         return self._transport.received_places(handle.channel, handle.tokens_per_rank)
 
     @_not_traced
@@ -354,7 +353,7 @@ class Communicator:
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Second half of ``combine``: wait for the sums of all ranks and add them."""
         self._expect(handle, "returned")
-        out = self._check_out(handle, out)
+        out = self._check_out(handle.num_tokens, out)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
         self._transport.combine_recv(handle.channel, out)
@@ -381,8 +380,8 @@ class Communicator:
         two.
         """
         call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel)
-        handle = self._opened(call)
-        out = self._check_out(handle, out)
+        out = self._check_out(len(call.x), out)
+        self._opened(call)
         self._handles[channel] = None
         self._exchange_sums(call, y, places, out)
         return out
@@ -546,6 +545,11 @@ class Communicator:
         self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
         return y.contiguous()
 
+    def _expect_global_ids(self, call: str, layout: str) -> None:
+        config = self.config
+        if config.layout != layout or config.expert_ids != "global" or config.pad_id != -1:
+            raise EpArgumentError(f"{call} is for the layout {layout} with global expert_ids and pad_id -1")
+
     def _check_sums(
         self,
         y: torch.Tensor,
@@ -557,8 +561,7 @@ class Communicator:
         channel: int,
     ) -> tuple[DispatchCall, torch.Tensor]:
         config = self.config
-        if config.layout != "rank_major" or config.expert_ids != "global":
-            raise EpArgumentError("exchange_sums is for the layout rank_major with global expert_ids")
+        self._expect_global_ids("exchange_sums", "rank_major")
         call = self._check_dispatch(x, ids, weights, None, tokens_per_rank, None, channel)
         capacity = self.world_size * call.slots
         shape = (len(self.local_experts), capacity, config.hidden_size)
@@ -579,8 +582,9 @@ class Communicator:
         assert received.topk_ids is not None
         assert received.topk_weights is not None
         if places is None:
-            ids = received.topk_ids.masked_fill(received.topk_ids == config.pad_id, -1)
-            places = find_places(ids, local_numbers(config.expert_ranks(self.world_size), self.rank))
+            places = find_places(
+                received.topk_ids, local_numbers(config.expert_ranks(self.world_size), self.rank)
+            )
         sums = weighted_sums(y, places, received.topk_weights, config.sum_dtype)
         if out is None:
             transport.combine_send(call.channel, sums)
@@ -596,8 +600,8 @@ class Communicator:
         if not rows.is_contiguous():
             raise EpArgumentError(f"rows have strides {tuple(rows.stride())}; a contiguous tensor was wanted")
 
-    def _check_out(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
-        shape, dtype = (handle.num_tokens, self.config.hidden_size), self.config.result_dtype
+    def _check_out(self, tokens: int, out: torch.Tensor | None) -> torch.Tensor:
+        shape, dtype = (tokens, self.config.hidden_size), self.config.result_dtype
         if out is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
         self._check("out", out, shape, (dtype,))

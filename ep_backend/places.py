@@ -12,6 +12,9 @@ import torch
 
 from ep_backend._native import ops
 
+LAYOUT_BLOCKS_PER_SM = 8
+"""Of kernels that copy rows, which need many loads under way: as many as there is room for."""
+
 
 def local_numbers(expert_ranks: Sequence[int], rank: int) -> torch.Tensor:
     """[experts of all ranks] int16: for each its number among those of ``rank``, in order of global id; -1:
@@ -34,6 +37,23 @@ def find_places(ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return torch.where(experts < 0, -1, rows).int()
 
 
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c of float32 tensors, rounded once.
+
+    The product is exact in float64. The sum there is rounded to odd, so that rounding it to float32 is right:
+    S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Trans. Computers 57 (2008).
+    """
+    p, q = torch.broadcast_tensors(a.double() * b.double(), c.double())
+    s = p + q
+    back = s - p
+    lost = (p - (s - back)) + (q - back)  # exact: p + q = s + lost
+    bits = s.view(torch.int64)
+    inexact_and_even = (lost != 0) & lost.isfinite() & (bits & 1 == 0)
+    outwards = (lost > 0) == (s > 0)
+    odd = torch.where(outwards, bits + 1, bits - 1)
+    return torch.where(inexact_and_even, odd, bits).view(torch.float64).float()
+
+
 def weighted_sums(
     y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -45,12 +65,11 @@ def weighted_sums(
     """
     if y.is_cuda:
         sums = torch.empty(len(places), y.shape[-1], dtype=dtype, device=y.device)
-        blocks = torch.cuda.get_device_properties(y.device).multi_processor_count
-        ops.cuda_return_rows(y, places, weights, blocks, sums)
+        sms = torch.cuda.get_device_properties(y.device).multi_processor_count
+        ops.cuda_return_rows(y, places, weights, LAYOUT_BLOCKS_PER_SM * sms, sums)
         return sums
     rows, total = y.flatten(0, 1), torch.zeros(len(places), y.shape[-1], dtype=torch.float32)
     for places_of_k, weights_of_k in zip(places.unbind(1), weights.unbind(1), strict=True):
         slots = (places_of_k >= 0).nonzero().squeeze(1)
-        terms = rows[places_of_k[slots].long()].double() * weights_of_k[slots, None].double()
-        total[slots] = (total[slots].double() + terms).float()
+        total[slots] = fma(rows[places_of_k[slots].long()].float(), weights_of_k[slots, None], total[slots])
     return total.to(dtype)

@@ -194,8 +194,8 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
 }
 
 void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Tensor> places,
-                  std::optional<Tensor> weights, std::optional<Tensor> sums, std::vector<int64_t> plan,
-                  bool send, bool receive, Tensor out) {
+                  std::optional<Tensor> weights, std::optional<Tensor> sums, int64_t return_blocks,
+                  std::vector<int64_t> plan, bool send, bool receive, Tensor out) {
     const int32_t device = out.get_device_index();
     const DeviceGuard guard(device);
     cuda::CombineArgs a{};
@@ -205,6 +205,7 @@ void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Ten
         a.places = pointer<int32_t>(*places);
         a.weights = pointer<float>(*weights);
         a.sums = pointer<char>(*sums);
+        a.return_blocks = static_cast<int32_t>(return_blocks);
     }
     a.plan = plan_of(plan);
     a.y_type = format_of(y);

@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def(
         "cuda_combine(int exchange, int channel, Tensor y, Tensor? places, Tensor? weights, Tensor(a!)? "
         "sums, "
-        "int[] plan, bool send, bool receive, Tensor(b!) out) -> ()");
+        "int return_blocks, int[] plan, bool send, bool receive, Tensor(b!) out) -> ()");
     m.def(
         "cuda_exchange_sums(int exchange, int channel, Tensor ids, Tensor weights, Tensor y, Tensor places, "
         "int[] plan, bool receive, Tensor(a!) out) -> bool");

@@ -196,7 +196,6 @@ class NativeExchange:
         ids = torch.empty(self.world * slots, self.config.top_k, dtype=torch.int32)
         weights = torch.empty_like(ids, dtype=torch.float32)
         ops.dispatch_read(self.handle, channel, LAYOUTS["rank_major"], None, None, ids, weights)
-        ids.masked_fill_(ids == self.config.pad_id, -1)
         return find_places(ids, local_numbers(self.config.expert_ranks(self.world), self.rank))
 
     def received(self, channel: int, slots: int, out: torch.Tensor | None = None) -> Received:

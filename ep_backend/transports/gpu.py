@@ -1,13 +1,13 @@
 """What the transports for GPUs share: the protocol of docs/protocol.md in CUDA kernels. Where the windows are
 is each transport's own matter.
 
-Dispatch and combine are one kernel each, or two where the halves are called; nothing is allocated but the
-tensors that are returned, and nothing waits for the GPU, so both can be captured in a CUDA graph. A failure
-on the GPU is raised by the next call on the host and by ``check``.
+Dispatch and combine are one kernel each, or two where the halves are called, and nothing waits for the GPU,
+so both can be captured in a CUDA graph. A failure on the GPU is raised by the next call on the host and by
+``check``.
 
-Rows arrive rank-major. For the other layouts three more kernels copy them to their places, and one before
-combine brings the results back. The compact layout gives exactly the rows that came, so its dispatch waits
-for the GPU to know how many, and cannot be captured.
+Rows arrive rank-major. For the other layouts more kernels copy them to their places, and combine may need
+one that brings the results back (docs/architecture.md). The compact layout gives exactly the rows that came,
+so its dispatch waits for the GPU to know how many, and cannot be captured.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from ep_backend import _native, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError
-from ep_backend.places import local_numbers
+from ep_backend.places import LAYOUT_BLOCKS_PER_SM, local_numbers
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
 FLAGS_PER_SOURCE = 1024  # chunks that a call is divided into at most
 MAX_TILES = 256  # csrc/kernels/cuda/layouts.h
 BLOCKS_PER_SM = 2  # of dispatch and combine, as registers allow (csrc/kernels/cuda/types.h)
-LAYOUT_BLOCKS_PER_SM = 8  # as many as there is room for: copying needs many loads under way
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class GpuTransport(Transport):
         self._exchange = self._create(shape, blocks, windows)
         self._free = weakref.finalize(self, _free, self._exchange, windows)
         self._placed: _PlacedRows | None = None
+        self._blocks = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks  # that copy rows
         if config.layout != "rank_major":
-            self._blocks = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
             self._placed = _PlacedRows(config, self._rank, self._world, device, self._blocks)
         self._slots = [config.max_tokens_per_rank] * config.num_channels
         self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
@@ -298,6 +297,7 @@ class GpuTransport(Transport):
         places = weights = sums = None
         if y is not None and placed is not None:
             places, weights = placed
+            places.record_stream(torch.cuda.current_stream(self._device))  # the next dispatch drops them
             shape = (len(places), self._config.hidden_size)
             sums = torch.empty(shape, dtype=self._config.sum_dtype, device=self._device)
             if self._config.layout == "compact":
@@ -310,6 +310,7 @@ class GpuTransport(Transport):
             places,
             weights,
             sums,
+            self._blocks,
             [self._slots[channel], *self._plan],
             y is not None,
             out is not None,

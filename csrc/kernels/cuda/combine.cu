@@ -96,9 +96,9 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
         if (!__any_sync(kAll, live && is_local(v, h.id))) continue;
         char* const to = const_cast<char*>(h.to);
         if constexpr (kPlaced) {
-            for (int e = piece.begin + place; e < piece.end; e += step)
-                store_eight<Wire>(to, a.hidden, e,
-                                  placed_sum<Y>(a, h.slot, a.weights + h.slot * v.top_k, v.top_k, e));
+            const Placed mine = load_placed(a, h.slot, a.weights + h.slot * v.top_k, v.top_k);
+            for (int base = piece.begin + place - lane; base < piece.end; base += step)
+                store_placed_sum<Y, Wire>(a, mine, v.top_k, base + lane, piece.end, to);
         } else {
             for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
                 if (v.world > kEarlyWorld || e != piece.begin + place)

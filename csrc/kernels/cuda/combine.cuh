@@ -66,22 +66,38 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
     }
 }
 
-// Eight elements of the weighted sum of what this rank's experts made of a slot: in order of k, fused.
-// `weights`: of the slot.
-template <class Y>
-__device__ Eight placed_sum(const CombineArgs& a, int64_t slot, const float* weights, int top_k, int unit) {
+// Where a slot's results stand, and their weights: lane k has the k-th.
+struct Placed {
+    int place;
+    float weight;
+};
+// By a whole warp, of one slot. `weights`: of the slot.
+__device__ inline Placed load_placed(const CombineArgs& a, int64_t slot, const float* weights, int top_k) {
+    const int k = static_cast<int>(threadIdx.x) % 32;
+    if (k >= top_k) return {-1, 0.0f};
+    return {a.places[slot * top_k + k], weights[k]};
+}
+
+// Eight elements of the weighted sum of what this rank's experts made of a slot, in order of k, fused. By a
+// whole warp, of which the lanes with a unit before `end` have something to do.
+template <class Y, class Wire>
+__device__ void store_placed_sum(const CombineArgs& a, const Placed& mine, int top_k, int unit, int end,
+                                 char* to) {
     constexpr int kAhead = 4;  // rows whose loads are issued before the first is added
-    const int32_t* const places = a.places + slot * top_k;
     const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
     Eight sum{};
     for (int first = 0; first < top_k; first += kAhead) {
         uint4 words[kAhead][Y::kWords];
         int place[kAhead];
+        float weight[kAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) place[i] = first + i < top_k ? places[first + i] : -1;
+        for (int i = 0; i < kAhead; ++i) {
+            place[i] = __shfl_sync(kAll, mine.place, first + i);
+            weight[i] = __shfl_sync(kAll, mine.weight, first + i);
+        }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
-            if (place[i] >= 0)
+            if (place[i] >= 0 && unit < end)
 #pragma unroll
                 for (int j = 0; j < Y::kWords; ++j)
                     if (has_word<Y>(a.hidden, unit, j))
@@ -90,14 +106,13 @@ __device__ Eight placed_sum(const CombineArgs& a, int64_t slot, const float* wei
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             if (place[i] < 0) continue;
-            const float weight = weights[first + i];
             Eight part;
             Y::unpack(words[i], part);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) sum.v[j] = __fmaf_rn(weight, part.v[j], sum.v[j]);
+            for (int j = 0; j < 8; ++j) sum.v[j] = __fmaf_rn(weight[i], part.v[j], sum.v[j]);
         }
     }
-    return sum;
+    if (unit < end) store_eight<Wire>(to, a.hidden, unit, sum);
 }
 
 // The rows that this rank returns to itself stay where they are, if they are still there when it adds.

@@ -268,11 +268,13 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     a.out_type = settings_.out;
     a.warps_per_row = warps_per_row(a.plan, settings_.stagger ? 1 : settings_.shape.world);
     const int blocks = blocks_of(a.plan, a.send && a.receive);
-    if (a.places && bulk_ && a.plan.bulk) {  // which copy whole rows
+    // Bulk copies are of whole rows; and sums that a rank has for itself stay on its GPU if they are rows.
+    if (a.places && ((bulk_ && a.plan.bulk) || keeps_own_apart())) {
         const auto slots = static_cast<int32_t>(settings_.shape.world * a.plan.slots);
         const auto top_k = static_cast<int32_t>(settings_.shape.top_k);
-        const cudaError_t added = launch_return(
-            {a.y, a.sums, a.places, a.weights, slots, top_k, a.hidden, 0, a.y_type, a.wire}, blocks, stream);
+        const cudaError_t added =
+            launch_return({a.y, a.sums, a.places, a.weights, slots, top_k, a.hidden, 0, a.y_type, a.wire},
+                          a.return_blocks, stream);
         if (added != cudaSuccess) return added;
         a.y = a.sums;
         a.y_type = a.wire;
@@ -288,7 +290,7 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
 
 bool Exchange::takes_sums(const Plan& plan, DType y_type) const {
     const bool alike = y_type == settings_.wire && y_type == settings_.out;
-    return alike && !settings_.staged && !complete(plan).bulk;
+    return alike && !settings_.staged && !keeps_own_apart() && !complete(plan).bulk;
 }
 
 cudaError_t Exchange::sums(int64_t channel, SumsArgs a, cudaStream_t stream) {

@@ -83,6 +83,8 @@ class Exchange {
 
     const View& view(int64_t channel) const { return views_[channel]; }
     Plan complete(Plan plan) const;
+    // What combine writes for this rank itself would go through host memory.
+    bool keeps_own_apart() const { return settings_.copies != nullptr && settings_.direct.empty(); }
     // Through host memory a block sends or receives, not both.
     int blocks_of(const Plan& plan, bool both_halves) const;
 

@@ -56,19 +56,21 @@ __device__ void answer(const View& v, const State& state, const CombineArgs& a, 
     const Plan& plan = a.plan;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int groups = kWarps / a.warps_per_row, step = a.warps_per_row * 32;
-    const int place = warp % a.warps_per_row * 32 + lane;
+    const int width = min(plan.tokens_per_chunk, plan.slots - part.first);
     for (int unit = warp / a.warps_per_row; unit < v.world * plan.tokens_per_chunk; unit += groups) {
         const int turn = plan.per_chunk.divide(unit), t = unit - turn * plan.tokens_per_chunk;
         const int source = hop(v, turn + 1);
-        if (t >= counts[source] || state.masked(source)) continue;
+        // A peer with another T may say more than there is room for.
+        if (t >= min(counts[source], width) || state.masked(source)) continue;
         const int64_t slot = static_cast<int64_t>(source) * plan.slots + part.first + t;
         const char* const from = inbox(v, source);
         const auto* ids = reinterpret_cast<const int32_t*>(from + v.layout.id_row(v.channel, slot));
         if (!__any_sync(kAll, is_local(v, lane < v.top_k ? ids[lane] : -1))) continue;
-        const auto* weights = reinterpret_cast<const float*>(from + v.layout.weight_row(v.channel, slot));
+        const Placed mine = load_placed(
+            a, slot, reinterpret_cast<const float*>(from + v.layout.weight_row(v.channel, slot)), v.top_k);
         char* const to = outbox(v, source) + v.layout.combine_row(v.channel, v.rank, part.first + t);
-        for (int e = part.begin + place; e < part.end; e += step)
-            store_eight<T>(to, a.hidden, e, placed_sum<T>(a, slot, weights, v.top_k, e));
+        for (int base = part.begin + warp % a.warps_per_row * 32; base < part.end; base += step)
+            store_placed_sum<T, T>(a, mine, v.top_k, base + lane, part.end, to);
     }
 }
 
@@ -93,7 +95,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         const Part part = part_of(plan, a.answer.hidden, chunk);
         alive = wait_chunk(v, state, Phase::kDispatch, epoch, part.chunk_of_ids, counts);
         if (!alive) break;
-        if (chunk == 0) receive_headers(v, state, plan, nullptr, epoch, threadIdx.x, kThreads);
+        if (chunk == 0) {
+            const bool agree = receive_headers(v, state, plan, nullptr, epoch, threadIdx.x, kThreads);
+            alive = __syncthreads_and(agree) != 0;
+            if (!alive) break;
+        }
         answer<T>(v, state, a.answer, part, counts);
         flag_chunk(v, state, Phase::kCombine, epoch, chunk, 0, to_all(v));
     }

@@ -122,7 +122,10 @@ struct CombineArgs {
     // number of a row, or -1.
     const int32_t* places;
     const float* weights;
-    char* sums;  // with `places`: scratch, [world * T, hidden] of the wire's format, for bulk copies
+    // With `places`, where sums must be rows before they are sent: [world * T, hidden] of the wire's format,
+    // and how many blocks may make them.
+    char* sums;
+    int32_t return_blocks;
     Plan plan;
     int32_t hidden;
     int32_t warps_per_row;  // of the sending half: power of two, at most kWarps
