@@ -424,6 +424,9 @@ def sums_job(rank, group, transport, dtype):
             out = torch.full_like(want, torch.nan)
             assert same_bits(c.exchange_sums(y, known, *given, out=out), want)  # between the halves
             assert same_bits(c.combine_recv(handle), want)
+        received, opened = dispatch(c)
+        assert "out" in refused(c.exchange_sums, y, places, *given, out=want[1:])
+        c.combine(result(c, received), opened)  # is left as it was
         assert "places" in refused(c.exchange_sums, y, places[1:], *given)
         assert "contiguous" in refused(c.exchange_sums, y, places.T.contiguous().T, *given)
         assert "rank_major" in refused(by_expert.exchange_sums, y, places, *given)
