@@ -426,6 +426,79 @@ def test_closing(world, transport):
     assert "ended the exchange without a combine" in results[0][1]
 
 
+def sums_in_turn_job(rank, group, transport):
+    """Results of rows of another exchange behind exchanges that were left open, and captured in a graph."""
+    device, world = gpus.take(rank), torch.distributed.get_world_size(group)
+    common = config({"payload": torch.bfloat16, "expert_ids": "global"}, world, transport)
+    with (
+        ep.Communicator(group, replace(common, layout="expert_major"), device=device) as by_expert,
+        ep.Communicator(group, common, device=device) as comm,
+    ):
+        given = [t.to(device) for t in inputs(common, rank, 20, 3)[:3]]
+        received, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+        y = results(by_expert.config, rank, on_cpu(received), 3, common.result_dtype).to(device)
+        places = by_expert.received_places(handle)
+        want = by_expert.combine(y, handle)
+
+        def is_right():
+            return torch.equal(comm.exchange_sums(y, places, *given, tokens_per_rank=33), want)
+
+        same = [is_right()]
+        comm.dispatch_send(*given, tokens_per_rank=33)
+        same.append(is_right())
+        received, _ = comm.dispatch(*given, tokens_per_rank=33)
+        same.append(is_right())
+        _, handle = comm.dispatch(*given, tokens_per_rank=33)
+        comm.combine_send(torch.zeros_like(received.rows), handle)
+        same.append(is_right())
+        comm.exchange_sums_send(y, places, *given, tokens_per_rank=33)
+        same.append(is_right())
+
+        out, graph = torch.empty_like(want), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            comm.exchange_sums(y, places, *given, tokens_per_rank=33, out=out)
+        for number in range(1, 5):
+            given[2].mul_(2)  # exact, and so are all sums
+            out.fill_(-1)
+            graph.replay()
+            same.append(torch.equal(out, want * 2**number))
+        comm.check()
+    return same
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_results_of_another_exchange_in_turn(world, transport):
+    gpus.needs(world, own=transport == "collective")
+    assert ranks(world).run(sums_in_turn_job, transport, timeout=60) == [[True] * 9] * world
+
+
+def other_slots_job(rank, group, transport):
+    """Ranks that give different T: nothing is read that is not there, and all are told."""
+    device, world = gpus.take(rank), torch.distributed.get_world_size(group)
+    common = config({"payload": torch.bfloat16, "expert_ids": "global"}, world, transport)
+    slots = 33 if rank == 0 else 40
+    with ep.Communicator(group, common, device=device) as comm:
+        given = [t.to(device) for t in inputs(common, rank, slots, 3)[:3]]
+        places = torch.zeros(world * slots, common.top_k, dtype=torch.int32, device=device)
+        y = torch.zeros(len(comm.local_experts), world * slots, common.hidden_size, device=device)
+        try:
+            comm.exchange_sums(y.bfloat16(), places, *given, tokens_per_rank=slots)
+            torch.cuda.synchronize()
+            comm.check()
+        except ep.EpProtocolError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("transport", OF_WINDOWS)
+def test_different_slots_in_an_exchange_of_sums(transport):
+    gpus.needs(2)
+    with fresh_ranks(2) as group:
+        for said in group.run(other_slots_job, transport, timeout=60):
+            assert "tokens_per_rank" in said
+
+
 def loop_job(rank, group, transport, stall_s):
     """Replays until a peer fails; then says what was raised, how long it took, and whether recovery works."""
     device = gpus.take(rank)
