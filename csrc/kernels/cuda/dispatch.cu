@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
     bool sent = false;
     if (a.send && alive) {
-        if (state.stage != Stage::kIdle) alive = close_open_exchange(v, state, counts);
+        if (state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
         const int passes = alive && role.sends ? passes_of<kStaggered>(v) : 0;
         for (int pass = 1; pass <= passes; ++pass) {
             const Hops hops = hops_of<kStaggered>(v, pass);

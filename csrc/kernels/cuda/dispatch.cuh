@@ -198,17 +198,25 @@ static __device__ __noinline__ void fetch_chunk(const View& v, const DispatchArg
     }
 }
 
+// The block waits for all flags of an exchange at once, a flag to a thread; false after a failure. Other
+// blocks may have gone on already, here or on peers, and have written the next exchange's flags.
+__device__ inline bool wait_all_chunks(const View& v, const State& s, Phase phase, int chunks) {
+    bool bad = false;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < chunks * v.world; i += kThreads)
+        if (const int source = i % v.world; !s.masked(source))
+            bad |= wait_flag<true>(v, phase, s.epoch, source, i / v.world) < 0;
+    return __syncthreads_or(bad) == 0;
+}
+
 // An exchange that nobody combined ends without data, before this one writes where that one was read.
-static __device__ __noinline__ bool close_open_exchange(const View& v, const State& s, int* counts) {
+static __device__ __noinline__ bool close_open_exchange(const View& v, const State& s) {
     const int chunks = static_cast<int>(s.chunks);
     // Only a rank that has seen all rows of an exchange may say that it is done with them.
-    for (int chunk = 0; chunk < chunks && s.stage == Stage::kSent; ++chunk)
-        if (!wait_chunk(v, s, Phase::kDispatch, s.epoch, chunk, counts)) return false;
+    if (s.stage == Stage::kSent && !wait_all_chunks(v, s, Phase::kDispatch, chunks)) return false;
     for (int chunk = blockIdx.x; chunk < chunks && s.stage != Stage::kReturned; chunk += gridDim.x)
         flag_chunk(v, s, Phase::kCombine, s.epoch, chunk, kClosed, to_all(v));
-    for (int chunk = 0; chunk < chunks; ++chunk)
-        if (!wait_chunk(v, s, Phase::kCombine, s.epoch, chunk, counts)) return false;
-    return true;
+    return wait_all_chunks(v, s, Phase::kCombine, chunks);
 }
 
 }  // namespace ep::cuda

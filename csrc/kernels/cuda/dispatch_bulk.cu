@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
     bool alive =
         __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
-    if (a.send && alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state, counts[0]);
+    if (a.send && alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
 
     if (warp < kSend) {
         ptx::fence_async_global();

@@ -199,15 +199,17 @@ static __device__ __noinline__ bool may_wait_on(const View& v, Phase phase, uint
     return *reinterpret_cast<volatile uint32_t*>(&v.error->stopped) == 0;  // else another block has failed
 }
 
-// One lane waits for one flag. Returns its count, or -1 after a failure.
-__device__ inline int wait_flag(const View& v, Phase phase, uint64_t epoch, int source, int chunk) {
+// One lane waits for one flag. Returns its count, or -1 after a failure. kPassed: a later epoch will do.
+template <bool kPassed = false>
+__device__ int wait_flag(const View& v, Phase phase, uint64_t epoch, int source, int chunk) {
     const char* flag =
         inbox(v, source) + (phase == Phase::kDispatch ? v.layout.dispatch_flag(v.channel, source, chunk)
                                                       : v.layout.combine_flag(v.channel, source, chunk));
     uint64_t start = 0;
     for (int spins = 1;; ++spins) {
         const uint64_t word = ptx::load_flag(flag);
-        if (word_epoch(word) == epoch) return static_cast<int>(word_low(word));
+        if (word_epoch(word) == epoch || (kPassed && epoch_distance(word_epoch(word), epoch) > 0))
+            return static_cast<int>(word_low(word));
         if (spins % 64 == 0 && !may_wait_on(v, phase, epoch, source, word, &start)) return -1;
     }
 }
