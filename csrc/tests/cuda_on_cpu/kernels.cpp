@@ -99,6 +99,30 @@ Tokens make(const Case& c, int rank, int slots, unsigned seed) {
     return t;
 }
 
+// What a rank receives beside rows.
+struct Arrived {
+    std::vector<int32_t> ids, sources;
+    std::vector<float> weights;
+};
+
+DispatchArgs dispatch_args(const Case& c, const Tokens& t, int slots, Arrived& arrived) {
+    arrived.ids.resize(static_cast<size_t>(c.world * slots * c.top_k));
+    arrived.weights.resize(arrived.ids.size());
+    arrived.sources.resize(static_cast<size_t>(c.world));
+    DispatchArgs d{};
+    d.x = reinterpret_cast<const char*>(t.x.data());
+    d.ids = t.ids.data();
+    d.weights = t.weights.data();
+    d.out_ids = arrived.ids.data();
+    d.out_weights = arrived.weights.data();
+    d.tokens_per_source = arrived.sources.data();
+    d.plan.slots = slots;
+    d.tokens = t.count;
+    d.x_type = DType::kBF16;
+    d.send = d.receive = true;
+    return d;
+}
+
 float result(float x, int expert) {
     return bf16_to_float(float_to_bf16(x * static_cast<float>(expert + 1)));
 }
@@ -144,19 +168,10 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
     for (unsigned number = 0; number < 6; ++number) {
         const int slots = number == 3 ? 1 : c.tokens, count = c.world * slots, channel = number % 2;
         Tokens t = make(c, rank, slots, number);
-        std::vector<int32_t> ids(static_cast<size_t>(count * c.top_k)), sources(static_cast<size_t>(c.world));
-        std::vector<float> weights(static_cast<size_t>(count * c.top_k));
-        DispatchArgs d{};
-        d.x = reinterpret_cast<const char*>(t.x.data());
-        d.ids = t.ids.data();
-        d.weights = t.weights.data();
-        d.out_ids = ids.data();
-        d.out_weights = weights.data();
-        d.tokens_per_source = sources.data();
-        d.plan.slots = slots;
-        d.tokens = t.count;
-        d.x_type = DType::kBF16;
-        d.send = true;
+        Arrived arrived;
+        DispatchArgs d = dispatch_args(c, t, slots, arrived);
+        const std::vector<int32_t>& ids = arrived.ids;
+        const std::vector<float>& weights = arrived.weights;
         d.receive = number % 3 != 1 && number != 3;
         exchange.dispatch(channel, d, nullptr);
         if (number == 3) continue;  // sent, and left open: the next one has more blocks
@@ -165,7 +180,7 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
             exchange.dispatch(channel, d, nullptr);
         }
         EXPECT(exchange.error().status == Status::kOk);
-        EXPECT(sources[static_cast<size_t>(rank)] == t.count);
+        EXPECT(arrived.sources[static_cast<size_t>(rank)] == t.count);
 
         std::vector<int32_t> places(ids.size(), -7), totals(static_cast<size_t>(experts) + 1),
             tiles(static_cast<size_t>(kMaxTiles * (experts + 1)));
@@ -269,20 +284,8 @@ std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int
         ranks.emplace_back([&, r] {
             const int slots = r == 0 ? first : second;
             Tokens t = make(c, static_cast<int>(r), slots, 1);
-            std::vector<int32_t> ids(static_cast<size_t>(c.world * slots * c.top_k)), sources(all.size());
-            std::vector<float> weights(ids.size());
-            DispatchArgs d{};
-            d.x = reinterpret_cast<const char*>(t.x.data());
-            d.ids = t.ids.data();
-            d.weights = t.weights.data();
-            d.out_ids = ids.data();
-            d.out_weights = weights.data();
-            d.tokens_per_source = sources.data();
-            d.plan.slots = slots;
-            d.tokens = t.count;
-            d.x_type = DType::kBF16;
-            d.send = d.receive = true;
-            all[r].exchange->dispatch(0, d, nullptr);
+            Arrived arrived;
+            all[r].exchange->dispatch(0, dispatch_args(c, t, slots, arrived), nullptr);
         });
     for (std::thread& rank : ranks) rank.join();
     return {all[0].exchange->error(), all[1].exchange->error()};
