@@ -270,7 +270,7 @@ class Communicator:
         and experts that stand twice in a token are not looked for.
         """
         call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel)
-        received = self._transport.dispatch(call)
+        received = self._in_order(self._transport.dispatch(call))
         handle = self._opened(call)
         handle.num_rows, handle.state = received.rows.shape[0], "received"
         return received, handle
@@ -327,7 +327,7 @@ class Communicator:
         if rows is not None and received.rows is not rows:
             received = replace(received, rows=rows.copy_(received.rows))
         handle.num_rows, handle.state = received.rows.shape[0], "received"
-        return received
+        return self._in_order(received)
 
     @_not_traced
     def received_places(self, handle: Handle) -> torch.Tensor | None:
@@ -371,19 +371,21 @@ class Communicator:
         tokens_per_rank: int | None = None,
         channel: int = 0,
         out: torch.Tensor | None = None,
+        ends: tuple[Communicator, Handle] | None = None,
     ) -> torch.Tensor:
         """``dispatch``, whose rows nobody needs, and ``combine`` of what experts have made of the rows of
         another communicator's exchange with the same ids: for weights that come later than rows.
 
         In the layout rank_major. ``y``: as the other one received its rows, expert-major. ``places``: as its
-        `received_places` gives them; None: they are found again, which takes longer. The rest as for these
-        two.
+        `received_places` gives them; None: they are found again, which takes longer. ``ends``: that other
+        communicator, over the same ranks, and its handle, to `release` it on the way; by all ranks or none.
+        The rest as for these two.
         """
-        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel)
+        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel, ends)
         out = self._check_out(len(call.x), out)
         self._opened(call)
         self._handles[channel] = None
-        self._exchange_sums(call, y, places, out)
+        self._exchange_sums(call, y, places, out, ends)
         return out
 
     @_not_traced
@@ -397,11 +399,12 @@ class Communicator:
         *,
         tokens_per_rank: int | None = None,
         channel: int = 0,
+        ends: tuple[Communicator, Handle] | None = None,
     ) -> Handle:
         """First half of ``exchange_sums``, in which ids and weights are waited for; ``combine_recv`` is the
         second."""
-        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel)
-        self._exchange_sums(call, y, places, None)
+        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel, ends)
+        self._exchange_sums(call, y, places, None, ends)
         handle = self._opened(call)
         handle.state = "returned"
         return handle
@@ -412,7 +415,7 @@ class Communicator:
         otherwise."""
         self._expect(handle, "sent", "received")
         self._transport.close_exchange(handle.channel)
-        handle.state, self._handles[handle.channel] = "closed", None
+        self._closed(handle)
 
     @_not_traced
     def check(self) -> None:
@@ -456,6 +459,16 @@ class Communicator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.destroy()
+
+    def _in_order(self, received: Received) -> Received:
+        """Scales by column, where they are wanted so and the transport does not give them so."""
+        scales = received.scales
+        if not self.config.scales_by_column or scales is None or scales.stride(1) == 1:
+            return received
+        return replace(received, scales=scales.mT.contiguous().mT)
+
+    def _closed(self, handle: Handle) -> None:
+        handle.state, self._handles[handle.channel] = "closed", None
 
     def _usable(self) -> None:
         if not self._alive:
@@ -559,9 +572,15 @@ class Communicator:
         weights: torch.Tensor,
         tokens_per_rank: int | None,
         channel: int,
+        ends: tuple[Communicator, Handle] | None,
     ) -> tuple[DispatchCall, torch.Tensor]:
         config = self.config
         self._expect_global_ids("exchange_sums", "rank_major")
+        if ends is not None:
+            other, handle = ends
+            other._expect(handle, "received")
+            if handle.is_view:
+                raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")
         call = self._check_dispatch(x, ids, weights, None, tokens_per_rank, None, channel)
         capacity = self.world_size * call.slots
         shape = (len(self.local_experts), capacity, config.hidden_size)
@@ -573,11 +592,24 @@ class Communicator:
         return call, y.contiguous()
 
     def _exchange_sums(
-        self, call: DispatchCall, y: torch.Tensor, places: torch.Tensor | None, out: torch.Tensor | None
+        self,
+        call: DispatchCall,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        out: torch.Tensor | None,
+        ends: tuple[Communicator, Handle] | None,
     ) -> None:
         transport, config = self._transport, self.config
-        if places is not None and transport.exchange_sums(call, y, places, out):
+        ended = None
+        if ends is not None:
+            other, handle = ends
+            ended = other._transport, handle.channel
+        if places is not None and transport.exchange_sums(call, y, places, out, ended):
+            if ends is not None:
+                other._closed(handle)
             return
+        if ends is not None:
+            other.release(handle)
         received = transport.dispatch(call)
         assert received.topk_ids is not None
         assert received.topk_weights is not None

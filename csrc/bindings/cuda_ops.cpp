@@ -76,6 +76,7 @@ cuda::GatherArgs gather_args(const Tensor& rows, const std::optional<Tensor>& sc
         a.scales = pointer<char>(*scales);
         a.scale_bytes = scales->size(1) * element_bytes(format_of(*scales));
         a.out_scales = pointer<char>(*out_scales);
+        a.scales_by_column = out_scales->dim() == 3 && out_scales->stride(1) == 1;
     }
     a.places_per_slot = static_cast<int32_t>(places.size(1));
     return a;
@@ -87,7 +88,7 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
                              std::vector<int64_t> windows, int64_t copies, std::vector<int64_t> direct,
-                             bool staged, int64_t stagger, double chunk_scale) {
+                             bool staged, int64_t stagger, double chunk_scale, int64_t share) {
     const DeviceGuard guard(static_cast<int32_t>(device));
     const cuda::Settings settings{shape_of(shape),
                                   rank,
@@ -103,7 +104,8 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                                   std::move(direct),
                                   staged,
                                   static_cast<int32_t>(stagger),
-                                  chunk_scale};
+                                  chunk_scale,
+                                  share};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
     return reinterpret_cast<int64_t>(
@@ -215,7 +217,8 @@ void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Ten
 }
 
 bool cuda_exchange_sums(int64_t exchange, int64_t channel, Tensor ids, Tensor weights, Tensor y,
-                        Tensor places, std::vector<int64_t> plan, bool receive, Tensor out) {
+                        Tensor places, std::vector<int64_t> plan, int64_t ended, int64_t ended_channel,
+                        bool receive, Tensor out) {
     const int32_t device = y.get_device_index();
     const DeviceGuard guard(device);
     cuda::SumsArgs a{};
@@ -229,6 +232,7 @@ bool cuda_exchange_sums(int64_t exchange, int64_t channel, Tensor ids, Tensor we
     a.answer.places = pointer<int32_t>(places);
     a.answer.out = pointer<char>(out);
     a.answer.receive = receive;
+    if (ended) a.ended = at(ended).word(ended_channel);
     check(at(exchange).sums(channel, a, current_stream(device)), "exchanging sums");
     return true;
 }
@@ -265,14 +269,14 @@ void cuda_gather_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Ten
     check(cuda::launch_gather(a, static_cast<int>(blocks), current_stream(device)), "gathering rows");
 }
 
-void cuda_sort_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor local, int64_t blocks,
-                    Tensor tile_counts, Tensor places, Tensor totals, Tensor out_rows,
+void cuda_sort_rows(int64_t exchange, Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor local,
+                    int64_t blocks, Tensor tile_counts, Tensor places, Tensor totals, Tensor out_rows,
                     std::optional<Tensor> out_scales) {
     const int32_t device = rows.get_device_index();
     const DeviceGuard guard(device);
     const cuda::IndexArgs a = index_args(ids, local, true, tile_counts, places, totals);
     check(cuda::launch_sort(a, gather_args(rows, scales, a.slots, places, out_rows, out_scales),
-                            static_cast<int>(blocks), current_stream(device)),
+                            static_cast<int>(blocks), at(exchange).early_blocks(), current_stream(device)),
           "sorting rows by expert");
 }
 

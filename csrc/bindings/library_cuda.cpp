@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int "
         "pad_id, "
         "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows, int "
-        "copies, int[] direct, bool staged, int stagger, float chunk_scale) -> int");
+        "copies, int[] direct, bool staged, int stagger, float chunk_scale, int share) -> int");
     m.def("cuda_exchange_destroy(int exchange) -> ()");
     m.def("gpu_bus_id(int device) -> str");
     m.def("cuda_host_register(int address, int bytes) -> int");
@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "int return_blocks, int[] plan, bool send, bool receive, Tensor(b!) out) -> ()");
     m.def(
         "cuda_exchange_sums(int exchange, int channel, Tensor ids, Tensor weights, Tensor y, Tensor places, "
-        "int[] plan, bool receive, Tensor(a!) out) -> bool");
+        "int[] plan, int ended, int ended_channel, bool receive, Tensor(a!) out) -> bool");
     m.def("cuda_close(int exchange, int channel, bool send) -> ()");
     m.def("cuda_plan_chunks(int exchange, int[] plan) -> int");
     m.def(
@@ -43,7 +43,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "places, bool local_ids, int pad_id, int blocks, Tensor(a!) out_rows, Tensor(b!)? out_scales, "
         "Tensor(c!) out_ids, Tensor(d!) out_weights) -> ()");
     m.def(
-        "cuda_sort_rows(Tensor rows, Tensor? scales, Tensor ids, Tensor local, int blocks, Tensor(a!) "
+        "cuda_sort_rows(int exchange, Tensor rows, Tensor? scales, Tensor ids, Tensor local, int blocks, "
+        "Tensor(a!) "
         "tile_counts, Tensor(b!) places, Tensor(c!) totals, Tensor(d!) out_rows, Tensor(e!)? out_scales) -> "
         "()");
     m.def("cuda_return_rows(Tensor y, Tensor places, Tensor? weights, int blocks, Tensor(a!) rows) -> ()");

@@ -93,10 +93,16 @@ class Transport(ABC):
         return None
 
     def exchange_sums(
-        self, call: DispatchCall, y: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None
+        self,
+        call: DispatchCall,
+        y: torch.Tensor,
+        places: torch.Tensor,
+        out: torch.Tensor | None,
+        ends: tuple[Transport, int] | None,
     ) -> bool:
         """``Communicator.exchange_sums`` in a better way than by dispatch and combine, without ``out`` its
-        first half. False, and nothing has happened, if there is none; the same on all ranks."""
+        first half; ``ends``: the transport and the channel of the exchange that ends. False, and nothing has
+        happened, if there is none; the same on all ranks."""
         return False
 
     # Both halves at once; a transport that has a better way than one after the other says so.

@@ -12,9 +12,11 @@ so its dispatch waits for the GPU to know how many, and cannot be captured.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,22 @@ from ep_backend.transports.cpu import CpuTransport
 FLAGS_PER_SOURCE = 1024  # chunks that a call is divided into at most
 MAX_TILES = 256  # csrc/kernels/cuda/layouts.h
 BLOCKS_PER_SM = 2  # of dispatch and combine, as registers allow (csrc/kernels/cuda/types.h)
+_shares = itertools.count(1)
+_share: ContextVar[int] = ContextVar("ep_backend_share", default=0)
+
+
+class Share:
+    """Places on a GPU that several communicators of this process take in turns: of their exchanges never
+    more are under way at once than the one with the most channels has. Those made ``with`` one share them."""
+
+    def __init__(self) -> None:
+        self._number = next(_shares)
+
+    def __enter__(self) -> None:
+        self._before = _share.set(self._number)
+
+    def __exit__(self, *error: object) -> None:
+        _share.reset(self._before)
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ class GpuTransport(Transport):
         self._placed: _PlacedRows | None = None
         self._blocks = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks  # that copy rows
         if config.layout != "rank_major":
-            self._placed = _PlacedRows(config, self._rank, self._world, device, self._blocks)
+            self._placed = _PlacedRows(config, self._exchange, self._rank, self._world, device, self._blocks)
         self._slots = [config.max_tokens_per_rank] * config.num_channels
         self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
 
@@ -142,6 +160,7 @@ class GpuTransport(Transport):
                 windows.staged,
                 self._stagger,
                 config.chunk_scale or 1.0,
+                _share.get(),
             )
         )
 
@@ -171,15 +190,33 @@ class GpuTransport(Transport):
         self._launch_combine(channel, None, out)
 
     def exchange_sums(
-        self, call: DispatchCall, y: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None
+        self,
+        call: DispatchCall,
+        y: torch.Tensor,
+        places: torch.Tensor,
+        out: torch.Tensor | None,
+        ends: tuple[Transport, int] | None,
     ) -> bool:
+        other, ended_channel = ends or (self, 0)
+        if type(other) is not type(self):
+            return False
         self.check()
         self._slots[call.channel] = call.slots
         plan = [call.slots, *self._plan]
         into = self._nothing if out is None else out
         return bool(
             ops.cuda_exchange_sums(
-                self._exchange, call.channel, call.ids, call.weights, y, places, plan, out is not None, into
+                self._exchange,
+                call.channel,
+                call.ids,
+                call.weights,
+                y,
+                places,
+                plan,
+                other._exchange if ends else 0,
+                ended_channel,
+                out is not None,
+                into,
             )
         )
 
@@ -327,8 +364,10 @@ class _PlacedRows:
     ``places``: of each channel's last exchange, [its slots, top_k] int32 (compact: [its slots, 1]).
     """
 
-    def __init__(self, config: EpConfig, rank: int, world: int, device: torch.device, blocks: int) -> None:
-        self._config, self._device, self._blocks = config, device, blocks
+    def __init__(
+        self, config: EpConfig, exchange: int, rank: int, world: int, device: torch.device, blocks: int
+    ) -> None:
+        self._config, self._exchange, self._device, self._blocks = config, exchange, device, blocks
         self._by_expert = config.layout == "expert_major"
         numbers = local_numbers(config.expert_ranks(world), rank)
         self._num_local = int((numbers >= 0).sum())
@@ -372,9 +411,14 @@ class _PlacedRows:
             return torch.empty(*lead, width, dtype=dtype, device=self._device)
 
         out_rows = out(config.row_width, config.received_dtype) if into is None else into
-        out_scales = None if scales is None else out(config.scale_width, config.scale_dtype)
+        out_scales = None
+        if scales is not None and config.scales_by_column:
+            out_scales = scales.new_empty(self._num_local, config.scale_width, count).transpose(1, 2)
+        elif scales is not None:
+            out_scales = out(config.scale_width, config.scale_dtype)
         if self._by_expert:
             ops.cuda_sort_rows(
+                self._exchange,
                 rows,
                 scales,
                 ids,

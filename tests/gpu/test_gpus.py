@@ -127,7 +127,8 @@ def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
 def sums_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 7, 40)):
     """Results of rows that another exchange has brought, against those of a combine of that exchange."""
     device, world = gpus.take(rank), torch.distributed.get_world_size(group)
-    common = config({"expert_ids": "global", **more}, world, transport, num_channels=2)
+    # Two communicators of two channels each share the GPU.
+    common = config({"expert_ids": "global", **more}, world, transport, num_channels=2, num_sms=32)
     wrong = []
     with (
         ep.Communicator(group, replace(common, layout="expert_major"), device=device) as by_expert,
@@ -453,6 +454,14 @@ def sums_in_turn_job(rank, group, transport):
         same.append(is_right())
         comm.exchange_sums_send(y, places, *given, tokens_per_rank=33)
         same.append(is_right())
+        for _ in range(2):  # exchanges that these end
+            _, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+            call = {"tokens_per_rank": 33, "ends": (by_expert, handle)}
+            same.append(torch.equal(comm.exchange_sums(y, places, *given, **call), want))
+            _, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+            call["ends"] = by_expert, handle
+            sent = comm.exchange_sums_send(y, places, *given, **call)
+            same.append(torch.equal(comm.combine_recv(sent), want) and handle.state == "closed")
 
         out, graph = torch.empty_like(want), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -471,7 +480,7 @@ def sums_in_turn_job(rank, group, transport):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_results_of_another_exchange_in_turn(world, transport):
     gpus.needs(world, own=transport == "collective")
-    assert ranks(world).run(sums_in_turn_job, transport, timeout=60) == [[True] * 9] * world
+    assert ranks(world).run(sums_in_turn_job, transport, timeout=60) == [[True] * 13] * world
 
 
 def other_slots_job(rank, group, transport):
@@ -612,3 +621,36 @@ def two_streams_job(rank, group, transport):
 def test_two_communicators_on_two_streams(world, transport):
     gpus.needs(world)
     assert ranks(world).run(two_streams_job, transport, timeout=120) == [0] * world
+
+
+def two_full_channels_job(rank, group, transport):
+    """One exchange behind the other on two channels that fill the GPU together, launched in another order on
+    every second rank: a kernel that comes early must not keep the other channel's from its place."""
+    device = gpus.take(rank)
+    world, slots, rounds = torch.distributed.get_world_size(group), 512, 12
+    fields = {"payload": torch.bfloat16, "hidden_size": 7168, "max_tokens_per_rank": slots}
+    cfg = config(fields, world, transport, num_channels=2, timeout_s=10.0)
+    x, ids, weights = (t.to(device) for t in inputs(cfg, rank, slots, 0)[:3])
+    wrong = 0
+    with ep.Communicator(group, cfg, device=device) as comm:
+        assert comm.decision.sms is None
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        for _ in range(5):
+            outs = [None, None]
+            torch.cuda.synchronize()
+            for channel in (0, 1) if rank % 2 else (1, 0):
+                with torch.cuda.stream(streams[channel]):
+                    for _ in range(rounds):
+                        received, handle = comm.dispatch(x, ids, weights, channel=channel)
+                        outs[channel] = comm.combine(received.rows, handle)
+            torch.cuda.synchronize()
+            comm.check()
+            wrong += not torch.equal(*outs)
+    return wrong
+
+
+@pytest.mark.parametrize("transport", OF_WINDOWS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_two_channels_that_fill_the_gpu(world, transport):
+    gpus.needs(world)
+    assert ranks(world).run(two_full_channels_job, transport, timeout=120) == [0] * world

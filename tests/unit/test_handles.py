@@ -424,7 +424,13 @@ def sums_job(rank, group, transport, dtype):
             out = torch.full_like(want, torch.nan)
             assert same_bits(c.exchange_sums(y, known, *given, out=out), want)  # between the halves
             assert same_bits(c.combine_recv(handle), want)
+        for known in (places, None):
+            received, there = dispatch(by_expert)
+            assert same_bits(c.exchange_sums(y, known, *given, ends=(by_expert, there)), want)
+            assert there.state == "closed"
+        assert "closed" in refused(c.exchange_sums, y, places, *given, ends=(by_expert, there))
         received, opened = dispatch(c)
+        assert "of their own" in refused(c.exchange_sums, y, places, *given, channel=1, ends=(c, opened))
         assert "out" in refused(c.exchange_sums, y, places, *given, out=want[1:])
         c.combine(result(c, received), opened)  # is left as it was
         assert "places" in refused(c.exchange_sums, y, places[1:], *given)

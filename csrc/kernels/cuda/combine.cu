@@ -96,9 +96,13 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
         if (!__any_sync(kAll, live && is_local(v, h.id))) continue;
         char* const to = const_cast<char*>(h.to);
         if constexpr (kPlaced) {
-            const Placed mine = load_placed(a, h.slot, a.weights + h.slot * v.top_k, v.top_k);
-            for (int base = piece.begin + place - lane; base < piece.end; base += step)
-                store_placed_sum<Y, Wire>(a, mine, v.top_k, base + lane, piece.end, to);
+            const Placed mine = load_placed(a, h.slot, v.top_k);
+            const float weight = lane < v.top_k ? a.weights[h.slot * v.top_k + lane] : 0.0f;
+            for (int base = piece.begin + place - lane; base < piece.end; base += step * kPlacedUnits<Y>) {
+                PlacedWords<Y> words;
+                load_results(a, mine, mine.live, base + lane, step, piece.end, words);
+                store_placed_sum<Y, Wire>(a, mine, weight, base + lane, step, piece.end, words, to);
+            }
         } else {
             for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
                 if (v.world > kEarlyWorld || e != piece.begin + place)
@@ -149,7 +153,6 @@ template <class Y, class Wire, class Out, bool kStaggered, bool kPlaced>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_kernel(const __grid_constant__ View v, const __grid_constant__ CombineArgs a) {
     __shared__ int counts[kMaxWorld];
-    ptx::let_next_kernel_start();
     const Plan& plan = a.plan;
     const int chunks = plan.chunks();
     const Role role = role_of(v, a.send, a.receive);
@@ -169,8 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const State state = load_state(v);
     if (role.sends)
         load_ahead<Y, kPlaced>(v, a, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
-    bool alive =
-        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+    bool alive = begin(state);
     bool left = false;
     RankSet first_route{};
     if (role.receives && first_token < plan.slots) first_route = load_route(v, first_token);

@@ -66,53 +66,70 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
     }
 }
 
-// Where a slot's results stand, and their weights: lane k has the k-th.
+// What this rank's experts made of a slot, as a whole warp has it: lane k has the k-th choice's place, -1:
+// none, and a set of those that have one.
 struct Placed {
     int place;
-    float weight;
+    unsigned live;
 };
-// By a whole warp, of one slot. `weights`: of the slot.
-__device__ inline Placed load_placed(const CombineArgs& a, int64_t slot, const float* weights, int top_k) {
+__device__ inline Placed load_placed(const CombineArgs& a, int64_t slot, int top_k) {
     const int k = static_cast<int>(threadIdx.x) % 32;
-    if (k >= top_k) return {-1, 0.0f};
-    return {a.places[slot * top_k + k], weights[k]};
+    const int place = k < top_k ? a.places[slot * top_k + k] : -1;
+    return {place, __ballot_sync(kAll, place >= 0)};
 }
 
-// Eight elements of the weighted sum of what this rank's experts made of a slot, in order of k, fused. By a
-// whole warp, of which the lanes with a unit before `end` have something to do.
-template <class Y, class Wire>
-__device__ void store_placed_sum(const CombineArgs& a, const Placed& mine, int top_k, int unit, int end,
-                                 char* to) {
-    constexpr int kAhead = 4;  // rows whose loads are issued before the first is added
+constexpr int kPlacedRows = 4;  // whose loads are issued before the first is added
+template <class Y>
+constexpr int kPlacedUnits = 2 / Y::kWords;  // of eight elements, of each of these rows
+template <class Y>
+struct PlacedWords {
+    uint4 of[kPlacedRows][kPlacedUnits<Y> * Y::kWords];
+};
+
+// The first rows of `live`, by a whole warp; of each the units from `unit` in steps before `end`.
+template <class Y>
+__device__ void load_results(const CombineArgs& a, const Placed& mine, unsigned live, int unit, int step,
+                             int end, PlacedWords<Y>& words) {
     const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
-    Eight sum{};
-    for (int first = 0; first < top_k; first += kAhead) {
-        uint4 words[kAhead][Y::kWords];
-        int place[kAhead];
-        float weight[kAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            place[i] = __shfl_sync(kAll, mine.place, first + i);
-            weight[i] = __shfl_sync(kAll, mine.weight, first + i);
-        }
+    for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
+        if (live == 0) continue;
+        const char* const row = a.y + __shfl_sync(kAll, mine.place, __ffs(live) - 1) * row_bytes;
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            if (place[i] >= 0 && unit < end)
+        for (int u = 0; u < kPlacedUnits<Y>; ++u)
+            if (unit + u * step < end)
 #pragma unroll
                 for (int j = 0; j < Y::kWords; ++j)
-                    if (has_word<Y>(a.hidden, unit, j))
-                        words[i][j] = ptx::load_row(a.y + place[i] * row_bytes +
-                                                    (static_cast<int64_t>(unit) * Y::kWords + j) * 16);
+                    if (has_word<Y>(a.hidden, unit + u * step, j))
+                        words.of[i][u * Y::kWords + j] =
+                            ptx::load_row(row + (static_cast<int64_t>(unit + u * step) * Y::kWords + j) * 16);
+    }
+}
+
+// Their weighted sum, in order of k, fused, to its place in a row of the wire's format. `words`: of the first
+// rows, loaded. `weight`: lane k has the k-th choice's.
+template <class Y, class Wire>
+__device__ void store_placed_sum(const CombineArgs& a, const Placed& mine, float weight, int unit, int step,
+                                 int end, PlacedWords<Y>& words, char* to) {
+    Eight sum[kPlacedUnits<Y>]{};
+    for (unsigned live = mine.live; live != 0;) {
+        if (live != mine.live) load_results(a, mine, live, unit, step, end, words);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            if (place[i] < 0) continue;
-            Eight part;
-            Y::unpack(words[i], part);
+        for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
+            if (live == 0) continue;
+            const float factor = __shfl_sync(kAll, weight, __ffs(live) - 1);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) sum.v[j] = __fmaf_rn(weight[i], part.v[j], sum.v[j]);
+            for (int u = 0; u < kPlacedUnits<Y>; ++u) {
+                Eight part;
+                Y::unpack(words.of[i] + u * Y::kWords, part);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sum[u].v[j] = __fmaf_rn(factor, part.v[j], sum[u].v[j]);
+            }
         }
     }
-    if (unit < end) store_eight<Wire>(to, a.hidden, unit, sum);
+#pragma unroll
+    for (int u = 0; u < kPlacedUnits<Y>; ++u)
+        if (unit + u * step < end) store_eight<Wire>(to, a.hidden, unit + u * step, sum[u]);
 }
 
 // The rows that this rank returns to itself stay where they are, if they are still there when it adds.

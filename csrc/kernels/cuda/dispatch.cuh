@@ -203,8 +203,8 @@ static __device__ __noinline__ void fetch_chunk(const View& v, const DispatchArg
     }
 }
 
-// The block waits for all flags of an exchange at once, a flag to a thread; false after a failure. Other blocks
-// may have gone on already, here or on peers, and have written the next exchange's flags.
+// The block waits for all flags of an exchange at once, a flag to a thread; false after a failure. Other
+// blocks may have gone on already, here or on peers, and have written the next exchange's flags.
 __device__ inline bool wait_all_chunks(const View& v, const State& s, Phase phase, int chunks) {
     bool bad = false;
 #pragma unroll 1

@@ -76,7 +76,6 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     __shared__ RankSet routes[kSend][kMaxBulkTokens];
     __shared__ int counts[kReceive][kMaxWorld];
     __shared__ int turns[kCopyWarps];
-    ptx::let_next_kernel_start();
     touch(v, a);
     const Plan& plan = a.plan;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = plan.chunks();
@@ -88,8 +87,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     const State state = load_state(v);
     const int tokens = a.device_tokens ? min(*a.device_tokens, a.tokens) : a.tokens;
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
-    bool alive =
-        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+    bool alive = begin(state);
     if (a.send && alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
 
     if (warp < kSend) {

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -20,33 +22,89 @@ void check(cudaError_t error, const char* what) {
                                  " failed: " + cudaGetErrorString(error));
 }
 
-// A block that waits keeps its place on the GPU. If all exchanges that exist can be resident together, none
-// can wait for a block that found no place.
+// A block that waits keeps its place on the GPU. If all exchanges that can be under way can be resident
+// together, none can wait for a block that found no place. The kernel behind a dependent one takes places,
+// too, and may keep another channel's kernel from them, for which a peer waits: it may come early only where
+// there is room for two kernels of every channel, or no other channel.
 class Residency {
   public:
-    void reserve(int device, int blocks, int capacity) {
+    struct Places {
+        int blocks = 0, channels = 0;
+    };
+    // `share`: of Settings.
+    void reserve(int device, int64_t share, Places places, int capacity) {
         const std::lock_guard lock(mutex_);
-        if (used_[device] + blocks > capacity)
-            throw std::runtime_error("ep_backend: " + std::to_string(used_[device]) +
+        Gpu& gpu = gpus_[device];
+        const int used = gpu.sum().blocks;
+        const auto mine = gpu.exchanges.emplace(share, places);
+        if (gpu.sum().blocks > capacity) {
+            gpu.exchanges.erase(mine);
+            throw std::runtime_error("ep_backend: " + std::to_string(used) +
                                      " blocks are reserved by other "
                                      "channels, " +
-                                     std::to_string(blocks) + " more do not fit the GPU's " +
+                                     std::to_string(places.blocks) + " more do not fit the GPU's " +
                                      std::to_string(capacity) + ": use fewer SMs per channel");
-        used_[device] += blocks;
+        }
+        gpu.capacity = capacity;
+        gpu.tell();
     }
-    void release(int device, int blocks) {
+    void release(int device, int64_t share, Places places) {
         const std::lock_guard lock(mutex_);
-        used_[device] -= blocks;
+        Gpu& gpu = gpus_[device];
+        auto [at, end] = gpu.exchanges.equal_range(share);
+        while (at != end && (at->second.blocks != places.blocks || at->second.channels != places.channels))
+            ++at;
+        if (at != end) gpu.exchanges.erase(at);
+        gpu.tell();
+    }
+    // Where kernels on `device`, the current one, read whether it is too full for kernels that come early.
+    const uint32_t* full(int device) {
+        const std::lock_guard lock(mutex_);
+        Gpu& gpu = gpus_[device];
+        if (gpu.full == nullptr) {
+            check(cudaMalloc(&gpu.full, sizeof *gpu.full), "cudaMalloc");
+            check(cudaMemset(gpu.full, 0, sizeof *gpu.full), "cudaMemset");
+        }
+        return gpu.full;
     }
 
   private:
+    struct Gpu {
+        std::multimap<int64_t, Places> exchanges;
+        int capacity = 0;
+        uint32_t* full = nullptr;
+
+        // Those with the same share, which is not 0, count as one.
+        Places sum() const {
+            Places sum, most;
+            for (auto at = exchanges.begin(); at != exchanges.end(); ++at) {
+                const bool next =
+                    at == exchanges.begin() || at->first == 0 || at->first != std::prev(at)->first;
+                if (next) sum = {sum.blocks + most.blocks, sum.channels + most.channels}, most = {};
+                most = {std::max(most.blocks, at->second.blocks),
+                        std::max(most.channels, at->second.channels)};
+            }
+            return {sum.blocks + most.blocks, sum.channels + most.channels};
+        }
+        void tell() {
+            const Places now = sum();
+            const uint32_t is_full = now.channels > 1 && 2 * now.blocks > capacity;
+            // An error is that of a context that is gone, or the next call finds it.
+            cudaMemcpy(full, &is_full, sizeof is_full, cudaMemcpyHostToDevice);
+        }
+    };
+
     std::mutex mutex_;
-    std::unordered_map<int, int> used_;
+    std::unordered_map<int, Gpu> gpus_;
 };
 
 Residency& residency() {
     static Residency r;
     return r;
+}
+Residency::Places places_of(const Settings& settings) {
+    const int64_t channels = settings.shape.num_channels;
+    return {static_cast<int>(settings.max_blocks * channels), static_cast<int>(channels)};
 }
 
 int power_of_two_at_most(int n) {
@@ -150,9 +208,9 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
     bulk_ = !settings.copies && settings.stagger == 0 && major >= 9 &&
             std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
     const int capacity = sms * blocks_per_sm;
-    const int blocks = static_cast<int>(settings.max_blocks * shape.num_channels);
-    residency().reserve(device_index_, blocks, capacity);
-    reserved_blocks_ = blocks;
+    const uint32_t* const full = residency().full(device_index_);
+    residency().reserve(device_index_, settings.share, places_of(settings), capacity);
+    has_places_ = true;
 
     const auto experts = static_cast<int64_t>(expert_rank.size());
     Place place;
@@ -206,6 +264,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.expert_rank = contiguous ? nullptr : reinterpret_cast<uint8_t*>(device_ + ranks);
         v.expert_local = contiguous ? nullptr : reinterpret_cast<int16_t*>(device_ + locals);
         v.mask = reinterpret_cast<uint64_t*>(device_ + mask);
+        v.full = full;
         v.rank = static_cast<int32_t>(settings.rank);
         v.world = static_cast<int32_t>(shape.world);
         v.top_k = static_cast<int32_t>(shape.top_k);
@@ -219,11 +278,42 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.local_ids = settings.local_ids;
         views_.push_back(v);
     }
+    load_kernels();
     recover(settings.epoch);
 }
 
+void Exchange::load_kernels() const {
+    const Launch none{
+        .blocks = 0, .stream = nullptr, .dependent = false, .staggered = settings_.stagger != 0};
+    const View& v = view(0);
+    auto load = [](cudaError_t error) { check(error, "loading a kernel"); };
+    SumsArgs a{};
+    a.answer.wire = settings_.wire;
+    a.answer.out_type = settings_.out;
+    for (const bool ids_are_64_bit : {false, true}) {
+        a.ask.ids_are_64_bit = ids_are_64_bit;
+        load(launch_sums(v, a, none));
+        a.ask.quantize = false;
+        load(launch_dispatch(v, a.ask, none));
+        a.ask.quantize = true;
+        for (const DType x_type : {DType::kF32, DType::kF16, DType::kBF16}) {
+            a.ask.x_type = x_type;
+            load(launch_dispatch(v, a.ask, none));
+        }
+    }
+    const int32_t no_place = -1;
+    for (const DType y_type : {settings_.out, DType::kF32})
+        for (const int32_t* places : {static_cast<const int32_t*>(nullptr), &no_place}) {
+            a.answer.y_type = y_type;
+            a.answer.places = places;
+            load(launch_combine(v, a.answer, none));
+        }
+    load(launch_close(v, true, none));
+    load(load_layout_kernels(settings_.wire, settings_.out));
+}
+
 Exchange::~Exchange() {
-    residency().release(device_index_, reserved_blocks_);
+    if (has_places_) residency().release(device_index_, settings_.share, places_of(settings_));
     // Errors cannot be reported here; a context that is gone has freed everything already.
     cudaFree(device_);
     cudaFreeHost(pinned_);

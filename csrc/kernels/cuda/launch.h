@@ -8,7 +8,7 @@
 namespace ep::cuda {
 
 struct Launch {
-    int blocks;
+    int blocks;  // 0: the kernel is only loaded
     cudaStream_t stream;
     bool dependent;  // compute capability 9.0 and later: may take its place before the kernel ahead of it has
                      // ended
@@ -34,6 +34,10 @@ int sums_blocks_per_sm();
 #if defined(__CUDACC__)
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), const Launch& how, const Params&... params) {
+    if (how.blocks == 0) {
+        cudaFuncAttributes attributes;
+        return cudaFuncGetAttributes(&attributes, kernel);
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(how.blocks));
     config.blockDim = dim3(static_cast<unsigned>(how.threads));

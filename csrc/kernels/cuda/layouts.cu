@@ -173,9 +173,15 @@ __device__ void gather_rows(const GatherArgs& a, const int32_t* all_places) {
         }
         for (int i = share.place; i < scale_words; i += share.step) {
             const uint32_t word = reinterpret_cast<const uint32_t*>(a.scales + slot * a.scale_bytes)[i];
-            for (int p = 0; p < a.places_per_slot; ++p)
-                if (places[p] >= 0)
-                    reinterpret_cast<uint32_t*>(a.out_scales + places[p] * a.scale_bytes)[i] = word;
+            for (int p = 0; p < a.places_per_slot; ++p) {
+                if (places[p] < 0) continue;
+                int64_t at = static_cast<int64_t>(places[p]) * scale_words + i;
+                if (a.scales_by_column) {
+                    const int expert = places[p] / s.count, row = places[p] - expert * s.count;
+                    at = (static_cast<int64_t>(expert) * scale_words + i) * s.count + row;
+                }
+                reinterpret_cast<uint32_t*>(a.out_scales)[at] = word;
+            }
         }
         if (a.out_ids == nullptr || share.place >= s.top_k) continue;
         const int64_t entry = slot * s.top_k + share.place;
@@ -198,6 +204,8 @@ __global__ void __launch_bounds__(kThreads)
     extern __shared__ int32_t next[];
     const ReceivedSlots& s = a.slots;
     int32_t* const places = next + kWarps * s.experts;
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
     place_tile<true>(a, tiles, 0, next, places);
     if (blockIdx.x == 0) {
         for (int i = threadIdx.x; i < s.count * s.top_k; i += kThreads) a.places[i] = places[i];
@@ -315,6 +323,10 @@ cudaError_t launch_return_as(const ReturnArgs& a, const Launch& how) {
     if (wire32) return launch(return_kernel<Out, F32>, how, a);
     return launch(return_kernel<Out, Out>, how, a);
 }
+cudaError_t launch_return_kernel(const ReturnArgs& a, const Launch& how) {
+    const bool half = a.y_type == DType::kF16 || a.wire == DType::kF16;
+    return half ? launch_return_as<F16>(a, how) : launch_return_as<BF16>(a, how);
+}
 
 }  // namespace
 
@@ -334,7 +346,8 @@ cudaError_t launch_gather(GatherArgs a, int blocks, cudaStream_t stream) {
     return launch(gather_kernel, ordinary(blocks_for(a.slots.count, a.warps_per_row, blocks), stream), a);
 }
 
-cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, cudaStream_t stream) {
+cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, int early_blocks,
+                        cudaStream_t stream) {
     constexpr int64_t kShared = 48 * 1024;  // that a block has without asking
     const Tiles tiles = Tiles::of(a.slots.count);
     const int64_t shared = (kWarps * a.slots.experts + int64_t{a.slots.count} * a.slots.top_k) * 4;
@@ -343,15 +356,31 @@ cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, cudaS
         return placed == cudaSuccess ? launch_gather(gather, blocks, stream) : placed;
     }
     gather.warps_per_row = warps_for(gather.row_bytes / 16);
-    blocks = blocks_for(a.slots.count, gather.warps_per_row, blocks);
-    return launch(sort_kernel, ordinary(blocks, stream, shared), a, gather, tiles);
+    Launch how = ordinary(blocks_for(a.slots.count, gather.warps_per_row, blocks), stream, shared);
+    how.dependent = how.blocks <= early_blocks;
+    return launch(sort_kernel, how, a, gather, tiles);
+}
+
+cudaError_t load_layout_kernels(DType wire, DType out) {
+    const Launch none{.blocks = 0, .stream = nullptr, .dependent = false};
+    for (const DType y_type : {out, DType::kF32}) {
+        ReturnArgs a{};
+        a.y_type = y_type;
+        a.wire = wire;
+        if (const cudaError_t error = launch_return_kernel(a, none)) return error;
+    }
+    for (const cudaError_t error :
+         {launch(count_kernel, none, IndexArgs{}, Tiles{}),
+          launch(place_kernel<false>, none, IndexArgs{}, Tiles{}),
+          launch(place_kernel<true>, none, IndexArgs{}, Tiles{}), launch(gather_kernel, none, GatherArgs{}),
+          launch(sort_kernel, none, IndexArgs{}, GatherArgs{}, Tiles{})})
+        if (error != cudaSuccess) return error;
+    return cudaSuccess;
 }
 
 cudaError_t launch_return(ReturnArgs a, int blocks, cudaStream_t stream) {
     a.warps_per_row = warps_for(a.hidden * element_bytes(a.y_type) / 16);
-    const Launch how = ordinary(blocks_for(a.count, a.warps_per_row, blocks), stream);
-    const bool half = a.y_type == DType::kF16 || a.wire == DType::kF16;
-    return half ? launch_return_as<F16>(a, how) : launch_return_as<BF16>(a, how);
+    return launch_return_kernel(a, ordinary(blocks_for(a.count, a.warps_per_row, blocks), stream));
 }
 
 }  // namespace ep::cuda

@@ -88,6 +88,8 @@ struct View {
     const uint8_t* expert_rank;  // null: contiguous placement
     const int16_t* expert_local;
     const uint64_t* mask;  // ranks that waits and sends leave out
+    const uint32_t*
+        full;  // whether the next kernel would take the place of one that this rank's peers wait for
     int32_t rank, world, top_k, channel;
     int32_t experts, experts_base,
         experts_more;                    // contiguous: the first experts_more ranks hold experts_base + 1
@@ -137,6 +139,8 @@ struct CombineArgs {
 struct SumsArgs {
     DispatchArgs ask;    // its ids, weights, tokens and plan
     CombineArgs answer;  // all of it but weights, sums and send; y, wire and out are of one type
+    // Null, or of the exchange that has brought the rows, on all ranks: this one's flags end it, too.
+    DeviceWord* ended;
 };
 
 }  // namespace ep::cuda

@@ -69,7 +69,7 @@ std::vector<Member> members(const Case& c, int64_t timeout_us) {
     for (int e = 0; e < c.experts; ++e) owners.push_back(e % c.world);
     for (int r = 0; r < c.world; ++r) {
         Settings s{shape,        r,       c.hidden, DType::kBF16, DType::kBF16, false, -1, 0, timeout_us,
-                   c.max_blocks, nullptr, {},       false,        c.stagger,    1.0};
+                   c.max_blocks, nullptr, {},       false,        c.stagger,    1.0,   0};
         if (c.host) s.copies = as<char>(ranks[static_cast<size_t>(r)].copies);
         ranks[static_cast<size_t>(r)].exchange = std::make_unique<Exchange>(s, owners, windows);
     }
@@ -165,7 +165,7 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
     std::vector<int16_t> local;
     for (int e = 0; e < c.experts; ++e)
         local.push_back(static_cast<int16_t>(e % c.world == rank ? e / c.world : -1));
-    for (unsigned number = 0; number < 6; ++number) {
+    for (unsigned number = 0; number < 7; ++number) {
         const int slots = number == 3 ? 1 : c.tokens, count = c.world * slots, channel = number % 2;
         Tokens t = make(c, rank, slots, number);
         Arrived arrived;
@@ -199,7 +199,7 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
         gather.out_rows = as<char>(by_expert);
         gather.row_bytes = row_bytes;
         gather.places_per_slot = c.top_k;
-        launch_sort(index, gather, 4, nullptr);
+        launch_sort(index, gather, 4, exchange.early_blocks(), nullptr);
         std::vector<int> next(static_cast<size_t>(experts));
         for (int entry = 0; entry < count * c.top_k; ++entry) {
             const int id = ids[static_cast<size_t>(entry)], place = places[static_cast<size_t>(entry)];
@@ -227,7 +227,8 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
         back.return_blocks = 3;
         back.plan.slots = slots;
         back.y_type = DType::kBF16;
-        if (number != 2 && number != 4) {  // else left open: the next dispatch on the channel closes it
+        // Else left open: number 2 until the sums end it, number 4 until the next dispatch on the channel.
+        if (number != 2 && number != 4) {
             std::vector<uint16_t> out(want.size() + 1);
             back.out = reinterpret_cast<char*>(out.data());
             back.send = true, back.receive = number % 3 != 1;
@@ -244,7 +245,11 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
             SumsArgs s{d, back};
             s.answer.out = reinterpret_cast<char*>(out.data());
             s.answer.receive = half == 0;
+            const DeviceWord& word = *exchange.word(channel);
+            if (number == 2) s.ended = exchange.word(channel);
+            EXPECT(half == 1 || word.stage == (number == 2 || number == 4 ? Stage::kReceived : Stage::kIdle));
             sums.sums(channel, s, nullptr);
+            EXPECT(word.stage == (number == 4 ? Stage::kReceived : Stage::kIdle));
             if (half == 1 && number == 2) continue;  // left open, too
             if (half == 1) receive(sums, channel, s.answer);
             out.resize(want.size());

@@ -3,7 +3,7 @@
 The top-k weights come only with the combine, but the ranks that hold the experts apply them before rows
 travel back. So a combine is an exchange of its own, whose dispatch brings ids and weights; where the rows of
 each of its slots stand is known since the dispatch of the rows. That one's exchange is never combined: the
-next one on its channel ends it.
+first combine of its rows ends it, or else the next one on its channel.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, Usual, sms
+from ep_backend.communicator import Communicator, Handle
+from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Member, Pool, Usual
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
+from ep_backend.transports.gpu import sms
 
 CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
-SHARE = 1 / 4
-"""Blocks of one channel of dispatch or combine for each SM of the GPU."""
+SHARE = 1 / 2
+"""Blocks of one channel for each SM of the GPU: both channels and the kernels behind theirs fill it."""
 MIN_AMAX = 1e-4  # of a block that is quantised with a rounded scale; DeepEP's
 E4M3_MAX = 448.0
 
@@ -53,7 +55,8 @@ class Shape:
 
 def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, Any]:
     """EpConfig of a dispatch: bf16, fp8 by the kernel, or fp8 that is quantised before."""
-    fields = {**shape.fields(), "layout": "expert_major"}
+    # Scales of columns, as GEMMs with scales of blocks read them, and as DeepEP gives them.
+    fields = {**shape.fields(), "layout": "expert_major", "scales_by_column": quantized}
     if rounded:
         return {**fields, "payload": torch.float8_e4m3fn}
     return {
@@ -80,6 +83,16 @@ class LowLatencyHandle(Sequence[Any]):
         self.shape, self._world = shape, world
         self.places: torch.Tensor | None = None
         """As ``Communicator.received_places``. None until the rows have come, and with transport hier."""
+        self.exchange: tuple[Member, Handle] | None = None
+        """That has brought the rows. None until they have come."""
+
+    @property
+    def ends(self) -> tuple[Communicator, Handle] | None:
+        """What the first combine ends on its way: the exchange, if nothing else has ended it."""
+        if self.exchange is None:
+            return None
+        member, handle = self.exchange
+        return (member.communicator, handle) if member.alive and handle.state == "received" else None
 
     def __len__(self) -> int:
         return 5
@@ -140,14 +153,13 @@ class LowLatency:
         channel = member.next_channel()
         call: dict[str, Any] = {"scales": scales, "tokens_per_rank": shape.tokens, "channel": channel}
         handle = LowLatencyHandle(shape, self._world)
-        # Columns first, as GEMMs with scales of blocks read them.
-        columns, dtype = shape.hidden // SCALE_BLOCK, torch.float32
-        if use_ue8m0:
-            columns, dtype = columns // 4, torch.int32
         new: dict[str, Any] = {"device": shape.device}
-        out_scales = None
-        if use_fp8:
-            out_scales = torch.empty(experts, columns, capacity, dtype=dtype, **new).transpose(1, 2)
+        later = None  # scales that are not as they came, or come only with the second half
+        if use_fp8 and (use_ue8m0 or in_halves):
+            columns, dtype = shape.hidden // SCALE_BLOCK, torch.float32
+            if use_ue8m0:
+                columns, dtype = columns // 4, torch.int32
+            later = torch.empty(experts, columns, capacity, dtype=dtype, **new).mT
 
         if in_halves:
             row_type = communicator.config.received_dtype
@@ -164,14 +176,15 @@ class LowLatency:
             if in_halves:
                 assert got.rows_per_expert is not None
                 counts.copy_(got.rows_per_expert)
-            if out_scales is not None:
+            if later is not None:
                 assert got.scales is not None
-                out_scales.copy_(pack_ue8m0(got.scales) if use_ue8m0 else got.scales)
+                later.copy_(pack_ue8m0(got.scales) if use_ue8m0 else got.scales)
             if stats is not None:
                 stats.add_(counts)
-            handle.places = communicator.received_places(sent)
+            handle.places, handle.exchange = communicator.received_places(sent), (member, sent)
 
-        result = ((rows, out_scales) if use_fp8 else rows, counts, handle)
+        scales = received.scales if later is None and not in_halves else later
+        result = ((rows, scales) if use_fp8 else rows, counts, handle)
         if in_halves:
             return result, member.hook(channel, finish)
         finish()
@@ -192,11 +205,16 @@ class LowLatency:
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
         markers = member.markers(len(ids))
-        given, slots = (x, dispatched.places, markers, ids, weights), shape.tokens
+        given = (x, dispatched.places, markers, ids, weights)
+        call: dict[str, Any] = {
+            "tokens_per_rank": shape.tokens,
+            "channel": channel,
+            "ends": dispatched.ends,
+        }
         if not in_halves:
-            communicator.exchange_sums(*given, tokens_per_rank=slots, channel=channel, out=out)
+            communicator.exchange_sums(*given, **call, out=out)
             return None
-        handle = communicator.exchange_sums_send(*given, tokens_per_rank=slots, channel=channel)
+        handle = communicator.exchange_sums_send(*given, **call)
         return member.hook(channel, lambda: communicator.combine_recv(handle, out=out))
 
     def destroy(self) -> None:
