@@ -23,9 +23,7 @@ void check(cudaError_t error, const char* what) {
 }
 
 // A block that waits keeps its place on the GPU. If all exchanges that can be under way can be resident
-// together, none can wait for a block that found no place. The kernel behind a dependent one takes places,
-// too, and may keep another channel's kernel from them, for which a peer waits: it may come early only where
-// there is room for two kernels of every channel, or no other channel.
+// together, none can wait for a block that found no place. Kernels behind them take places, too: see Early.
 class Residency {
   public:
     struct Places {
@@ -57,22 +55,22 @@ class Residency {
         if (at != end) gpu.exchanges.erase(at);
         gpu.tell();
     }
-    // Where kernels on `device`, the current one, read whether it is too full for kernels that come early.
-    const uint32_t* full(int device) {
+    // Where kernels on `device`, the current one, read it.
+    const Early* early(int device) {
         const std::lock_guard lock(mutex_);
         Gpu& gpu = gpus_[device];
-        if (gpu.full == nullptr) {
-            check(cudaMalloc(&gpu.full, sizeof *gpu.full), "cudaMalloc");
-            check(cudaMemset(gpu.full, 0, sizeof *gpu.full), "cudaMemset");
+        if (gpu.early == nullptr) {
+            check(cudaMalloc(&gpu.early, sizeof *gpu.early), "cudaMalloc");
+            check(cudaMemset(gpu.early, 0, sizeof *gpu.early), "cudaMemset");
         }
-        return gpu.full;
+        return gpu.early;
     }
 
   private:
     struct Gpu {
         std::multimap<int64_t, Places> exchanges;
         int capacity = 0;
-        uint32_t* full = nullptr;
+        Early* early = nullptr;
 
         // Those with the same share, which is not 0, count as one.
         Places sum() const {
@@ -88,9 +86,11 @@ class Residency {
         }
         void tell() {
             const Places now = sum();
-            const uint32_t is_full = now.channels > 1 && 2 * now.blocks > capacity;
+            const Early now_is = now.channels <= 1            ? Early::kAny
+                                 : 2 * now.blocks <= capacity ? Early::kNext
+                                                              : Early::kNever;
             // An error is that of a context that is gone, or the next call finds it.
-            cudaMemcpy(full, &is_full, sizeof is_full, cudaMemcpyHostToDevice);
+            cudaMemcpy(early, &now_is, sizeof now_is, cudaMemcpyHostToDevice);
         }
     };
 
@@ -208,7 +208,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
     bulk_ = !settings.copies && settings.stagger == 0 && major >= 9 &&
             std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
     const int capacity = sms * blocks_per_sm;
-    const uint32_t* const full = residency().full(device_index_);
+    const Early* const early = residency().early(device_index_);
     residency().reserve(device_index_, settings.share, places_of(settings), capacity);
     has_places_ = true;
 
@@ -264,7 +264,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.expert_rank = contiguous ? nullptr : reinterpret_cast<uint8_t*>(device_ + ranks);
         v.expert_local = contiguous ? nullptr : reinterpret_cast<int16_t*>(device_ + locals);
         v.mask = reinterpret_cast<uint64_t*>(device_ + mask);
-        v.full = full;
+        v.early = early;
         v.rank = static_cast<int32_t>(settings.rank);
         v.world = static_cast<int32_t>(shape.world);
         v.top_k = static_cast<int32_t>(shape.top_k);

@@ -24,7 +24,7 @@ struct State {
     uint64_t epoch;
     Stage stage;
     bool stopped;
-    bool full;
+    Early early;
     int32_t tokens;
     uint32_t chunks;
     RankSet mask;
@@ -34,7 +34,7 @@ __device__ inline State load_state(const View& v) {
     const uint4 a = ptx::load_fresh(v.word), m = ptx::load_fresh(v.mask);
     const uint32_t chunks = ptx::load_fresh_word(&v.word->chunks);
     const uint32_t stopped = ptx::load_fresh_word(&v.error->stopped);
-    const uint32_t full = ptx::load_fresh_word(v.full);
+    const uint32_t early = ptx::load_fresh_word(v.early);
     State s;
     s.epoch = a.x | static_cast<uint64_t>(a.y) << 32;
     s.stage = static_cast<Stage>(a.z);
@@ -42,15 +42,14 @@ __device__ inline State load_state(const View& v) {
     s.chunks = chunks;
     s.stopped = stopped != 0;
     s.mask = {m.x, m.y, m.z};
-    s.full = full != 0;
+    s.early = static_cast<Early>(early);
     return s;
 }
 
 // The block's answer, the same for all its threads, whether nothing has failed: a failure may come just now.
-// The next kernel may take its place only from here on, or those behind it would come as well.
 __device__ inline bool begin(const State& s) {
     const bool alive = __syncthreads_or(s.stopped) == 0;
-    if (!s.full) ptx::let_next_kernel_start();
+    if (s.early != Early::kNever) ptx::let_next_kernel_start();
     return alive;
 }
 

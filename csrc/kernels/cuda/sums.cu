@@ -173,13 +173,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int wide = plan.warps_per_token;
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
+        const int count = min(plan.tokens_per_chunk, a.ask.tokens - part.first);
+        RankSet route{};
+        if (warp / wide < count) route = load_route(v, part.first + warp / wide);
         if (!wait_chunk(v, state, Phase::kCombine, epoch, chunk, counts, kClosed)) {
             alive = closed_by_peer(v, counts, threadIdx.x == 0);
         } else {
-            const int count = min(plan.tokens_per_chunk, a.ask.tokens - part.first);
             for (int t = warp / wide; t < count; t += kWarps / wide) {
                 const int64_t token = part.first + t;
-                reduce_row<T, T, kReduceLoads, true>(v, a.answer, token, load_route(v, token), nullptr,
+                if (t != warp / wide) route = load_route(v, token);
+                reduce_row<T, T, kReduceLoads, true>(v, a.answer, token, route, nullptr,
                                                      part.begin + warp % wide * 32 + lane, wide * 32,
                                                      part.end);
             }

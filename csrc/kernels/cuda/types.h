@@ -37,6 +37,14 @@ EP_HD inline int staggered_target(int rank, int world, int group, int pass) {
     return (rank / group + pass / group) % (world / group) * group + (rank + pass) % group;
 }
 
+// How early the kernel behind a dependent one may take its place: it must not keep another channel's kernel,
+// for which a peer waits, from finding one.
+enum class Early : uint32_t {
+    kNever = 0,
+    kNext = 1,  // room for two kernels of every channel: not before the one ahead has begun
+    kAny = 2,   // no other channel: with all that are behind it
+};
+
 // The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block that
 // has read it writes it.
 struct alignas(16) DeviceWord {
@@ -88,8 +96,7 @@ struct View {
     const uint8_t* expert_rank;  // null: contiguous placement
     const int16_t* expert_local;
     const uint64_t* mask;  // ranks that waits and sends leave out
-    const uint32_t*
-        full;  // whether the next kernel would take the place of one that this rank's peers wait for
+    const Early* early;
     int32_t rank, world, top_k, channel;
     int32_t experts, experts_base,
         experts_more;                    // contiguous: the first experts_more ranks hold experts_base + 1

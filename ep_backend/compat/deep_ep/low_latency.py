@@ -24,6 +24,8 @@ CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
 SHARE = 1 / 2
 """Blocks of one channel for each SM of the GPU: both channels and the kernels behind theirs fill it."""
+FEW_TOKENS, SMALL_CHUNKS = 32, 1 / 2
+"""Of a combine: up to so many tokens chunks of that size, against the usual one."""
 MIN_AMAX = 1e-4  # of a block that is quantised with a rounded scale; DeepEP's
 E4M3_MAX = 448.0
 
@@ -68,7 +70,14 @@ def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, A
 
 def combine_fields(shape: Shape) -> dict[str, Any]:
     """EpConfig of a combine, whose dispatch has marker rows."""
-    return {**shape.fields(), "payload": torch.uint8, "payload_bytes": MARKER_BYTES}
+    # More blocks for few tokens: each makes the sums of many experts' rows.
+    scale = SMALL_CHUNKS if shape.tokens <= FEW_TOKENS else None
+    return {
+        **shape.fields(),
+        "payload": torch.uint8,
+        "payload_bytes": MARKER_BYTES,
+        "chunk_scale": scale,
+    }
 
 
 class LowLatencyHandle(Sequence[Any]):
