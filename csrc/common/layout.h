@@ -34,6 +34,20 @@ EP_HD constexpr uint32_t word_low(uint64_t word) {
 EP_HD constexpr uint64_t next_epoch(uint64_t epoch) {
     return (epoch + 1) & kEpochMask;
 }
+// A word that needs no flag, where only sums are exchanged: it says itself that it is of this exchange, by 31
+// bits of epoch. Then `mine`, whether the rank that it goes to has the expert, and 32 bits of anything.
+EP_HD constexpr uint64_t make_ask(uint64_t epoch, bool mine, uint32_t low) {
+    return ((epoch & 0x7FFFFFFF) << 1 | (mine ? 1 : 0)) << 32 | low;
+}
+EP_HD constexpr bool ask_is_of(uint64_t word, uint64_t epoch) {
+    return word >> 33 == (epoch & 0x7FFFFFFF);
+}
+EP_HD constexpr bool ask_is_mine(uint64_t word) {
+    return (word >> 32 & 1) != 0;
+}
+EP_HD constexpr uint32_t ask_low(uint64_t word) {
+    return static_cast<uint32_t>(word);
+}
 // Signed distance a - b of two epochs, right across the wrap at 2^48.
 EP_HD constexpr int64_t epoch_distance(uint64_t a, uint64_t b) {
     return static_cast<int64_t>((a - b) << 16) >> 16;
@@ -64,6 +78,8 @@ struct SourceHeader {
     uint32_t tokens;
     uint32_t slots;  // T: slots per source in this exchange
 };
+constexpr int64_t kSlotsWord = 8;  // T as a word of its own, behind the header in its line
+static_assert(sizeof(SourceHeader) <= kSlotsWord);
 
 // What one source has in a region of a channel: source s has `bytes` from `at + s * pitch` in the window on.
 struct SourceBlock {
@@ -126,6 +142,12 @@ struct WindowLayout {
         return channel(c) + scales + slot * shape.scale_bytes;
     }
     EP_HD int64_t row(int64_t c, int64_t slot) const { return channel(c) + rows + slot * shape.row_bytes; }
+    // The words of an exchange of sums: T, and in the place of a row the weights of a token, 8 bytes each.
+    // Their place does not depend on T, so that ranks with different ones find each other's.
+    EP_HD int64_t slots_word(int64_t c, int64_t source) const { return header(c, source) + kSlotsWord; }
+    EP_HD int64_t weight_words(int64_t c, int64_t source, int64_t token) const {
+        return row(c, source * shape.max_tokens + token);
+    }
 
     // What one source has of `slots` tokens in `chunks` chunks.
     struct Blocks {

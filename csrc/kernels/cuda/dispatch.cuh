@@ -115,6 +115,20 @@ __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, in
     }
 }
 
+// Whether a source has the same T as this rank; else nobody goes on.
+__device__ inline bool same_slots(const View& v, const Plan& plan, int source, uint32_t slots,
+                                  uint64_t epoch) {
+    if (slots == static_cast<uint32_t>(plan.slots)) return true;
+    ErrorWord error;
+    error.status = Status::kSlotsDiffer;
+    error.peer = source;
+    error.reporter = v.rank;
+    error.channel = v.channel;
+    error.epoch_expected = error.epoch_seen = epoch;
+    fail(v, error);
+    return false;
+}
+
 // Chunk 0 of every source covers its header: how many tokens it has in all, and whether it agrees on T.
 // `tokens_per_source` may be null. False after a failure.
 __device__ inline bool receive_headers(const View& v, const State& s, const Plan& plan,
@@ -125,15 +139,7 @@ __device__ inline bool receive_headers(const View& v, const State& s, const Plan
             *reinterpret_cast<const SourceHeader*>(inbox(v, source) + v.layout.header(v.channel, source));
         if (tokens_per_source)
             tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
-        if (s.masked(source) || header.slots == static_cast<uint32_t>(plan.slots)) continue;
-        ErrorWord error;
-        error.status = Status::kSlotsDiffer;
-        error.peer = source;
-        error.reporter = v.rank;
-        error.channel = v.channel;
-        error.epoch_expected = error.epoch_seen = epoch;
-        fail(v, error);
-        agree = false;
+        if (!s.masked(source)) agree &= same_slots(v, plan, source, header.slots, epoch);
     }
     return agree;
 }

@@ -379,8 +379,10 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
 }
 
 bool Exchange::takes_sums(const Plan& plan, DType y_type) const {
+    const ExchangeShape& shape = settings_.shape;
     const bool alike = y_type == settings_.wire && y_type == settings_.out;
-    return alike && !settings_.staged && !keeps_own_apart() && !complete(plan).bulk;
+    const bool words_fit = shape.row_bytes >= 8 * shape.top_k;
+    return alike && words_fit && !settings_.staged && !keeps_own_apart() && !complete(plan).bulk;
 }
 
 cudaError_t Exchange::sums(int64_t channel, SumsArgs a, cudaStream_t stream) {

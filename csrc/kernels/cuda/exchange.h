@@ -60,7 +60,9 @@ class Exchange {
     // `a` without what the exchange knows itself; plan.slots = T, the rest of the plan may be 0: chosen.
     cudaError_t dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream);
     cudaError_t combine(int64_t channel, CombineArgs a, cudaStream_t stream);
-    // Both in one launch, without rows in the first; `takes_sums` says whether that can be.
+    // Both in one launch, with words for rows in the first (WindowLayout::weight_words); `takes_sums` says
+    // whether that can be. What stands in the place of rows must not look like such words: no other rows
+    // come.
     cudaError_t sums(int64_t channel, SumsArgs a, cudaStream_t stream);
     bool takes_sums(const Plan& plan, DType y_type) const;
     DeviceWord* word(int64_t channel) const { return view(channel).word; }  // for SumsArgs::ended

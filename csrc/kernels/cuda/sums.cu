@@ -1,6 +1,7 @@
-// An exchange whose rows have come by another one, in one launch: ids and weights out, then the weighted sums
-// of what this rank's experts made of those rows, and the sum of what all ranks return. To the peers it is a
-// dispatch and a combine. See exchange.cuh.
+// An exchange whose rows have come by another one, in one launch: weights out, then the weighted sums of what
+// this rank's experts made of those rows, and the sum of what all ranks return. Weights travel as words that
+// say themselves that they have come (make_ask): no fence and no flag. What returns is a combine. See
+// exchange.cuh.
 #include "combine.cuh"
 #include "dispatch.cuh"
 #include "launch.h"
@@ -10,60 +11,95 @@ namespace {
 
 // Tokens and the part of a row that a chunk covers; the latter in units of eight elements.
 struct Part {
-    int chunk_of_ids, first, begin, end;
+    int first, begin, end;
+    bool sends;  // the first segment of its tokens: weights go with that
 };
 __device__ Part part_of(const Plan& plan, int hidden, int chunk) {
     const int token_chunk = plan.per_segments.divide(chunk), units = units_of(hidden);
     const int segment = chunk - token_chunk * plan.segments;
-    return {token_chunk * plan.segments, token_chunk * plan.tokens_per_chunk, units * segment / plan.segments,
-            units * (segment + 1) / plan.segments};
+    return {token_chunk * plan.tokens_per_chunk, units * segment / plan.segments,
+            units * (segment + 1) / plan.segments, segment == 0};
 }
 
-// What a thread needs first of its own tokens in a chunk: of `meta` the ids and weights that it sends, and
-// `id` of the first token whose ranks its warp finds.
-struct Asked {
-    int first, count;
-    Meta meta;
-    int id;
-};
-__device__ Asked asked_of(const Plan& plan, int tokens, const Part& part) {
-    return {part.first, max(0, min(plan.tokens_per_chunk, tokens - part.first)), {}, -1};
-}
+// The k-th choice of an own token; none behind the last token.
 template <class Id>
-__device__ int load_id(const View& v, const DispatchArgs& a, int64_t token) {
+__device__ Meta load_choice(const View& v, const DispatchArgs& a, int token, int k) {
+    return token < a.tokens && k < v.top_k ? load_meta<Id>(v, a, token, k) : Meta{-1, 0.0f};
+}
+// The id alone, by a whole warp for route_of.
+template <class Id>
+__device__ int load_id(const View& v, const DispatchArgs& a, int token) {
     const int k = static_cast<int>(threadIdx.x) % 32;
-    return k < v.top_k ? static_cast<int>(static_cast<const Id*>(a.ids)[token * v.top_k + k]) : -1;
-}
-template <class Id>
-__device__ void load_asked(const View& v, const DispatchArgs& a, Asked& asked) {
-    const int warp = threadIdx.x / 32;
-    if (static_cast<int>(threadIdx.x) < asked.count * v.top_k)
-        asked.meta = load_meta<Id>(v, a, asked.first, static_cast<int>(threadIdx.x));
-    if (warp < asked.count) asked.id = load_id<Id>(v, a, asked.first + warp);
+    return token < a.tokens && k < v.top_k
+               ? static_cast<int>(static_cast<const Id*>(a.ids)[static_cast<int64_t>(token) * v.top_k + k])
+               : -1;
 }
 
-// Ids and weights go with the first segment of their tokens; the chunks of the others are flags alone.
+// The words of a chunk's slots, those without a token too: nobody has to know how many there are. 16 threads
+// take a slot. `choice`: this thread's in its first slot, if it is `loaded`.
 template <class Id>
-__device__ void send_ids(const View& v, const State& state, const DispatchArgs& a, uint64_t epoch, int chunk,
-                         bool has_ids, const Asked& asked) {
-    const Plan& plan = a.plan;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (has_ids) {
-        send_meta<Id>(v, state, a, static_cast<int64_t>(v.rank) * plan.slots + asked.first, asked.first,
-                      asked.count, asked.meta, to_all(v), threadIdx.x, kThreads);
-        for (int t = warp; t < asked.count; t += kWarps) {
-            const int64_t token = asked.first + t;
-            const RankSet route = route_of(v, state, t == warp ? asked.id : load_id<Id>(v, a, token));
-            if (lane < kRouteWords)
-                v.routes[token * kRouteWords + lane] = lane == 0 ? route.a : lane == 1 ? route.b : route.c;
-        }
+__device__ void send_words(const View& v, const State& state, const DispatchArgs& a, uint64_t epoch,
+                           const Part& part, bool loaded, Meta choice) {
+    const int width = min(a.plan.tokens_per_chunk, a.plan.slots - part.first);
+    const int first = static_cast<int>(threadIdx.x) / 16, k = static_cast<int>(threadIdx.x) % 16;
+    for (int t = first; t < width; t += kThreads / 16) {
+        if (!loaded || t != first) choice = load_choice<Id>(v, a, part.first + t, k);
+        if (k >= v.top_k) continue;
+        const int owner = choice.id >= 0 && choice.id < v.experts ? rank_of(v, choice.id) : -1;
+        const int64_t at = v.layout.weight_words(v.channel, v.rank, part.first + t) + 8 * k;
+#pragma unroll 1
+        for (int n = 1; n <= v.world; ++n)
+            if (const int d = hop(v, n); !state.masked(d))
+                ptx::store_flag(v.windows[d] + at,
+                                make_ask(epoch, d == owner, __float_as_uint(choice.weight)));
     }
-    if (chunk == 0)
-        for (int d = threadIdx.x; d < v.world; d += kThreads)
-            if (!state.masked(d))
-                *reinterpret_cast<SourceHeader*>(v.windows[d] + v.layout.header(v.channel, v.rank)) = {
-                    static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(plan.slots)};
-    flag_chunk(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(asked.count), to_all(v));
+}
+
+// For the kernel of combine's second half.
+template <class Id>
+__device__ void store_routes(const View& v, const State& state, const DispatchArgs& a, const Part& part) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int count = min(a.plan.tokens_per_chunk, a.tokens - part.first);
+    for (int t = warp; t < count; t += kWarps) {
+        const int token = part.first + t;
+        const RankSet route = route_of(v, state, load_id<Id>(v, a, token));
+        if (lane < kRouteWords)
+            v.routes[static_cast<int64_t>(token) * kRouteWords + lane] = lane == 0   ? route.a
+                                                                         : lane == 1 ? route.b
+                                                                                     : route.c;
+    }
+}
+
+// One lane waits for one word. False after a failure.
+__device__ inline bool wait_word(const View& v, uint64_t epoch, int source, int64_t at, uint64_t& word) {
+    const char* const from = inbox(v, source) + at;
+    uint64_t start = 0;
+    for (int spins = 1;; ++spins) {
+        word = ptx::load_relaxed(from);
+        if (ask_is_of(word, epoch)) return true;
+        // No word can be ahead: its source would have this rank's flags of this exchange.
+        if (spins % 64 == 0 &&
+            !may_wait_on(v, Phase::kDispatch, epoch, source, make_word(epoch - 1, 0), &start))
+            return false;
+    }
+}
+
+// Ranks with different T would wait for words that nobody sends. A thread asks a source.
+__device__ inline void send_slots(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
+    for (int d = threadIdx.x; d < v.world; d += kThreads)
+        if (!state.masked(d))
+            ptx::store_flag(v.windows[d] + v.layout.slots_word(v.channel, v.rank),
+                            make_ask(epoch, false, static_cast<uint32_t>(plan.slots)));
+}
+__device__ inline bool slots_agree(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
+    bool agree = true;
+    for (int source = threadIdx.x; source < v.world && agree; source += kThreads) {
+        uint64_t word = 0;
+        if (!state.masked(source))
+            agree = wait_word(v, epoch, source, v.layout.slots_word(v.channel, source), word) &&
+                    same_slots(v, plan, source, ask_low(word), epoch);
+    }
+    return agree;
 }
 
 // A row that a group of warps returns, and what it loads of it before the weights have come.
@@ -88,24 +124,26 @@ __device__ void find_answer(const View& v, const CombineArgs& a, const Part& par
     row.mine = load_placed(a, row.slot, v.top_k);
 }
 
-// `counts`: how many tokens of the chunk each source has. `row`: the first of this warp, if it is `loaded`.
+// `row`: the first of this warp, if it is `loaded`. The warp's answer: false after a failure.
 template <class T>
-__device__ void answer(const View& v, const State& state, const CombineArgs& a, const Part& part,
-                       const int* counts, bool loaded, Answer<T>& row) {
+__device__ bool answer(const View& v, const State& state, const CombineArgs& a, uint64_t epoch,
+                       const Part& part, bool loaded, Answer<T>& row) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
     const int step = a.warps_per_row * 32, begin = part.begin + warp % a.warps_per_row * 32;
     for (int number = group; number < v.world * a.plan.tokens_per_chunk; number += groups) {
         const bool ahead = loaded && number == group;
         if (!ahead) find_answer(v, a, part, number, row);
-        // A peer with another T may say more than there is room for.
-        if (!row.inside || row.t >= counts[row.source] || state.masked(row.source)) continue;
-        const char* const from = inbox(v, row.source);
-        const auto* ids = reinterpret_cast<const int32_t*>(from + v.layout.id_row(v.channel, row.slot));
-        const auto* weights = reinterpret_cast<const float*>(from + v.layout.weight_row(v.channel, row.slot));
-        const int id = lane < v.top_k ? ids[lane] : -1;
-        const float weight = lane < v.top_k ? weights[lane] : 0.0f;
-        if (!__any_sync(kAll, is_local(v, id))) continue;
+        if (!row.inside || state.masked(row.source)) continue;
+        uint64_t word = 0;
+        bool came = true;
+        if (lane < v.top_k) {
+            const int64_t at = v.layout.weight_words(v.channel, row.source, part.first + row.t) + 8 * lane;
+            came = wait_word(v, epoch, row.source, at, word);
+        }
+        if (!__all_sync(kAll, came)) return false;
+        if (!__any_sync(kAll, ask_is_mine(word))) continue;
+        const float weight = __uint_as_float(ask_low(word));
         char* const to = outbox(v, row.source) + v.layout.combine_row(v.channel, v.rank, part.first + row.t);
         for (int base = begin; base < part.end; base += step * kPlacedUnits<T>) {
             if (!ahead || base != begin)
@@ -113,6 +151,7 @@ __device__ void answer(const View& v, const State& state, const CombineArgs& a, 
             store_placed_sum<T, T>(a, row.mine, weight, base + lane, step, part.end, row.words, to);
         }
     }
+    return true;
 }
 
 template <class Id, class T>
@@ -123,15 +162,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int chunks = plan.chunks(), first = static_cast<int>(blockIdx.x),
               step = static_cast<int>(gridDim.x);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int in_row = a.answer.warps_per_row;
+    const int in_row = a.answer.warps_per_row, wide = plan.warps_per_token;
     const Part first_part = part_of(plan, a.answer.hidden, first);
-    Asked asked = asked_of(plan, a.ask.tokens, first_part);
+    Meta choice{-1, 0.0f};  // that this thread sends first
+    int id = -1;            // of the first token that this warp reduces
     Answer<T> row;
     touch(v, a);
     ptx::wait_for_previous_kernel();
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
-    if (first_part.chunk_of_ids == first) load_asked<Id>(v, a.ask, asked);
+    if (first_part.sends)
+        choice = load_choice<Id>(v, a.ask, first_part.first + static_cast<int>(threadIdx.x) / 16,
+                                 static_cast<int>(threadIdx.x) % 16);
+    if (a.answer.receive) id = load_id<Id>(v, a.ask, first_part.first + warp / wide);
     find_answer(v, a.answer, first_part, warp / in_row, row);
     const uint64_t epoch = next_epoch(state.epoch);
     bool alive = begin(state);
@@ -139,49 +182,42 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (alive && row.inside)
         load_results(a.answer, row.mine, row.mine.live, first_part.begin + warp % in_row * 32 + lane,
                      in_row * 32, first_part.end, row.words);
+    if (alive && first == 0) send_slots(v, state, plan, epoch);
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
-        const bool has_ids = part.chunk_of_ids == chunk;
-        if (chunk != first) {
-            asked = asked_of(plan, a.ask.tokens, part);
-            if (has_ids) load_asked<Id>(v, a.ask, asked);
-        }
-        send_ids<Id>(v, state, a.ask, epoch, chunk, has_ids, asked);
+        if (!part.sends) continue;
+        send_words<Id>(v, state, a.ask, epoch, part, chunk == first, choice);
+        if (!a.answer.receive) store_routes<Id>(v, state, a.ask, part);
     }
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
-        alive = wait_chunk(v, state, Phase::kDispatch, epoch, part.chunk_of_ids, counts);
-        if (!alive) break;
-        if (chunk == 0) {
-            const bool agree = receive_headers(v, state, plan, nullptr, epoch, threadIdx.x, kThreads);
-            alive = __syncthreads_and(agree) != 0;
-            if (!alive) break;
-        }
-        answer(v, state, a.answer, part, counts, chunk == first, row);
-        flag_chunk(v, state, Phase::kCombine, epoch, chunk, 0, to_all(v));
+        const bool agree = __all_sync(kAll, chunk != 0 || slots_agree(v, state, plan, epoch)) != 0;
+        const bool answered = agree && answer(v, state, a.answer, epoch, part, chunk == first, row);
+        alive = __syncthreads_and(answered) != 0;
+        if (alive && warp == 0) flag_chunk_warp(v, state, Phase::kCombine, epoch, chunk, 0, to_all(v));
     }
     leave(v, alive, [&](DeviceWord& w) {
         w.epoch = epoch;
         w.tokens = a.ask.tokens;
         w.chunks = static_cast<uint32_t>(chunks);
         w.stage = a.answer.receive ? Stage::kIdle : Stage::kReturned;
-        // All blocks have seen all flags: every peer has read what that exchange brought, as its ids and
-        // weights come behind.
+        // Some block has seen each word of each source: every peer has read what that exchange brought, as
+        // its words leave behind.
         if (a.ended && a.ended->stage == Stage::kReceived) a.ended->stage = Stage::kIdle;
     });
     if (!a.answer.receive) return;
-    const int wide = plan.warps_per_token;
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
         const int count = min(plan.tokens_per_chunk, a.ask.tokens - part.first);
-        RankSet route{};
-        if (warp / wide < count) route = load_route(v, part.first + warp / wide);
+        // From the ids: with segments it is another block that sends them, and nothing waits for that one.
+        if (chunk != first) id = load_id<Id>(v, a.ask, part.first + warp / wide);
+        RankSet route = route_of(v, state, id);
         if (!wait_chunk(v, state, Phase::kCombine, epoch, chunk, counts, kClosed)) {
             alive = closed_by_peer(v, counts, threadIdx.x == 0);
         } else {
             for (int t = warp / wide; t < count; t += kWarps / wide) {
-                const int64_t token = part.first + t;
-                if (t != warp / wide) route = load_route(v, token);
+                const int token = part.first + t;
+                if (t != warp / wide) route = route_of(v, state, load_id<Id>(v, a.ask, token));
                 reduce_row<T, T, kReduceLoads, true>(v, a.answer, token, route, nullptr,
                                                      part.begin + warp % wide * 32 + lane, wide * 32,
                                                      part.end);

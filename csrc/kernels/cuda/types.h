@@ -142,11 +142,11 @@ struct CombineArgs {
     bool send, receive;
 };
 
-// An exchange without rows: ids and weights there, weighted sums back.
+// An exchange without rows: words with the weights there, weighted sums back.
 struct SumsArgs {
     DispatchArgs ask;    // its ids, weights, tokens and plan
     CombineArgs answer;  // all of it but weights, sums and send; y, wire and out are of one type
-    // Null, or of the exchange that has brought the rows, on all ranks: this one's flags end it, too.
+    // Null, or of the exchange that has brought the rows, on all ranks: this one ends it, too.
     DeviceWord* ended;
 };
 

@@ -16,6 +16,7 @@ inline uint64_t load_flag(const void* p) {
     return __atomic_load_n(static_cast<const uint64_t*>(p), __ATOMIC_ACQUIRE);
 }
 inline uint64_t load_relaxed(const void* p) {
+    emulated::let_others();
     return __atomic_load_n(static_cast<const uint64_t*>(p), __ATOMIC_RELAXED);
 }
 inline uint4 load_fresh(const void* p) {
