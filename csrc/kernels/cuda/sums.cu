@@ -23,16 +23,15 @@ __device__ Part part_of(const Plan& plan, int hidden, int chunk) {
 
 // The k-th choice of an own token; none behind the last token.
 template <class Id>
-__device__ Meta load_choice(const View& v, const DispatchArgs& a, int token, int k) {
+__device__ Meta load_choice(const View& v, const DispatchArgs& a, int64_t token, int k) {
     return token < a.tokens && k < v.top_k ? load_meta<Id>(v, a, token, k) : Meta{-1, 0.0f};
 }
 // The id alone, by a whole warp for route_of.
 template <class Id>
-__device__ int load_id(const View& v, const DispatchArgs& a, int token) {
+__device__ int load_id(const View& v, const DispatchArgs& a, int64_t token) {
     const int k = static_cast<int>(threadIdx.x) % 32;
-    return token < a.tokens && k < v.top_k
-               ? static_cast<int>(static_cast<const Id*>(a.ids)[static_cast<int64_t>(token) * v.top_k + k])
-               : -1;
+    const auto* const ids = static_cast<const Id*>(a.ids);
+    return token < a.tokens && k < v.top_k ? static_cast<int>(ids[token * v.top_k + k]) : -1;
 }
 
 // The words of a chunk's slots, those without a token too: nobody has to know how many there are. 16 threads
@@ -61,12 +60,10 @@ __device__ void store_routes(const View& v, const State& state, const DispatchAr
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int count = min(a.plan.tokens_per_chunk, a.tokens - part.first);
     for (int t = warp; t < count; t += kWarps) {
-        const int token = part.first + t;
+        const int64_t token = part.first + t;
         const RankSet route = route_of(v, state, load_id<Id>(v, a, token));
         if (lane < kRouteWords)
-            v.routes[static_cast<int64_t>(token) * kRouteWords + lane] = lane == 0   ? route.a
-                                                                         : lane == 1 ? route.b
-                                                                                     : route.c;
+            v.routes[token * kRouteWords + lane] = lane == 0 ? route.a : lane == 1 ? route.b : route.c;
     }
 }
 
@@ -216,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             alive = closed_by_peer(v, counts, threadIdx.x == 0);
         } else {
             for (int t = warp / wide; t < count; t += kWarps / wide) {
-                const int token = part.first + t;
+                const int64_t token = part.first + t;
                 if (t != warp / wide) route = route_of(v, state, load_id<Id>(v, a.ask, token));
                 reduce_row<T, T, kReduceLoads, true>(v, a.answer, token, route, nullptr,
                                                      part.begin + warp % wide * 32 + lane, wide * 32,

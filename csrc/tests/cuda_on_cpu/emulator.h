@@ -213,6 +213,9 @@ inline int __any_sync(unsigned mask, bool value) {
     for (unsigned lane = 0; lane < 32; ++lane) any |= (mask >> lane & 1) && values[lane];
     return any;
 }
+inline int __all_sync(unsigned mask, bool value) {
+    return !__any_sync(mask, !value);
+}
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
     const uint64_t mine = emulated::bits(value), *values = emulated::block().exchange(mask, mine);
@@ -242,6 +245,9 @@ inline float __fmaf_rn(float a, float b, float c) {
 }
 inline float __uint_as_float(uint32_t word) {
     return emulated::value_of<float>(word);
+}
+inline uint32_t __float_as_uint(float value) {
+    return static_cast<uint32_t>(emulated::bits(value));
 }
 inline void __threadfence() {
     std::atomic_thread_fence(std::memory_order_seq_cst);

@@ -53,9 +53,10 @@ struct Member {
     }
 };
 
-// Exchanges of all ranks over windows of this process.
-std::vector<Member> members(const Case& c, int64_t timeout_us) {
-    const ExchangeShape shape{c.world, c.top_k, c.tokens, c.hidden * 2, 0, c.hidden * 2, 64, 2, 0};
+// Exchanges of all ranks over windows of this process. `only_sums`: rows are words with weights.
+std::vector<Member> members(const Case& c, int64_t timeout_us, bool only_sums = false) {
+    const int64_t row_bytes = only_sums ? (8 * c.top_k + 15) / 16 * 16 : c.hidden * 2;
+    const ExchangeShape shape{c.world, c.top_k, c.tokens, row_bytes, 0, c.hidden * 2, 64, 2, 0};
     const WindowLayout layout = WindowLayout::make(shape);
     std::vector<Member> ranks(static_cast<size_t>(c.world));
     std::vector<char*> windows;
@@ -166,7 +167,10 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
     for (int e = 0; e < c.experts; ++e)
         local.push_back(static_cast<int16_t>(e % c.world == rank ? e / c.world : -1));
     for (unsigned number = 0; number < 7; ++number) {
-        const int slots = number == 3 ? 1 : c.tokens, count = c.world * slots, channel = number % 2;
+        const int slots = number == 3   ? 1
+                          : number == 4 ? (c.tokens + 1) / 2
+                                        : c.tokens,
+                  count = c.world * slots, channel = number % 2;
         Tokens t = make(c, rank, slots, number);
         Arrived arrived;
         DispatchArgs d = dispatch_args(c, t, slots, arrived);
@@ -262,7 +266,7 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
 }
 
 int run(const Case& c) {
-    std::vector<Member> all = members(c, 20'000'000), sums = members(c, 20'000'000);
+    std::vector<Member> all = members(c, 20'000'000), sums = members(c, 20'000'000, true);
     std::vector<std::string> wrong(all.size());
     std::vector<std::thread> ranks;
     for (size_t r = 0; r < all.size(); ++r)
@@ -280,17 +284,28 @@ int run(const Case& c) {
     return failed;
 }
 
-// Rank 0 dispatches `first` slots and rank 1 `second`; rank 2 does not come, if there is one. What stopped
-// each.
-std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int second) {
-    std::vector<Member> all = members(c, timeout_us);
+// Rank 0 dispatches `first` slots and rank 1 `second`, or exchanges sums of them; rank 2 does not come, if
+// there is one. What stopped each.
+std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int second, bool only_sums) {
+    std::vector<Member> all = members(c, timeout_us, only_sums);
     std::vector<std::thread> ranks;
     for (size_t r = 0; r < 2; ++r)
         ranks.emplace_back([&, r] {
             const int slots = r == 0 ? first : second;
             Tokens t = make(c, static_cast<int>(r), slots, 1);
             Arrived arrived;
-            all[r].exchange->dispatch(0, dispatch_args(c, t, slots, arrived), nullptr);
+            const DispatchArgs d = dispatch_args(c, t, slots, arrived);
+            if (!only_sums) {
+                all[r].exchange->dispatch(0, d, nullptr);
+                return;
+            }
+            const std::vector<int32_t> places(arrived.ids.size(), -1);
+            std::vector<uint16_t> out(t.x.size() + 1);
+            SumsArgs s{d, {}};
+            s.answer.places = places.data();
+            s.answer.out = reinterpret_cast<char*>(out.data());
+            s.answer.receive = true;
+            all[r].exchange->sums(0, s, nullptr);
         });
     for (std::thread& rank : ranks) rank.join();
     return {all[0].exchange->error(), all[1].exchange->error()};
@@ -303,17 +318,22 @@ int faults() {
         std::printf("%s: %s\n", what, right ? "passed" : "FAILED");
         std::fflush(stdout);
     };
-    const std::vector<ErrorWord> differ = stopped({2, 8, 64, 3, 8, 4, false, 0}, 20'000'000, 5, 8);
-    bool right = true;
-    for (const ErrorWord& e : differ)
-        right &= e.status == Status::kSlotsDiffer ||
-                 (e.status == Status::kAborted && e.cause == Status::kSlotsDiffer);
-    check(right, "ranks that give different T are told");
-    const std::vector<ErrorWord> alone = stopped({3, 8, 64, 3, 8, 4, false, 0}, 3'000'000, 8, 8);
-    right = false;
-    for (const ErrorWord& e : alone) right |= e.status == Status::kTimeout && (e.missing[0] >> 2 & 1);
-    for (const ErrorWord& e : alone) right &= e.status == Status::kTimeout || e.status == Status::kAborted;
-    check(right, "a rank that does not come is named");
+    for (const bool only_sums : {false, true}) {
+        bool right = true;
+        for (const ErrorWord& e : stopped({2, 8, 64, 3, 8, 4, false, 0}, 20'000'000, 5, 8, only_sums))
+            right &= e.status == Status::kSlotsDiffer ||
+                     (e.status == Status::kAborted && e.cause == Status::kSlotsDiffer);
+        check(right, only_sums ? "ranks that give different T for sums are told"
+                               : "ranks that give different T are told");
+        const std::vector<ErrorWord> alone =
+            stopped({3, 8, 64, 3, 8, 4, false, 0}, 3'000'000, 8, 8, only_sums);
+        right = false;
+        for (const ErrorWord& e : alone) right |= e.status == Status::kTimeout && (e.missing[0] >> 2 & 1);
+        for (const ErrorWord& e : alone)
+            right &= e.status == Status::kTimeout || e.status == Status::kAborted;
+        check(right, only_sums ? "a rank that does not come to sums is named"
+                               : "a rank that does not come is named");
+    }
     return failed;
 }
 
