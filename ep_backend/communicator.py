@@ -189,6 +189,10 @@ class Communicator:
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
         scale = self.decision.chunk_scale if config.chunk_scale is None else config.chunk_scale
         config = replace(config, num_sms=self.decision.sms, chunk_scale=scale)
+        self._no_rows: torch.Tensor | None = None  # where exchanges of sums are dispatches of rows
+        if config.sums_only:
+            shape = (config.max_tokens_per_rank, config.row_width)
+            self._no_rows = torch.zeros(shape, dtype=config.x_dtype, device=self.device)
         make = TRANSPORTS[self.decision.transport]
         self._transport = make(group, config, self.device, records, self.decision)
         self._handles: list[Handle | None] = [None] * config.num_channels
@@ -287,6 +291,7 @@ class Communicator:
         EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
         exchange.
         """
+        self._expect_rows("combine")
         self._expect(handle, "received")
         out = self._check_out(handle.num_tokens, out)
         y = self._check_results(y, handle)
@@ -339,12 +344,17 @@ class Communicator:
         EpArgumentError otherwise, and in another layout.
         """
         self._expect(handle, "received")
-        self._expect_global_ids("received_places", "expert_major")
+        config = self.config
+        if config.layout != "expert_major" or config.expert_ids != "global" or config.pad_id != -1:
+            raise EpArgumentError(
+                "received_places is for the layout expert_major with global expert_ids and pad_id -1"
+            )
         return self._transport.received_places(handle.channel, handle.tokens_per_rank)
 
     @_not_traced
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
         """First half of ``combine``. The received rows must not be read any more."""
+        self._expect_rows("combine_send")
         self._expect(handle, "received")
         self._transport.combine_send(handle.channel, self._check_results(y, handle))
         handle.state = "returned"
@@ -364,7 +374,6 @@ class Communicator:
         self,
         y: torch.Tensor,
         places: torch.Tensor | None,
-        x: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         *,
@@ -373,15 +382,15 @@ class Communicator:
         out: torch.Tensor | None = None,
         ends: tuple[Communicator, Handle] | None = None,
     ) -> torch.Tensor:
-        """``dispatch``, whose rows nobody needs, and ``combine`` of what experts have made of the rows of
-        another communicator's exchange with the same ids: for weights that come later than rows.
+        """``dispatch``, without rows, and ``combine`` of what experts have made of the rows of another
+        communicator's exchange with the same ids: for weights that come later than rows.
 
-        In the layout rank_major. ``y``: as the other one received its rows, expert-major. ``places``: as its
-        `received_places` gives them; None: they are found again, which takes longer. ``ends``: that other
-        communicator, over the same ranks, and its handle, to `release` it on the way; by all ranks or none.
-        The rest as for these two.
+        For ``EpConfig.sums_only``. ``y``: as the other one received its rows, expert-major; of the same dtype
+        on all ranks. ``places``: as its `received_places` gives them; None, on all ranks: they are found
+        again, which takes longer. ``ends``: that other communicator, over the same ranks, and its handle, to
+        `release` it on the way; by all ranks or none. The rest as for these two.
         """
-        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel, ends)
+        call, y = self._check_sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel, ends)
         out = self._check_out(len(call.x), out)
         self._opened(call)
         self._handles[channel] = None
@@ -393,7 +402,6 @@ class Communicator:
         self,
         y: torch.Tensor,
         places: torch.Tensor | None,
-        x: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         *,
@@ -401,9 +409,9 @@ class Communicator:
         channel: int = 0,
         ends: tuple[Communicator, Handle] | None = None,
     ) -> Handle:
-        """First half of ``exchange_sums``, in which ids and weights are waited for; ``combine_recv`` is the
+        """First half of ``exchange_sums``, in which weights are waited for; ``combine_recv`` is the
         second."""
-        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel, ends)
+        call, y = self._check_sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel, ends)
         self._exchange_sums(call, y, places, None, ends)
         handle = self._opened(call)
         handle.state = "returned"
@@ -498,22 +506,14 @@ class Communicator:
         num_tokens: torch.Tensor | None,
         channel: int,
     ) -> DispatchCall:
-        self._usable()
+        self._expect_rows("dispatch")
+        slots = self._check_slots(tokens_per_rank, channel)
         config = self.config
-        if not isinstance(channel, int) or not 0 <= channel < config.num_channels:
-            raise EpArgumentError(f"channel is {channel!r}; 0 to {config.num_channels - 1} was wanted")
-        most = config.max_tokens_per_rank
-        slots = most if tokens_per_rank is None else tokens_per_rank
-        if not isinstance(slots, int) or not 1 <= slots <= most:
-            raise EpArgumentError(f"tokens_per_rank is {slots!r}; a whole number from 1 to {most} was wanted")
         if isinstance(x, torch.Tensor) and x.dim() != 2:
             raise EpArgumentError(f"x is {list(x.shape)}; [M, {config.row_width}] was wanted")
         tokens = x.shape[0] if isinstance(x, torch.Tensor) else 0
         self._check("x", x, (tokens, config.row_width), (config.payload,))
-        if tokens > slots:
-            raise EpArgumentError(f"x has {tokens} tokens; at most tokens_per_rank = {slots} were wanted")
-        self._check("topk_ids", ids, (tokens, config.top_k), (torch.int32, torch.int64))
-        self._check("topk_weights", weights, (tokens, config.top_k), (torch.float32,))
+        self._check_choices("x", tokens, slots, ids, weights)
         if config.payload == torch.float8_e4m3fn:
             scale_dtype, width = torch.float32, config.hidden_size // 128
         else:
@@ -537,6 +537,30 @@ class Communicator:
             channel, x.contiguous(), scales, ids.contiguous(), weights.contiguous(), slots, num_tokens
         )
 
+    def _check_slots(self, tokens_per_rank: int | None, channel: int) -> int:
+        """T."""
+        self._usable()
+        config = self.config
+        if not isinstance(channel, int) or not 0 <= channel < config.num_channels:
+            raise EpArgumentError(f"channel is {channel!r}; 0 to {config.num_channels - 1} was wanted")
+        most = config.max_tokens_per_rank
+        slots = most if tokens_per_rank is None else tokens_per_rank
+        if not isinstance(slots, int) or not 1 <= slots <= most:
+            raise EpArgumentError(f"tokens_per_rank is {slots!r}; a whole number from 1 to {most} was wanted")
+        return slots
+
+    def _check_choices(
+        self, name: str, tokens: int, slots: int, ids: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """``name``: of the tensor that has one row for each of the ``tokens``."""
+        if tokens > slots:
+            raise EpArgumentError(
+                f"{name} has {tokens} tokens; at most tokens_per_rank = {slots} were wanted"
+            )
+        top_k = self.config.top_k
+        self._check("topk_ids", ids, (tokens, top_k), (torch.int32, torch.int64))
+        self._check("topk_weights", weights, (tokens, top_k), (torch.float32,))
+
     def _opened(self, call: DispatchCall) -> Handle:
         """The handle of the exchange that ``call`` has opened; it takes the place of one that was left
         open."""
@@ -558,30 +582,37 @@ class Communicator:
         self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
         return y.contiguous()
 
-    def _expect_global_ids(self, call: str, layout: str) -> None:
-        config = self.config
-        if config.layout != layout or config.expert_ids != "global" or config.pad_id != -1:
-            raise EpArgumentError(f"{call} is for the layout {layout} with global expert_ids and pad_id -1")
+    def _expect_rows(self, call: str) -> None:
+        self._usable()
+        if self.config.sums_only:
+            raise EpArgumentError(
+                f"{call} was called, but this communicator's configuration says sums_only: exchange_sums was "
+                "wanted"
+            )
 
     def _check_sums(
         self,
         y: torch.Tensor,
         places: torch.Tensor | None,
-        x: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
         tokens_per_rank: int | None,
         channel: int,
         ends: tuple[Communicator, Handle] | None,
     ) -> tuple[DispatchCall, torch.Tensor]:
-        config = self.config
-        self._expect_global_ids("exchange_sums", "rank_major")
+        self._usable()
+        config, rows = self.config, self._no_rows
+        if rows is None:
+            raise EpArgumentError("exchange_sums was called; a communicator with sums_only was wanted")
         if ends is not None:
             other, handle = ends
             other._expect(handle, "received")
             if handle.is_view:
                 raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")
-        call = self._check_dispatch(x, ids, weights, None, tokens_per_rank, None, channel)
+        slots = self._check_slots(tokens_per_rank, channel)
+        tokens = len(ids) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else 0
+        self._check_choices("topk_ids", tokens, slots, ids, weights)
+        call = DispatchCall(channel, rows[:tokens], None, ids.contiguous(), weights.contiguous(), slots)
         capacity = self.world_size * call.slots
         shape = (len(self.local_experts), capacity, config.hidden_size)
         self._check("y", y, shape, (config.result_dtype, torch.float32))

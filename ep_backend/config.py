@@ -18,6 +18,15 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS, MAX_TOP_K, MAX_HIDDEN, MAX_TOKENS = 1024, 16, 16384, 16384
 MAX_ROW_BYTES = 4 * MAX_HIDDEN  # of opaque rows: as long as the longest of the others
 MAX_CHUNK_SCALE = 4.0  # and its inverse is the least
+OF_SUMS = {
+    "payload": torch.bfloat16,
+    "payload_bytes": None,
+    "scale_bytes": 0,
+    "quantization": None,
+    "layout": "rank_major",
+    "expert_ids": "global",
+    "pad_id": -1,
+}  # what a configuration with sums_only must have
 MAX_TIMEOUT_S = 86400  # a day, as for EP_BACKEND_TIMEOUT_S
 
 
@@ -63,6 +72,10 @@ class EpConfig:
     scales_by_column: bool = False
     """Whether received scales of fp8 rows, expert-major, are one column after the other in memory, as GEMMs
     with scales of blocks read them: a transposed view of the same shape."""
+    sums_only: bool = False
+    """Only ``exchange_sums`` and ``exchange_sums_send`` can be called. There are no rows of its own, so
+    ``payload`` and what belongs to it stay as they are by default, and so do ``layout`` and ``pad_id``;
+    ``expert_ids`` must be "global"."""
     num_channels: int = 1
     """Exchanges that may be open at once, each with windows of its own."""
     num_sms: int | None = None
@@ -120,7 +133,13 @@ class EpConfig:
             raise EpConfigError(
                 f"fp8 needs a hidden_size that is a multiple of {SCALE_BLOCK}, not {self.hidden_size}"
             )
-        if self.is_opaque:
+        if not isinstance(self.sums_only, bool):
+            raise EpConfigError(f"sums_only is {self.sums_only!r}; True or False was wanted")
+        if self.sums_only:
+            for name, wanted in OF_SUMS.items():
+                if (value := getattr(self, name)) != wanted:
+                    raise EpConfigError(f"{name} is {value!r}; with sums_only {wanted!r} was wanted")
+        elif self.is_opaque:
             if self.payload_bytes is None:
                 raise EpConfigError("a uint8 payload is opaque and needs payload_bytes")
             _check_range("payload_bytes", self.payload_bytes, MAX_ROW_BYTES)
@@ -143,20 +162,28 @@ class EpConfig:
 
     @property
     def is_opaque(self) -> bool:
-        return self.payload == torch.uint8
+        return self.x_dtype == torch.uint8
 
     @property
     def is_fp8(self) -> bool:
         return self.quantization is not None or self.payload == torch.float8_e4m3fn
 
     @property
+    def x_dtype(self) -> torch.dtype:
+        """dtype of what a transport dispatches: the payload, or, with ``sums_only``, bytes that say
+        nothing."""
+        return torch.uint8 if self.sums_only else self.payload
+
+    @property
     def received_dtype(self) -> torch.dtype:
         """dtype of received rows: what stands in the window."""
-        return torch.float8_e4m3fn if self.is_fp8 else self.payload
+        return torch.float8_e4m3fn if self.is_fp8 else self.x_dtype
 
     @property
     def row_width(self) -> int:
         """Elements of a dispatched row."""
+        if self.sums_only:
+            return -(-8 * self.top_k // 16) * 16  # a word for each weight: csrc/common/layout.h
         return self.payload_bytes if self.payload_bytes is not None else self.hidden_size
 
     @property

@@ -115,7 +115,7 @@ class GpuTransport(Transport):
         if config.layout != "rank_major":
             self._placed = _PlacedRows(config, self._exchange, self._rank, self._world, device, self._blocks)
         self._slots = [config.max_tokens_per_rank] * config.num_channels
-        self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
+        self._nothing = torch.empty(0, config.row_width, dtype=config.x_dtype, device=device)
 
     def _check_config(self) -> int:
         """The number of SMs of this rank's GPU."""

@@ -105,6 +105,7 @@ class HierTransport(Transport):
             expert_map=tuple(owners),
             max_tokens_per_rank=len(nodes) * config.max_tokens_per_rank,
             payload=torch.uint8,
+            sums_only=False,
             quantization=None,
             payload_bytes=config.row_bytes,
             scale_bytes=config.row_scale_bytes + 4 * self._sorts + 8 * config.top_k * self._keeps_ids,

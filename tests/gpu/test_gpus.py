@@ -124,6 +124,11 @@ def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
     assert ranks(world).run(same_bits_job, transport, more, timeout=120) == [[]] * world
 
 
+def of_sums(cfg):
+    """What exchanges sums of the rows that ``cfg`` brings."""
+    return replace(cfg, payload=torch.bfloat16, out_dtype=cfg.result_dtype, sums_only=True)
+
+
 def sums_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 7, 40)):
     """Results of rows that another exchange has brought, against those of a combine of that exchange."""
     device, world = gpus.take(rank), torch.distributed.get_world_size(group)
@@ -132,7 +137,7 @@ def sums_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 7, 40)):
     wrong = []
     with (
         ep.Communicator(group, replace(common, layout="expert_major"), device=device) as by_expert,
-        ep.Communicator(group, common, device=device) as comm,
+        ep.Communicator(group, of_sums(common), device=device) as comm,
     ):
         for number, slots in enumerate(exchanges):
             count = slots - (number * 5 + rank * 3) % (slots + 1)
@@ -145,10 +150,10 @@ def sums_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 7, 40)):
             want = by_expert.combine(y, handle)
             for known in (places, None):
                 if number % 3 == 1:
-                    opened = comm.exchange_sums_send(y, known, *given, **call)
+                    opened = comm.exchange_sums_send(y, known, *given[1:], **call)
                     got = comm.combine_recv(opened)
                 else:
-                    got = comm.exchange_sums(y, known, *given, **call)
+                    got = comm.exchange_sums(y, known, *given[1:], **call)
                 if not torch.equal(got, want):
                     wrong.append((number, slots, known is None))
         comm.check()
@@ -433,32 +438,28 @@ def sums_in_turn_job(rank, group, transport):
     common = config({"payload": torch.bfloat16, "expert_ids": "global"}, world, transport)
     with (
         ep.Communicator(group, replace(common, layout="expert_major"), device=device) as by_expert,
-        ep.Communicator(group, common, device=device) as comm,
+        ep.Communicator(group, of_sums(common), device=device) as comm,
     ):
-        given = [t.to(device) for t in inputs(common, rank, 20, 3)[:3]]
-        received, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+        x, *given = (t.to(device) for t in inputs(common, rank, 20, 3)[:3])
+        received, handle = by_expert.dispatch(x, *given, tokens_per_rank=33)
         y = results(by_expert.config, rank, on_cpu(received), 3, common.result_dtype).to(device)
         places = by_expert.received_places(handle)
         want = by_expert.combine(y, handle)
 
-        def is_right():
-            return torch.equal(comm.exchange_sums(y, places, *given, tokens_per_rank=33), want)
+        def is_right(known=places):
+            return torch.equal(comm.exchange_sums(y, known, *given, tokens_per_rank=33), want)
 
         same = [is_right()]
-        comm.dispatch_send(*given, tokens_per_rank=33)
-        same.append(is_right())
-        received, _ = comm.dispatch(*given, tokens_per_rank=33)
-        same.append(is_right())
-        _, handle = comm.dispatch(*given, tokens_per_rank=33)
-        comm.combine_send(torch.zeros_like(received.rows), handle)
-        same.append(is_right())
-        comm.exchange_sums_send(y, places, *given, tokens_per_rank=33)
-        same.append(is_right())
+        for known in (places, None):  # left open, and then what has rows in the place of words
+            comm.exchange_sums_send(y, known, *given, tokens_per_rank=33)
+            same += [is_right(), is_right(None)]
+        opened = comm.exchange_sums_send(y, places, *given, tokens_per_rank=33)
+        same.append(torch.equal(comm.combine_recv(opened), want))
         for _ in range(2):  # exchanges that these end
-            _, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+            _, handle = by_expert.dispatch(x, *given, tokens_per_rank=33)
             call = {"tokens_per_rank": 33, "ends": (by_expert, handle)}
             same.append(torch.equal(comm.exchange_sums(y, places, *given, **call), want))
-            _, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+            _, handle = by_expert.dispatch(x, *given, tokens_per_rank=33)
             call["ends"] = by_expert, handle
             sent = comm.exchange_sums_send(y, places, *given, **call)
             same.append(torch.equal(comm.combine_recv(sent), want) and handle.state == "closed")
@@ -468,7 +469,7 @@ def sums_in_turn_job(rank, group, transport):
         with torch.cuda.graph(graph):
             comm.exchange_sums(y, places, *given, tokens_per_rank=33, out=out)
         for number in range(1, 5):
-            given[2].mul_(2)  # exact, and so are all sums
+            given[1].mul_(2)  # exact, and so are all sums
             out.fill_(-1)
             graph.replay()
             same.append(torch.equal(out, want * 2**number))
@@ -480,7 +481,7 @@ def sums_in_turn_job(rank, group, transport):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_results_of_another_exchange_in_turn(world, transport):
     gpus.needs(world, own=transport == "collective")
-    assert ranks(world).run(sums_in_turn_job, transport, timeout=60) == [[True] * 13] * world
+    assert ranks(world).run(sums_in_turn_job, transport, timeout=60) == [[True] * 14] * world
 
 
 def other_slots_job(rank, group, transport):
@@ -488,8 +489,8 @@ def other_slots_job(rank, group, transport):
     device, world = gpus.take(rank), torch.distributed.get_world_size(group)
     common = config({"payload": torch.bfloat16, "expert_ids": "global"}, world, transport)
     slots = 33 if rank == 0 else 40
-    with ep.Communicator(group, common, device=device) as comm:
-        given = [t.to(device) for t in inputs(common, rank, slots, 3)[:3]]
+    with ep.Communicator(group, of_sums(common), device=device) as comm:
+        given = [t.to(device) for t in inputs(common, rank, slots, 3)[1:3]]
         places = torch.zeros(world * slots, common.top_k, dtype=torch.int32, device=device)
         y = torch.zeros(len(comm.local_experts), world * slots, common.hidden_size, device=device)
         try:

@@ -12,6 +12,7 @@ import ep_backend as ep
 
 GOOD = {"num_experts": 8, "top_k": 2, "hidden_size": 256, "max_tokens_per_rank": 16}
 OPAQUE = {**GOOD, "payload": torch.uint8, "payload_bytes": 64}
+SUMS = {**GOOD, "sums_only": True, "expert_ids": "global"}
 
 WRONG = [
     ({"num_experts": 0}, "num_experts is 0", "from 1 to 1024"),
@@ -71,6 +72,14 @@ WRONG = [
     ({"chunk_scale": 0.2}, "chunk_scale is 0.2", "from 0.25 to 4"),
     ({"chunk_scale": float("nan")}, "chunk_scale is nan", "from 0.25 to 4"),
     ({"chunk_scale": True}, "chunk_scale is True", "from 0.25 to 4"),
+    ({"sums_only": 1}, "sums_only is 1", "True or False"),
+    ({**SUMS, "payload": torch.float16}, "payload is torch.float16", "torch.bfloat16"),
+    ({**SUMS, "payload_bytes": 16}, "payload_bytes is 16", "sums_only"),
+    ({**SUMS, "scale_bytes": 4}, "scale_bytes is 4", "sums_only"),
+    ({**SUMS, "quantization": "fp8_block128"}, "quantization is 'fp8_block128'", "sums_only"),
+    ({**SUMS, "layout": "expert_major"}, "layout is 'expert_major'", "'rank_major'"),
+    ({**SUMS, "expert_ids": "local"}, "expert_ids is 'local'", "'global'"),
+    ({**SUMS, "pad_id": 0}, "pad_id is 0", "-1"),
     ({"timeout_s": 0}, "timeout_s is 0", "seconds above 0"),
     ({"timeout_s": -1.5}, "timeout_s is -1.5", "seconds above 0"),
     ({"timeout_s": float("nan")}, "timeout_s is nan", "seconds above 0"),
@@ -146,6 +155,8 @@ def test_a_list_of_ranks_becomes_a_tuple():
             12,
             512,
         ),
+        (SUMS, torch.bfloat16, torch.bfloat16, torch.uint8, 16, 0, 512),
+        ({**SUMS, "top_k": 5, "out_dtype": torch.float32}, *[torch.float32] * 2, torch.uint8, 48, 0, 1024),
     ],
 )  # fmt: skip
 def test_what_follows(more, result, wire, received, row, scales, back):
@@ -198,6 +209,8 @@ def test_any_configuration_is_accepted_or_refused(data):
         "out_dtype": dtypes,
         "wire_dtype": dtypes,
         "layout": st.sampled_from(["rank_major", "compact", "expert_major", ""]),
+        "expert_ids": st.sampled_from(["local", "global"]),
+        "sums_only": st.booleans(),
         "pad_id": numbers,
         "num_channels": numbers,
         "chunk_scale": st.one_of(st.none(), st.floats()),

@@ -409,15 +409,17 @@ def sums_job(rank, group, transport, dtype):
     """Results of one exchange's rows, by expert, go back by another: as if they went by their own."""
     common = replace(CONFIG, transport=transport, payload=dtype, expert_ids="global")
     common = replace(common, wire_dtype=torch.float32)
+    sums = replace(common, payload=torch.bfloat16, out_dtype=dtype, sums_only=True)
     with (
         ep.Communicator(group, replace(common, layout="expert_major")) as by_expert,
-        ep.Communicator(group, common) as c,
+        ep.Communicator(group, common) as by_rank,
+        ep.Communicator(group, sums) as c,
     ):
         received, there = dispatch(by_expert)
         y, places = result(by_expert, received), by_expert.received_places(there)
         want = by_expert.combine(y, there)
         call = make_call(common, c.world_size, rank, step([3] * c.world_size))
-        given = (call.x, call.topk_ids, call.topk_weights)
+        given = (call.topk_ids, call.topk_weights)
         for known in (places, None):
             assert same_bits(c.exchange_sums(y, known, *given), want)
             handle = c.exchange_sums_send(y, known, *given, channel=1)
@@ -429,13 +431,24 @@ def sums_job(rank, group, transport, dtype):
             assert same_bits(c.exchange_sums(y, known, *given, ends=(by_expert, there)), want)
             assert there.state == "closed"
         assert "closed" in refused(c.exchange_sums, y, places, *given, ends=(by_expert, there))
-        received, opened = dispatch(c)
-        assert "of their own" in refused(c.exchange_sums, y, places, *given, channel=1, ends=(c, opened))
+        received, opened = dispatch(by_rank)
+        assert "of their own" in refused(c.exchange_sums, y, places, *given, ends=(by_rank, opened))
+        by_rank.combine(result(by_rank, received), opened)  # is left as it was
         assert "out" in refused(c.exchange_sums, y, places, *given, out=want[1:])
-        c.combine(result(c, received), opened)  # is left as it was
+        assert "at most" in refused(c.exchange_sums, y, places, *given, tokens_per_rank=2)
+        assert "topk_ids" in refused(c.exchange_sums, y, places, given[0][0], given[1])
+        assert "topk_weights" in refused(c.exchange_sums, y, places, given[0], given[1][1:])
         assert "places" in refused(c.exchange_sums, y, places[1:], *given)
         assert "contiguous" in refused(c.exchange_sums, y, places.T.contiguous().T, *given)
-        assert "rank_major" in refused(by_expert.exchange_sums, y, places, *given)
+        for other in (by_expert, by_rank):
+            assert "sums_only" in refused(other.exchange_sums, y, places, *given)
+            assert "sums_only" in refused(other.exchange_sums_send, y, places, *given)
+        handle = c.exchange_sums_send(y, places, *given)
+        for action in (c.dispatch, c.dispatch_send):
+            assert "sums_only" in refused(action, call.x, *given)
+        for action in (c.combine, c.combine_send):
+            assert "sums_only" in refused(action, y, handle)
+        assert same_bits(c.combine_recv(handle), want)
 
 
 @BOTH

@@ -1,8 +1,8 @@
 """Low-latency mode: rows by expert, weighted sums.
 
 The top-k weights come only with the combine, but the ranks that hold the experts apply them before rows
-travel back. So a combine is an exchange of its own, whose dispatch brings ids and weights; where the rows of
-each of its slots stand is known since the dispatch of the rows. That one's exchange is never combined: the
+travel back. So a combine is an exchange of its own, which brings weights first; where the rows of each of
+its slots stand is known since the dispatch of the rows. That one's exchange is never combined: the
 first combine of its rows ends it, or else the next one on its channel.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ep_backend.communicator import Communicator, Handle
-from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Member, Pool, Usual
+from ep_backend.compat.deep_ep.pool import Member, Pool, Usual
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
 from ep_backend.transports.gpu import sms
@@ -69,13 +69,12 @@ def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, A
 
 
 def combine_fields(shape: Shape) -> dict[str, Any]:
-    """EpConfig of a combine, whose dispatch has marker rows."""
+    """EpConfig of a combine."""
     # More blocks for few tokens: each makes the sums of many experts' rows.
     scale = SMALL_CHUNKS if shape.tokens <= FEW_TOKENS else None
     return {
         **shape.fields(),
-        "payload": torch.uint8,
-        "payload_bytes": MARKER_BYTES,
+        "sums_only": True,
         "chunk_scale": scale,
     }
 
@@ -213,8 +212,7 @@ class LowLatency:
         shape = dispatched.shape
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
-        markers = member.markers(len(ids))
-        given = (x, dispatched.places, markers, ids, weights)
+        given = (x, dispatched.places, ids, weights)
         call: dict[str, Any] = {
             "tokens_per_rank": shape.tokens,
             "channel": channel,
