@@ -67,36 +67,39 @@ __device__ void store_routes(const View& v, const State& state, const DispatchAr
     }
 }
 
-// One lane waits for one word. False after a failure.
-__device__ inline bool wait_word(const View& v, uint64_t epoch, int source, int64_t at, uint64_t& word) {
+// One lane waits for one word. False after a failure. kPassed: the next epoch will do.
+template <bool kPassed = false>
+__device__ bool wait_word(const View& v, uint64_t epoch, int source, int64_t at, uint64_t& word) {
     const char* const from = inbox(v, source) + at;
     uint64_t start = 0;
     for (int spins = 1;; ++spins) {
         word = ptx::load_relaxed(from);
-        if (ask_is_of(word, epoch)) return true;
-        // No word can be ahead: its source would have this rank's flags of this exchange.
+        if (ask_is_of(word, epoch) || (kPassed && ask_is_of(word, next_epoch(epoch)))) return true;
+        // No word can be further ahead: its source lacks flags of this rank.
         if (spins % 64 == 0 &&
             !may_wait_on(v, Phase::kDispatch, epoch, source, make_word(epoch - 1, 0), &start))
             return false;
     }
 }
 
-// Ranks with different T would wait for words that nobody sends. A thread asks a source.
+// T as a word of its own: ranks with different ones would wait for words that nobody sends. A thread asks a
+// source. Those with the least T find all the words that they wait for, so they come to ask and stop all. A
+// source that has gone on to the next exchange has asked before: it had the same T, else it would have
+// stopped.
 __device__ inline void send_slots(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
     for (int d = threadIdx.x; d < v.world; d += kThreads)
         if (!state.masked(d))
             ptx::store_flag(v.windows[d] + v.layout.slots_word(v.channel, v.rank),
                             make_ask(epoch, false, static_cast<uint32_t>(plan.slots)));
 }
-__device__ inline bool slots_agree(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
-    bool agree = true;
-    for (int source = threadIdx.x; source < v.world && agree; source += kThreads) {
+__device__ inline void check_slots(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
+    for (int source = threadIdx.x; source < v.world; source += kThreads) {
         uint64_t word = 0;
-        if (!state.masked(source))
-            agree = wait_word(v, epoch, source, v.layout.slots_word(v.channel, source), word) &&
-                    same_slots(v, plan, source, ask_low(word), epoch);
+        if (!state.masked(source) &&
+            wait_word<true>(v, epoch, source, v.layout.slots_word(v.channel, source), word) &&
+            ask_is_of(word, epoch))
+            same_slots(v, plan, source, ask_low(word), epoch);
     }
-    return agree;
 }
 
 // A row that a group of warps returns, and what it loads of it before the weights have come.
@@ -188,12 +191,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
-        const bool agree = __all_sync(kAll, chunk != 0 || slots_agree(v, state, plan, epoch)) != 0;
-        const bool answered = agree && answer(v, state, a.answer, epoch, part, chunk == first, row);
+        const bool answered = answer(v, state, a.answer, epoch, part, chunk == first, row);
         alive = __syncthreads_and(answered) != 0;
         if (alive && warp == 0) flag_chunk_warp(v, state, Phase::kCombine, epoch, chunk, 0, to_all(v));
+        // Behind the flag, for which peers wait.
+        if (alive && chunk == 0) check_slots(v, state, plan, epoch);
     }
-    leave(v, alive, [&](DeviceWord& w) {
+    leave(v, alive && first != 0, [&](DeviceWord& w) {
         w.epoch = epoch;
         w.tokens = a.ask.tokens;
         w.chunks = static_cast<uint32_t>(chunks);
