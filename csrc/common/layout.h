@@ -35,12 +35,16 @@ EP_HD constexpr uint64_t next_epoch(uint64_t epoch) {
     return (epoch + 1) & kEpochMask;
 }
 // A word that needs no flag, where only sums are exchanged: it says itself that it is of this exchange, by 31
-// bits of epoch. Then `mine`, whether the rank that it goes to has the expert, and 32 bits of anything.
+// bits made of the epoch, never 0 as in memory that nobody has written. Then `mine`, whether the rank that it
+// goes to has the expert, and 32 bits of anything.
+EP_HD constexpr uint64_t ask_tag(uint64_t epoch) {
+    return epoch % 0x7FFFFFFF + 1;
+}
 EP_HD constexpr uint64_t make_ask(uint64_t epoch, bool mine, uint32_t low) {
-    return ((epoch & 0x7FFFFFFF) << 1 | (mine ? 1 : 0)) << 32 | low;
+    return (ask_tag(epoch) << 1 | (mine ? 1 : 0)) << 32 | low;
 }
 EP_HD constexpr bool ask_is_of(uint64_t word, uint64_t epoch) {
-    return word >> 33 == (epoch & 0x7FFFFFFF);
+    return word >> 33 == ask_tag(epoch);
 }
 EP_HD constexpr bool ask_is_mine(uint64_t word) {
     return (word >> 32 & 1) != 0;
