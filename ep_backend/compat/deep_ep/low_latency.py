@@ -214,6 +214,10 @@ class LowLatency:
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
         markers = member.markers(len(ids))
+        if dispatched.exchange is None:
+            raise EpArgumentError("the rows have not come: call the hook of their dispatch first")
+        if member.captured:  # so the graph may hold the other one, too
+            dispatched.exchange[0].captured = True
         given = (x, dispatched.places, markers, ids, weights)
         call: dict[str, Any] = {
             "tokens_per_rank": shape.tokens,
