@@ -113,6 +113,7 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
 }
 
 void cuda_exchange_destroy(int64_t exchange) {
+    const DeviceGuard guard(at(exchange).device());
     delete &at(exchange);
 }
 

@@ -95,8 +95,12 @@ class NcclWire(Wire):
     def _end(self, call: Callable[[], Any]) -> None:
         if self._in_graphs:
             # NCCL waits until no graph that holds its kernels is left (pytorch/pytorch#115388).
-            threading.Thread(target=call, daemon=True).start()
+            threading.Thread(target=self._on_device, args=(call,), daemon=True).start()
         else:
+            call()
+
+    def _on_device(self, call: Callable[[], Any]) -> None:
+        with torch.cuda.device(self._device):
             call()
 
 

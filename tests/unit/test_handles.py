@@ -405,6 +405,27 @@ def test_rows_where_they_are_wanted(transport):
     ranks(2).run(rows_and_ids_job, transport)
 
 
+def scales_by_column_job(rank, group, transport):
+    """The same scales in another order of memory, whole and in halves."""
+    fields = {"payload": torch.bfloat16, "hidden_size": 256, "quantization": "fp8_block128"}
+    config = replace(CONFIG, transport=transport, layout="expert_major", **fields)
+    with (
+        ep.Communicator(group, config) as by_row,
+        ep.Communicator(group, replace(config, scales_by_column=True)) as by_column,
+    ):
+        want, _ = dispatch(by_row)
+        got = [dispatch(by_column)[0], by_column.dispatch_recv(dispatch(by_column, half=True))]
+        for received in got:
+            assert received.scales.mT.is_contiguous()
+            for e, n in enumerate(want.rows_per_expert.tolist()):
+                assert torch.equal(received.scales[e, :n], want.scales[e, :n])
+
+
+@BOTH
+def test_scales_by_column(transport):
+    ranks(2).run(scales_by_column_job, transport)
+
+
 def sums_job(rank, group, transport, dtype):
     """Results of one exchange's rows, by expert, go back by another: as if they went by their own."""
     common = replace(CONFIG, transport=transport, payload=dtype, expert_ids="global")

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     __shared__ RankSet routes[kSend][kMaxBulkTokens];
     __shared__ int counts[kReceive][kMaxWorld];
     __shared__ int turns[kCopyWarps];
-    // Of long kernels more than one may wait: T = 4096 takes 4% less time (docs/performance.md).
+    // Exchanges of many tokens, one behind the other, are faster if more than one kernel waits.
     if (ptx::load_fresh_word(v.early) == static_cast<uint32_t>(Early::kAny)) ptx::let_next_kernel_start();
     touch(v, a);
     const Plan& plan = a.plan;

@@ -27,7 +27,8 @@ void check(cudaError_t error, const char* what) {
 class Residency {
   public:
     struct Places {
-        int blocks = 0, channels = 0;
+        int per_channel = 0, channels = 0;
+        int blocks() const { return per_channel * channels; }
     };
     // `share`: of Settings.
     void reserve(int device, int64_t share, Places places, int capacity) {
@@ -40,7 +41,7 @@ class Residency {
             throw std::runtime_error("ep_backend: " + std::to_string(used) +
                                      " blocks are reserved by other "
                                      "channels, " +
-                                     std::to_string(places.blocks) + " more do not fit the GPU's " +
+                                     std::to_string(places.blocks()) + " more do not fit the GPU's " +
                                      std::to_string(capacity) + ": use fewer SMs per channel");
         }
         gpu.capacity = capacity;
@@ -50,7 +51,8 @@ class Residency {
         const std::lock_guard lock(mutex_);
         Gpu& gpu = gpus_[device];
         auto [at, end] = gpu.exchanges.equal_range(share);
-        while (at != end && (at->second.blocks != places.blocks || at->second.channels != places.channels))
+        while (at != end &&
+               (at->second.per_channel != places.per_channel || at->second.channels != places.channels))
             ++at;
         if (at != end) gpu.exchanges.erase(at);
         gpu.tell();
@@ -67,30 +69,37 @@ class Residency {
     }
 
   private:
+    struct Sum {
+        int blocks = 0, channels = 0;
+    };
     struct Gpu {
         std::multimap<int64_t, Places> exchanges;
         int capacity = 0;
         Early* early = nullptr;
 
-        // Those with the same share, which is not 0, count as one.
-        Places sum() const {
-            Places sum, most;
+        // Those with the same share, which is not 0, count as one: as many channels as the one with most,
+        // of the largest.
+        Sum sum() const {
+            Sum all;
+            Places most;
             for (auto at = exchanges.begin(); at != exchanges.end(); ++at) {
-                const bool next =
-                    at == exchanges.begin() || at->first == 0 || at->first != std::prev(at)->first;
-                if (next) sum = {sum.blocks + most.blocks, sum.channels + most.channels}, most = {};
-                most = {std::max(most.blocks, at->second.blocks),
-                        std::max(most.channels, at->second.channels)};
+                const Places& one = at->second;
+                most = {std::max(most.per_channel, one.per_channel), std::max(most.channels, one.channels)};
+                const auto next = std::next(at);
+                if (next != exchanges.end() && at->first != 0 && at->first == next->first) continue;
+                all = {all.blocks + most.blocks(), all.channels + most.channels};
+                most = {};
             }
-            return {sum.blocks + most.blocks, sum.channels + most.channels};
+            return all;
         }
         void tell() {
-            const Places now = sum();
+            const Sum now = sum();
             const Early now_is = now.channels <= 1            ? Early::kAny
                                  : 2 * now.blocks <= capacity ? Early::kNext
                                                               : Early::kNever;
-            // An error is that of a context that is gone, or the next call finds it.
-            cudaMemcpy(early, &now_is, sizeof now_is, cudaMemcpyHostToDevice);
+            // An error is that of a context that is gone, or the next call finds it again.
+            if (cudaMemcpy(early, &now_is, sizeof now_is, cudaMemcpyHostToDevice) != cudaSuccess)
+                cudaGetLastError();
         }
     };
 
@@ -103,8 +112,7 @@ Residency& residency() {
     return r;
 }
 Residency::Places places_of(const Settings& settings) {
-    const int64_t channels = settings.shape.num_channels;
-    return {static_cast<int>(settings.max_blocks * channels), static_cast<int>(channels)};
+    return {static_cast<int>(settings.max_blocks), static_cast<int>(settings.shape.num_channels)};
 }
 
 int power_of_two_at_most(int n) {
@@ -313,10 +321,11 @@ void Exchange::load_kernels() const {
 }
 
 Exchange::~Exchange() {
-    if (has_places_) residency().release(device_index_, settings_.share, places_of(settings_));
-    // Errors cannot be reported here; a context that is gone has freed everything already.
+    // Errors cannot be reported here; a context that is gone has freed everything already. This waits for
+    // kernels that still run.
     cudaFree(device_);
     cudaFreeHost(pinned_);
+    if (has_places_) residency().release(device_index_, settings_.share, places_of(settings_));
 }
 
 Plan Exchange::complete(Plan plan) const {

@@ -40,7 +40,7 @@ struct Settings {
     // Size of a chunk against the plan's own; equal on all ranks.
     double chunk_scale;
     // 0, or a number that exchanges of this process share of which never more are under way at once than the
-    // one with the most channels has: they have places for the largest, together.
+    // one with the most channels has: they have places for so many of the largest, together.
     int64_t share;
 };
 

@@ -198,7 +198,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 
 // Few rows, by expert, in one launch: each block finds all places, as that takes less time than to wait for
 // another kernel that does.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads,
+                                  2)  // as many registers as exchanges have, among which it may come
     sort_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ GatherArgs gather,
                 const __grid_constant__ Tiles tiles) {
     extern __shared__ int32_t next[];

@@ -212,6 +212,10 @@ class LowLatency:
         shape = dispatched.shape
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
+        if dispatched.exchange is None:
+            raise EpArgumentError("the rows have not come: call the hook of their dispatch first")
+        if member.captured:  # so the graph may hold the other one, too
+            dispatched.exchange[0].captured = True
         given = (x, dispatched.places, ids, weights)
         call: dict[str, Any] = {
             "tokens_per_rank": shape.tokens,
