@@ -90,8 +90,11 @@ if HAS_CUDA:
         "cuda_combine",
         "cuda_index_rows",
         "cuda_gather_rows",
+        "cuda_sort_rows",
         "cuda_return_rows",
     )
+
+    torch.library.register_fake("ep_backend::cuda_exchange_sums")(lambda *args, **kwargs: True)
 
 for _name in _RETURNS_STATUS:
     torch.library.register_fake(f"ep_backend::{_name}")(lambda *args, **kwargs: OK)

@@ -17,6 +17,7 @@ from ep_backend import _native, env, rendezvous, tuned
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, nodes, parts, unchecked
+from ep_backend.places import find_places, local_numbers, weighted_sums
 from ep_backend.probe import Record, probe
 from ep_backend.select import Decision, apply_env, decide
 from ep_backend.transports import OF_GPUS
@@ -269,7 +270,7 @@ class Communicator:
         and experts that stand twice in a token are not looked for.
         """
         call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel)
-        received = self._transport.dispatch(call)
+        received = self._in_order(self._transport.dispatch(call))
         handle = self._opened(call)
         handle.num_rows, handle.state = received.rows.shape[0], "received"
         return received, handle
@@ -287,7 +288,7 @@ class Communicator:
         exchange.
         """
         self._expect(handle, "received")
-        out = self._check_out(handle, out)
+        out = self._check_out(handle.num_tokens, out)
         y = self._check_results(y, handle)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
@@ -326,20 +327,20 @@ class Communicator:
         if rows is not None and received.rows is not rows:
             received = replace(received, rows=rows.copy_(received.rows))
         handle.num_rows, handle.state = received.rows.shape[0], "received"
-        return received
+        return self._in_order(received)
 
     @_not_traced
-    def received_ids(self, handle: Handle) -> torch.Tensor | None:
-        """Whose rows came, in the expert-major layout: [world * T, top_k] int32, a copy of the ids that were
-        dispatched, token t of source s in row s * T + t; -1 in slots without an expert of this rank.
+    def received_places(self, handle: Handle) -> torch.Tensor | None:
+        """Where the rows of each slot stand in the expert-major layout: [world * T, top_k] int32, token t of
+        source s in row s * T + t. ``expert * world * T + i``: it is the i-th row of this rank's ``expert``;
+        -1: the choice is none of this rank's experts. It stays as it is for as long as it lives.
 
         None where the transport does not keep them (hier). ``EpConfig.expert_ids`` must be "global". Raises
         EpArgumentError otherwise, and in another layout.
         """
         self._expect(handle, "received")
-        if self.config.layout != "expert_major" or self.config.expert_ids != "global":
-            raise EpArgumentError("received_ids is for the layout expert_major with global expert_ids")
-        return self._transport.received_ids(handle.channel, handle.tokens_per_rank)
+        self._expect_global_ids("received_places", "expert_major")
+        return self._transport.received_places(handle.channel, handle.tokens_per_rank)
 
     @_not_traced
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
@@ -352,11 +353,63 @@ class Communicator:
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Second half of ``combine``: wait for the sums of all ranks and add them."""
         self._expect(handle, "returned")
-        out = self._check_out(handle, out)
+        out = self._check_out(handle.num_tokens, out)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
         self._transport.combine_recv(handle.channel, out)
         return out
+
+    @_not_traced
+    def exchange_sums(
+        self,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        tokens_per_rank: int | None = None,
+        channel: int = 0,
+        out: torch.Tensor | None = None,
+        ends: tuple[Communicator, Handle] | None = None,
+    ) -> torch.Tensor:
+        """``dispatch``, whose rows nobody needs, and ``combine`` of what experts have made of the rows of
+        another communicator's exchange with the same ids: for weights that come later than rows.
+
+        In the layout rank_major. ``y``: as the other one received its rows, expert-major. ``places``: as its
+        `received_places` gives them; None: they are found again, which takes longer. ``ends``: that other
+        communicator, over the same ranks, and its handle, to `release` it on the way. Then this is a call of
+        that communicator, too: in the order of its channel's calls, in graphs that it must outlive, and after
+        a failure both must recover. All ranks give ``ends`` and ``places`` or none does, and ``y`` of the
+        same dtype. The rest as for these two.
+        """
+        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel, ends)
+        out = self._check_out(len(call.x), out)
+        self._opened(call)
+        self._handles[channel] = None
+        self._exchange_sums(call, y, places, out, ends)
+        return out
+
+    @_not_traced
+    def exchange_sums_send(
+        self,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        tokens_per_rank: int | None = None,
+        channel: int = 0,
+        ends: tuple[Communicator, Handle] | None = None,
+    ) -> Handle:
+        """First half of ``exchange_sums``, in which ids and weights are waited for; ``combine_recv`` is the
+        second."""
+        call, y = self._check_sums(y, places, x, topk_ids, topk_weights, tokens_per_rank, channel, ends)
+        self._exchange_sums(call, y, places, None, ends)
+        handle = self._opened(call)
+        handle.state = "returned"
+        return handle
 
     @_not_traced
     def release(self, handle: Handle) -> None:
@@ -364,7 +417,7 @@ class Communicator:
         otherwise."""
         self._expect(handle, "sent", "received")
         self._transport.close_exchange(handle.channel)
-        handle.state, self._handles[handle.channel] = "closed", None
+        self._closed(handle)
 
     @_not_traced
     def check(self) -> None:
@@ -408,6 +461,16 @@ class Communicator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.destroy()
+
+    def _in_order(self, received: Received) -> Received:
+        """Scales by column, where they are wanted so and the transport does not give them so."""
+        scales = received.scales
+        if not self.config.scales_by_column or scales is None or scales.stride(1) == 1:
+            return received
+        return replace(received, scales=scales.mT.contiguous().mT)
+
+    def _closed(self, handle: Handle) -> None:
+        handle.state, self._handles[handle.channel] = "closed", None
 
     def _usable(self) -> None:
         if not self._alive:
@@ -497,6 +560,71 @@ class Communicator:
         self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
         return y.contiguous()
 
+    def _expect_global_ids(self, call: str, layout: str) -> None:
+        config = self.config
+        if config.layout != layout or config.expert_ids != "global" or config.pad_id != -1:
+            raise EpArgumentError(f"{call} is for the layout {layout} with global expert_ids and pad_id -1")
+
+    def _check_sums(
+        self,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        tokens_per_rank: int | None,
+        channel: int,
+        ends: tuple[Communicator, Handle] | None,
+    ) -> tuple[DispatchCall, torch.Tensor]:
+        config = self.config
+        self._expect_global_ids("exchange_sums", "rank_major")
+        if ends is not None:
+            other, handle = ends
+            other._expect(handle, "received")
+            if handle.is_view:
+                raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")
+        call = self._check_dispatch(x, ids, weights, None, tokens_per_rank, None, channel)
+        capacity = self.world_size * call.slots
+        shape = (len(self.local_experts), capacity, config.hidden_size)
+        self._check("y", y, shape, (config.result_dtype, torch.float32))
+        if places is not None:
+            self._check("places", places, (capacity, config.top_k), (torch.int32,))
+            if not places.is_contiguous():
+                raise EpArgumentError("places is not contiguous, as received_places gives it")
+        return call, y.contiguous()
+
+    def _exchange_sums(
+        self,
+        call: DispatchCall,
+        y: torch.Tensor,
+        places: torch.Tensor | None,
+        out: torch.Tensor | None,
+        ends: tuple[Communicator, Handle] | None,
+    ) -> None:
+        transport, config = self._transport, self.config
+        ended = None
+        if ends is not None:
+            other, handle = ends
+            ended = other._transport, handle.channel
+        if places is not None and transport.exchange_sums(call, y, places, out, ended):
+            if ends is not None:
+                other._closed(handle)
+            return
+        if ends is not None:
+            other.release(handle)
+        received = transport.dispatch(call)
+        assert received.topk_ids is not None
+        assert received.topk_weights is not None
+        if places is None:
+            places = find_places(
+                received.topk_ids, local_numbers(config.expert_ranks(self.world_size), self.rank)
+            )
+        sums = weighted_sums(y, places, received.topk_weights, config.sum_dtype)
+        if out is None:
+            transport.combine_send(call.channel, sums)
+        else:
+            transport.combine(call.channel, sums, out)
+
     def _check_rows(self, rows: torch.Tensor, handle: Handle) -> None:
         config = self.config
         if config.layout != "expert_major":
@@ -506,8 +634,8 @@ class Communicator:
         if not rows.is_contiguous():
             raise EpArgumentError(f"rows have strides {tuple(rows.stride())}; a contiguous tensor was wanted")
 
-    def _check_out(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
-        shape, dtype = (handle.num_tokens, self.config.hidden_size), self.config.result_dtype
+    def _check_out(self, tokens: int, out: torch.Tensor | None) -> torch.Tensor:
+        shape, dtype = (tokens, self.config.hidden_size), self.config.result_dtype
         if out is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
         self._check("out", out, shape, (dtype,))

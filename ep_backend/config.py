@@ -60,6 +60,9 @@ class EpConfig:
     with local ids, of experts of other ranks."""
     expert_map: tuple[int, ...] | None = None
     """Rank of each expert. None: contiguous, the first ``num_experts % world`` ranks hold one more."""
+    scales_by_column: bool = False
+    """Whether received scales of fp8 rows, expert-major, are one column after the other in memory, as GEMMs
+    with scales of blocks read them: a transposed view of the same shape."""
     num_channels: int = 1
     """Exchanges that may be open at once, each with windows of its own."""
     num_sms: int | None = None
@@ -111,6 +114,8 @@ class EpConfig:
             raise EpConfigError(f"transport is {self.transport!r}; a name was wanted")
         if self.quantization and self.payload not in FLOATS:
             raise EpConfigError(f"quantization {self.quantization} needs a float payload, not {self.payload}")
+        if self.scales_by_column and not (self.is_fp8 and self.layout == "expert_major"):
+            raise EpConfigError("scales_by_column is for fp8 rows in the layout expert_major")
         if self.is_fp8 and self.hidden_size % SCALE_BLOCK:
             raise EpConfigError(
                 f"fp8 needs a hidden_size that is a multiple of {SCALE_BLOCK}, not {self.hidden_size}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ep_backend.config import SCALE_BLOCK, EpConfig
+from ep_backend.places import fma
 from ep_backend.transports.base import Received
 
 E4M3_MAX = 448.0
@@ -40,23 +41,6 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.maximum(amax, torch.tensor(MIN_AMAX)) / torch.tensor(E4M3_MAX)
     q = (blocks / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
     return q.flatten(-2).to(torch.float8_e4m3fn), scales
-
-
-def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c of float32 tensors, rounded once.
-
-    The product is exact in float64. The sum there is rounded to odd, so that rounding it to float32 is right:
-    S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Trans. Computers 57 (2008).
-    """
-    p, q = torch.broadcast_tensors(a.double() * b.double(), c.double())
-    s = p + q
-    back = s - p
-    lost = (p - (s - back)) + (q - back)  # exact: p + q = s + lost
-    bits = s.view(torch.int64)
-    inexact_and_even = (lost != 0) & lost.isfinite() & (bits & 1 == 0)
-    outwards = (lost > 0) == (s > 0)
-    odd = torch.where(outwards, bits + 1, bits - 1)
-    return torch.where(inexact_and_even, odd, bits).view(torch.float64).float()
 
 
 def dispatch(config: EpConfig, calls: Sequence[Call], tokens_per_rank: int | None = None) -> list[Received]:

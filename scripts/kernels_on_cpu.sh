@@ -14,7 +14,7 @@ sed -i -E 's/extern __shared__ (.*) (\w+)\[\];/\1* const \2 = static_cast<\1*>(e
     $to/kernels/cuda/*.cu $to/kernels/cuda/*.cuh
 
 flags=(-std=c++20 -O1 -g -pthread -ffp-contract=off -w "-I$to/tests/cuda_on_cpu" -include "$to/tests/cuda_on_cpu/emulator.h")
-sources=(exchange dispatch combine layouts close)
+sources=(exchange dispatch combine sums layouts close)
 compile() { g++ "${flags[@]}" -x c++ -c "$to/kernels/cuda/$1.cu" -o "$to/$1.o"; }
 build() { g++ "${flags[@]}" $to/tests/cuda_on_cpu/kernels.cpp "${sources[@]/#/$to/}" -o $to/kernels_on_cpu; }
 for source in "${sources[@]}"; do compile "$source"; done

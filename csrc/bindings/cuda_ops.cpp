@@ -51,13 +51,44 @@ cuda::ReceivedSlots slots_of(const Tensor& ids, const Tensor& local) {
     return s;
 }
 
+cuda::IndexArgs index_args(const Tensor& ids, const Tensor& local, bool by_expert, const Tensor& tile_counts,
+                           const Tensor& places, const Tensor& totals) {
+    cuda::IndexArgs a{};
+    a.slots = slots_of(ids, local);
+    a.slots.experts = static_cast<int32_t>(totals.numel() - 1);
+    a.tile_counts = pointer<int32_t>(tile_counts);
+    a.places = pointer<int32_t>(places);
+    a.totals = pointer<int32_t>(totals);
+    a.by_expert = by_expert;
+    return a;
+}
+
+cuda::GatherArgs gather_args(const Tensor& rows, const std::optional<Tensor>& scales,
+                             const cuda::ReceivedSlots& slots, const Tensor& places, const Tensor& out_rows,
+                             const std::optional<Tensor>& out_scales) {
+    cuda::GatherArgs a{};
+    a.slots = slots;
+    a.places = pointer<int32_t>(places);
+    a.rows = pointer<char>(rows);
+    a.row_bytes = rows.size(1) * element_bytes(format_of(rows));
+    a.out_rows = pointer<char>(out_rows);
+    if (scales) {
+        a.scales = pointer<char>(*scales);
+        a.scale_bytes = scales->size(1) * element_bytes(format_of(*scales));
+        a.out_scales = pointer<char>(*out_scales);
+        a.scales_by_column = out_scales->dim() == 3 && out_scales->stride(1) == 1;
+    }
+    a.places_per_slot = static_cast<int32_t>(places.size(1));
+    return a;
+}
+
 }  // namespace
 
 int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden, int64_t wire,
                              int64_t out, bool local_ids, int64_t pad_id, int64_t epoch, int64_t timeout_us,
                              int64_t max_blocks, int64_t device, std::vector<int64_t> expert_rank,
                              std::vector<int64_t> windows, int64_t copies, std::vector<int64_t> direct,
-                             bool staged, int64_t stagger, double chunk_scale) {
+                             bool staged, int64_t stagger, double chunk_scale, int64_t share) {
     const DeviceGuard guard(static_cast<int32_t>(device));
     const cuda::Settings settings{shape_of(shape),
                                   rank,
@@ -73,7 +104,8 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
                                   std::move(direct),
                                   staged,
                                   static_cast<int32_t>(stagger),
-                                  chunk_scale};
+                                  chunk_scale,
+                                  share};
     std::vector<char*> pointers;
     for (int64_t w : windows) pointers.push_back(reinterpret_cast<char*>(w));
     return reinterpret_cast<int64_t>(
@@ -81,6 +113,7 @@ int64_t cuda_exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t h
 }
 
 void cuda_exchange_destroy(int64_t exchange) {
+    const DeviceGuard guard(at(exchange).device());
     delete &at(exchange);
 }
 
@@ -163,18 +196,46 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
     check(at(exchange).dispatch(channel, a, current_stream(device)), "dispatch");
 }
 
-void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::vector<int64_t> plan, bool send,
-                  bool receive, Tensor out) {
+void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Tensor> places,
+                  std::optional<Tensor> weights, std::optional<Tensor> sums, int64_t return_blocks,
+                  std::vector<int64_t> plan, bool send, bool receive, Tensor out) {
     const int32_t device = out.get_device_index();
     const DeviceGuard guard(device);
     cuda::CombineArgs a{};
     a.y = static_cast<const char*>(y.data_ptr());
     a.out = static_cast<char*>(out.data_ptr());
+    if (places) {
+        a.places = pointer<int32_t>(*places);
+        a.weights = pointer<float>(*weights);
+        a.sums = pointer<char>(*sums);
+        a.return_blocks = static_cast<int32_t>(return_blocks);
+    }
     a.plan = plan_of(plan);
     a.y_type = format_of(y);
     a.send = send;
     a.receive = receive;
     check(at(exchange).combine(channel, a, current_stream(device)), "combine");
+}
+
+bool cuda_exchange_sums(int64_t exchange, int64_t channel, Tensor ids, Tensor weights, Tensor y,
+                        Tensor places, std::vector<int64_t> plan, int64_t ended, int64_t ended_channel,
+                        bool receive, Tensor out) {
+    const int32_t device = y.get_device_index();
+    const DeviceGuard guard(device);
+    cuda::SumsArgs a{};
+    a.ask.plan = plan_of(plan);
+    if (!at(exchange).takes_sums(a.ask.plan, format_of(y))) return false;
+    a.ask.ids = ids.data_ptr();
+    a.ask.weights = pointer<float>(weights);
+    a.ask.tokens = static_cast<int32_t>(ids.size(0));
+    a.ask.ids_are_64_bit = ids.scalar_type() == ScalarType::Long;
+    a.answer.y = pointer<char>(y);
+    a.answer.places = pointer<int32_t>(places);
+    a.answer.out = pointer<char>(out);
+    a.answer.receive = receive;
+    if (ended) a.ended = at(ended).word(ended_channel);
+    check(at(exchange).sums(channel, a, current_stream(device)), "exchanging sums");
+    return true;
 }
 
 void cuda_close(int64_t exchange, int64_t channel, bool send) {
@@ -187,46 +248,37 @@ int64_t cuda_plan_chunks(int64_t exchange, std::vector<int64_t> plan) {
     return at(exchange).chunks(plan_of(plan));
 }
 
-void cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int64_t blocks, Tensor tile_counts,
-                     Tensor places, Tensor totals) {
+void cuda_index_rows(Tensor ids, Tensor local, int64_t blocks, Tensor tile_counts, Tensor places,
+                     Tensor totals) {
     const int32_t device = ids.get_device_index();
     const DeviceGuard guard(device);
-    cuda::IndexArgs a{};
-    a.slots = slots_of(ids, local);
-    a.slots.experts = static_cast<int32_t>(totals.numel() - 1);
-    a.tile_counts = pointer<int32_t>(tile_counts);
-    a.places = pointer<int32_t>(places);
-    a.totals = pointer<int32_t>(totals);
-    a.by_expert = by_expert;
+    const cuda::IndexArgs a = index_args(ids, local, false, tile_counts, places, totals);
     check(cuda::launch_index(a, static_cast<int>(blocks), current_stream(device)), "finding places for rows");
 }
 
 void cuda_gather_rows(Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor weights, Tensor local,
                       Tensor places, bool local_ids, int64_t pad_id, int64_t blocks, Tensor out_rows,
-                      std::optional<Tensor> out_scales, std::optional<Tensor> out_ids,
-                      std::optional<Tensor> out_weights) {
+                      std::optional<Tensor> out_scales, Tensor out_ids, Tensor out_weights) {
     const int32_t device = rows.get_device_index();
     const DeviceGuard guard(device);
-    cuda::GatherArgs a{};
-    a.slots = slots_of(ids, local);
+    cuda::GatherArgs a = gather_args(rows, scales, slots_of(ids, local), places, out_rows, out_scales);
     a.slots.weights = pointer<float>(weights);
-    a.places = pointer<int32_t>(places);
-    a.rows = pointer<char>(rows);
-    a.row_bytes = rows.size(1) * element_bytes(format_of(rows));
-    a.out_rows = pointer<char>(out_rows);
-    if (scales) {
-        a.scales = pointer<char>(*scales);
-        a.scale_bytes = scales->size(1) * element_bytes(format_of(*scales));
-        a.out_scales = pointer<char>(*out_scales);
-    }
-    if (out_ids) {
-        a.out_ids = pointer<int32_t>(*out_ids);
-        a.out_weights = pointer<float>(*out_weights);
-    }
-    a.places_per_slot = static_cast<int32_t>(places.size(1));
+    a.out_ids = pointer<int32_t>(out_ids);
+    a.out_weights = pointer<float>(out_weights);
     a.pad_id = static_cast<int32_t>(pad_id);
     a.local_ids = local_ids;
     check(cuda::launch_gather(a, static_cast<int>(blocks), current_stream(device)), "gathering rows");
+}
+
+void cuda_sort_rows(int64_t exchange, Tensor rows, std::optional<Tensor> scales, Tensor ids, Tensor local,
+                    int64_t blocks, Tensor tile_counts, Tensor places, Tensor totals, Tensor out_rows,
+                    std::optional<Tensor> out_scales) {
+    const int32_t device = rows.get_device_index();
+    const DeviceGuard guard(device);
+    const cuda::IndexArgs a = index_args(ids, local, true, tile_counts, places, totals);
+    check(cuda::launch_sort(a, gather_args(rows, scales, a.slots, places, out_rows, out_scales),
+                            static_cast<int>(blocks), at(exchange).early_blocks(), current_stream(device)),
+          "sorting rows by expert");
 }
 
 void cuda_return_rows(Tensor y, Tensor places, std::optional<Tensor> weights, int64_t blocks, Tensor rows) {

@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "cuda_exchange_create(int[] shape, int rank, int hidden, int wire, int out, bool local_ids, int "
         "pad_id, "
         "int epoch, int timeout_us, int max_blocks, int device, int[] expert_rank, int[] windows, int "
-        "copies, int[] direct, bool staged, int stagger, float chunk_scale) -> int");
+        "copies, int[] direct, bool staged, int stagger, float chunk_scale, int share) -> int");
     m.def("cuda_exchange_destroy(int exchange) -> ()");
     m.def("gpu_bus_id(int device) -> str");
     m.def("cuda_host_register(int address, int bytes) -> int");
@@ -27,17 +27,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
         "out_weights, "
         "Tensor(c!) tokens_per_source) -> ()");
     m.def(
-        "cuda_combine(int exchange, int channel, Tensor y, int[] plan, bool send, bool receive, Tensor(a!) "
-        "out) -> ()");
+        "cuda_combine(int exchange, int channel, Tensor y, Tensor? places, Tensor? weights, Tensor(a!)? "
+        "sums, "
+        "int return_blocks, int[] plan, bool send, bool receive, Tensor(b!) out) -> ()");
+    m.def(
+        "cuda_exchange_sums(int exchange, int channel, Tensor ids, Tensor weights, Tensor y, Tensor places, "
+        "int[] plan, int ended, int ended_channel, bool receive, Tensor(a!) out) -> bool");
     m.def("cuda_close(int exchange, int channel, bool send) -> ()");
     m.def("cuda_plan_chunks(int exchange, int[] plan) -> int");
     m.def(
-        "cuda_index_rows(Tensor ids, Tensor local, bool by_expert, int blocks, Tensor(a!) tile_counts, "
-        "Tensor(b!) places, Tensor(c!) totals) -> ()");
+        "cuda_index_rows(Tensor ids, Tensor local, int blocks, Tensor(a!) tile_counts, Tensor(b!) places, "
+        "Tensor(c!) totals) -> ()");
     m.def(
         "cuda_gather_rows(Tensor rows, Tensor? scales, Tensor ids, Tensor weights, Tensor local, Tensor "
         "places, bool local_ids, int pad_id, int blocks, Tensor(a!) out_rows, Tensor(b!)? out_scales, "
-        "Tensor(c!)? out_ids, Tensor(d!)? out_weights) -> ()");
+        "Tensor(c!) out_ids, Tensor(d!) out_weights) -> ()");
+    m.def(
+        "cuda_sort_rows(int exchange, Tensor rows, Tensor? scales, Tensor ids, Tensor local, int blocks, "
+        "Tensor(a!) "
+        "tile_counts, Tensor(b!) places, Tensor(c!) totals, Tensor(d!) out_rows, Tensor(e!)? out_scales) -> "
+        "()");
     m.def("cuda_return_rows(Tensor y, Tensor places, Tensor? weights, int blocks, Tensor(a!) rows) -> ()");
 
     m.def("gpu_pair_attributes(int source, int target) -> int[]");
@@ -80,7 +89,9 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(ep_backend, CUDA, m) {
     m.impl("cuda_dispatch", TORCH_BOX(&ep::ops::cuda_dispatch));
     m.impl("cuda_combine", TORCH_BOX(&ep::ops::cuda_combine));
+    m.impl("cuda_exchange_sums", TORCH_BOX(&ep::ops::cuda_exchange_sums));
     m.impl("cuda_index_rows", TORCH_BOX(&ep::ops::cuda_index_rows));
     m.impl("cuda_gather_rows", TORCH_BOX(&ep::ops::cuda_gather_rows));
+    m.impl("cuda_sort_rows", TORCH_BOX(&ep::ops::cuda_sort_rows));
     m.impl("cuda_return_rows", TORCH_BOX(&ep::ops::cuda_return_rows));
 }

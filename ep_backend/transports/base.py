@@ -14,6 +14,7 @@ from ep_backend import _native
 from ep_backend._native import LAYOUTS, ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpError, EpProtocolError, EpTimeoutError
+from ep_backend.places import find_places, local_numbers
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,22 @@ class Transport(ABC):
     @abstractmethod
     def destroy(self) -> None: ...
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor | None:
-        """As ``Communicator.received_ids``."""
+    def received_places(self, channel: int, slots: int) -> torch.Tensor | None:
+        """As ``Communicator.received_places``."""
         return None
+
+    def exchange_sums(
+        self,
+        call: DispatchCall,
+        y: torch.Tensor,
+        places: torch.Tensor,
+        out: torch.Tensor | None,
+        ends: tuple[Transport, int] | None,
+    ) -> bool:
+        """``Communicator.exchange_sums`` in a better way than by dispatch and combine, without ``out`` its
+        first half; ``ends``: the transport and the channel of the exchange that ends. False, and nothing has
+        happened, if there is none; the same on all ranks."""
+        return False
 
     # Both halves at once; a transport that has a better way than one after the other says so.
     def dispatch(self, call: DispatchCall) -> Received:
@@ -183,12 +197,12 @@ class NativeExchange:
         self._free()
         self.__dict__.pop("_views", None)  # tensors that were handed out keep the window, nothing else does
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
-        """The ids of all slots, [world * T, top_k], as the configuration wants them."""
+    def received_places(self, channel: int, slots: int) -> torch.Tensor:
+        """As ``Communicator.received_places``."""
         ids = torch.empty(self.world * slots, self.config.top_k, dtype=torch.int32)
         weights = torch.empty_like(ids, dtype=torch.float32)
         ops.dispatch_read(self.handle, channel, LAYOUTS["rank_major"], None, None, ids, weights)
-        return ids
+        return find_places(ids, local_numbers(self.config.expert_ranks(self.world), self.rank))
 
     def received(self, channel: int, slots: int, out: torch.Tensor | None = None) -> Received:
         """The received rows in the layout of the configuration, after all of them have come. ``out``: where

@@ -128,8 +128,8 @@ class CollectiveTransport(Transport):
         self._receive(channel)
         return self._exchange.received(channel, slots, rows)
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
-        return self._exchange.received_ids(channel, slots)
+    def received_places(self, channel: int, slots: int) -> torch.Tensor:
+        return self._exchange.received_places(channel, slots)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         self.check()

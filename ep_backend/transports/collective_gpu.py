@@ -96,6 +96,7 @@ class GpuCollectiveTransport(GpuTransport):
     name = CollectiveTransport.name
     recoverable = False
     dispatch, combine = Transport.dispatch, Transport.combine  # one half after the other
+    exchange_sums = Transport.exchange_sums
 
     def __init__(
         self,

@@ -54,8 +54,8 @@ class CpuTransport(Transport):
         self._exchange.until_done(lambda: ops.dispatch_wait(self._exchange.handle, channel))
         return self._exchange.received(channel, slots, rows)
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
-        return self._exchange.received_ids(channel, slots)
+    def received_places(self, channel: int, slots: int) -> torch.Tensor:
+        return self._exchange.received_places(channel, slots)
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
         layout = LAYOUTS[self._exchange.config.layout]

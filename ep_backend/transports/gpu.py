@@ -1,13 +1,13 @@
 """What the transports for GPUs share: the protocol of docs/protocol.md in CUDA kernels. Where the windows are
 is each transport's own matter.
 
-Dispatch and combine are one kernel each, or two where the halves are called; nothing is allocated but the
-tensors that are returned, and nothing waits for the GPU, so both can be captured in a CUDA graph. A failure
-on the GPU is raised by the next call on the host and by ``check``.
+Dispatch and combine are one kernel each, or two where the halves are called, and nothing waits for the GPU,
+so both can be captured in a CUDA graph. A failure on the GPU is raised by the next call on the host and by
+``check``.
 
-Rows arrive rank-major. For the other layouts three more kernels copy them to their places, and one before
-combine brings the results back. The compact layout gives exactly the rows that came, so its dispatch waits
-for the GPU to know how many, and cannot be captured.
+Rows arrive rank-major. For the other layouts more kernels copy them to their places, and combine may need
+one that brings the results back (docs/architecture.md). The compact layout gives exactly the rows that came,
+so its dispatch waits for the GPU to know how many, and cannot be captured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,29 @@ from ep_backend import _native, rendezvous
 from ep_backend._native import ops
 from ep_backend.config import EpConfig
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError, EpProtocolError
+from ep_backend.places import LAYOUT_BLOCKS_PER_SM, local_numbers
 from ep_backend.transports.base import DispatchCall, Received, Transport, WindowViews, error_for
 from ep_backend.transports.cpu import CpuTransport
 
 FLAGS_PER_SOURCE = 1024  # chunks that a call is divided into at most
 MAX_TILES = 256  # csrc/kernels/cuda/layouts.h
 BLOCKS_PER_SM = 2  # of dispatch and combine, as registers allow (csrc/kernels/cuda/types.h)
-LAYOUT_BLOCKS_PER_SM = 8  # as many as there is room for: copying needs many loads under way
+_shares = itertools.count(1)
+_share: ContextVar[int] = ContextVar("ep_backend_share", default=0)
+
+
+class Share:
+    """Places on a GPU that several communicators of this process take in turns: of their exchanges never
+    more are under way at once than the one with the most channels has. Those made ``with`` one share them."""
+
+    def __init__(self) -> None:
+        self._number = next(_shares)
+
+    def __enter__(self) -> None:
+        self._before = _share.set(self._number)
+
+    def __exit__(self, *error: object) -> None:
+        _share.reset(self._before)
 
 
 @dataclass(frozen=True)
@@ -94,9 +111,9 @@ class GpuTransport(Transport):
         self._exchange = self._create(shape, blocks, windows)
         self._free = weakref.finalize(self, _free, self._exchange, windows)
         self._placed: _PlacedRows | None = None
+        self._blocks = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks  # that copy rows
         if config.layout != "rank_major":
-            copying = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks
-            self._placed = _PlacedRows(config, self._rank, self._world, device, copying)
+            self._placed = _PlacedRows(config, self._exchange, self._rank, self._world, device, self._blocks)
         self._slots = [config.max_tokens_per_rank] * config.num_channels
         self._nothing = torch.empty(0, config.row_width, dtype=config.payload, device=device)
 
@@ -143,6 +160,7 @@ class GpuTransport(Transport):
                 windows.staged,
                 self._stagger,
                 config.chunk_scale or 1.0,
+                _share.get(),
             )
         )
 
@@ -158,18 +176,49 @@ class GpuTransport(Transport):
         call = DispatchCall(channel, nothing, None, empty.int(), empty, slots)
         return self._dispatch(call, send=False, rows=rows)
 
-    def received_ids(self, channel: int, slots: int) -> torch.Tensor:
+    def received_places(self, channel: int, slots: int) -> torch.Tensor:
         assert self._placed is not None
-        return self._placed.metadata(channel, self._world * slots)[0].clone()
+        return self._placed.places[channel]
 
     def combine(self, channel: int, y: torch.Tensor, out: torch.Tensor) -> None:
-        self._launch_combine(channel, y, out, send=True, receive=True)
+        self._launch_combine(channel, y, out, self._placed_in(channel))
 
     def combine_send(self, channel: int, y: torch.Tensor) -> None:
-        self._launch_combine(channel, y, self._nothing, send=True, receive=False)
+        self._launch_combine(channel, y, None, self._placed_in(channel))
 
     def combine_recv(self, channel: int, out: torch.Tensor) -> None:
-        self._launch_combine(channel, self._nothing, out, send=False, receive=True)
+        self._launch_combine(channel, None, out)
+
+    def exchange_sums(
+        self,
+        call: DispatchCall,
+        y: torch.Tensor,
+        places: torch.Tensor,
+        out: torch.Tensor | None,
+        ends: tuple[Transport, int] | None,
+    ) -> bool:
+        other, ended_channel = ends or (self, 0)
+        if type(other) is not type(self):
+            return False
+        self.check()
+        self._slots[call.channel] = call.slots
+        plan = [call.slots, *self._plan]
+        into = self._nothing if out is None else out
+        return bool(
+            ops.cuda_exchange_sums(
+                self._exchange,
+                call.channel,
+                call.ids,
+                call.weights,
+                y,
+                places,
+                plan,
+                other._exchange if ends else 0,
+                ended_channel,
+                out is not None,
+                into,
+            )
+        )
 
     def close_exchange(self, channel: int) -> None:
         """The closing flags leave with the next dispatch on the channel, which all ranks make."""
@@ -267,39 +316,71 @@ class GpuTransport(Transport):
                 "GPU to know how many rows came; layout rank_major or expert_major was wanted"
             )
 
+    def _placed_in(self, channel: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where this communicator's own layout has the rows of a channel; None if they are rank-major."""
+        if self._placed is None:
+            return None
+        return self._placed.placed(channel, self._world * self._slots[channel])
+
     def _launch_combine(
-        self, channel: int, y: torch.Tensor, out: torch.Tensor, send: bool, receive: bool
+        self,
+        channel: int,
+        y: torch.Tensor | None,
+        out: torch.Tensor | None,
+        placed: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        """``y`` is None in the receiving half, ``out`` in the sending one. ``placed``: places and weights."""
         self.check()
-        if send and self._placed is not None:
-            y = self._placed.returned(channel, self._world * self._slots[channel], y)
-        ops.cuda_combine(self._exchange, channel, y, [self._slots[channel], *self._plan], send, receive, out)
+        places = weights = sums = None
+        if y is not None and placed is not None:
+            places, weights = placed
+            places.record_stream(torch.cuda.current_stream(self._device))  # the next dispatch drops them
+            shape = (len(places), self._config.hidden_size)
+            sums = torch.empty(shape, dtype=self._config.sum_dtype, device=self._device)
+            if self._config.layout == "compact":
+                ops.cuda_return_rows(y, places, None, self._blocks, sums)
+                y, places, weights, sums = sums, None, None, None
+        ops.cuda_combine(
+            self._exchange,
+            channel,
+            self._nothing if y is None else y,
+            places,
+            weights,
+            sums,
+            self._blocks,
+            [self._slots[channel], *self._plan],
+            y is not None,
+            out is not None,
+            self._nothing if out is None else out,
+        )
 
 
 class _PlacedRows:
     """Received rows in a layout other than rank-major, and results back in rank-major rows for combine.
 
-    All scratch memory is allocated here: per slot one row of ``config.sum_dtype``, ids, weights and places.
-    Each channel has its own, as places are needed until combine and channels may be on different streams.
+    Each channel has scratch memory of its own, as weights are needed until combine and channels may be on
+    different streams.
+
+    ``places``: of each channel's last exchange, [its slots, top_k] int32 (compact: [its slots, 1]).
     """
 
-    def __init__(self, config: EpConfig, rank: int, world: int, device: torch.device, blocks: int) -> None:
-        self._config, self._device, self._blocks = config, device, blocks
+    def __init__(
+        self, config: EpConfig, exchange: int, rank: int, world: int, device: torch.device, blocks: int
+    ) -> None:
+        self._config, self._exchange, self._device, self._blocks = config, exchange, device, blocks
         self._by_expert = config.layout == "expert_major"
         numbers = local_numbers(config.expert_ranks(world), rank)
-        self._num_local = sum(n >= 0 for n in numbers)
-        self._local = torch.tensor(numbers, dtype=torch.int16, device=device)
+        self._num_local = int((numbers >= 0).sum())
+        self._local = numbers.to(device)
         channels, slots = config.num_channels, world * config.max_tokens_per_rank
-        width = config.top_k if self._by_expert else 1
 
         def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(channels, *shape, dtype=dtype, device=device)
 
         self._ids = scratch(slots, config.top_k, dtype=torch.int32)
         self._weights = scratch(slots, config.top_k, dtype=torch.float32)
-        self._places = scratch(slots, width, dtype=torch.int32).fill_(-1)
+        self.places = [self._ids.new_empty(0)] * channels
         self._tile_counts = scratch(MAX_TILES, self._num_local + 1, dtype=torch.int32)
-        self._sums = scratch(slots, config.hidden_size, dtype=config.sum_dtype)
         torch.cuda.synchronize(device)  # later calls may be on other streams
 
     def metadata(self, channel: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,17 +398,12 @@ class _PlacedRows:
         """Rows and scales of a channel's window, [count, ...], copied to their places; behind a dispatch.
         ``into``: memory for the rows there, None for new memory."""
         config, count = self._config, len(rows)
-        metadata, places = self.metadata(channel, count), self._places[channel, :count]
-        totals = torch.empty(self._num_local + 1, dtype=torch.int32, device=self._device)
-        ops.cuda_index_rows(
-            metadata[0],
-            self._local,
-            self._by_expert,
-            self._blocks,
-            self._tile_counts[channel],
-            places,
-            totals,
-        )
+        ids, weights = self.metadata(channel, count)
+        places = self.places[channel] = ids.new_empty(count, config.top_k if self._by_expert else 1)
+        totals = ids.new_empty(self._num_local + 1)
+        tile_counts = self._tile_counts[channel]
+        if not self._by_expert:
+            ops.cuda_index_rows(ids, self._local, self._blocks, tile_counts, places, totals)
         # The one wait for the GPU: for R.
         lead = [self._num_local, count] if self._by_expert else [int(totals[-1])]
 
@@ -335,13 +411,32 @@ class _PlacedRows:
             return torch.empty(*lead, width, dtype=dtype, device=self._device)
 
         out_rows = out(config.row_width, config.received_dtype) if into is None else into
-        out_scales = None if scales is None else out(config.scale_width, config.scale_dtype)
-        ids = None if self._by_expert else out(config.top_k, torch.int32)
-        weights = None if self._by_expert else out(config.top_k, torch.float32)
+        out_scales = None
+        if scales is not None and config.scales_by_column:
+            out_scales = scales.new_empty(self._num_local, config.scale_width, count).transpose(1, 2)
+        elif scales is not None:
+            out_scales = out(config.scale_width, config.scale_dtype)
+        if self._by_expert:
+            ops.cuda_sort_rows(
+                self._exchange,
+                rows,
+                scales,
+                ids,
+                self._local,
+                self._blocks,
+                tile_counts,
+                places,
+                totals,
+                out_rows,
+                out_scales,
+            )
+            return Received(out_rows, out_scales, None, None, tokens, totals[:-1])
+        out_ids, out_weights = out(config.top_k, torch.int32), out(config.top_k, torch.float32)
         ops.cuda_gather_rows(
             rows,
             scales,
-            *metadata,
+            ids,
+            weights,
             self._local,
             places,
             config.expert_ids == "local",
@@ -349,17 +444,15 @@ class _PlacedRows:
             self._blocks,
             out_rows,
             out_scales,
-            ids,
-            weights,
+            out_ids,
+            out_weights,
         )
-        return Received(out_rows, out_scales, ids, weights, tokens, totals[:-1])
+        return Received(out_rows, out_scales, out_ids, out_weights, tokens, totals[:-1])
 
-    def returned(self, channel: int, count: int, y: torch.Tensor) -> torch.Tensor:
-        """The experts' results as combine reads them, [count, hidden] and already of the wire's dtype."""
-        weights = self._weights[channel, :count] if self._by_expert else None
-        sums = self._sums[channel, :count]
-        ops.cuda_return_rows(y, self._places[channel, :count], weights, self._blocks, sums)
-        return sums
+    def placed(self, channel: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places and weights of a channel's ``count`` slots. Compact rows are weighted already: their weights
+        are for nobody."""
+        return self.places[channel], self._weights[channel, :count]
 
 
 def _free(exchange: int, windows: Windows) -> None:
@@ -375,12 +468,6 @@ def window_bytes(config: EpConfig, world: int) -> int:
 def sms(device: torch.device) -> int:
     """Of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def local_numbers(expert_ranks: Sequence[int], rank: int) -> list[int]:
-    """For each expert its number among those of ``rank``, in order of global id; -1: of another rank."""
-    counter = itertools.count()
-    return [next(counter) if r == rank else -1 for r in expert_ranks]
 
 
 def _meeting_config(world: int, timeout_s: float) -> EpConfig:

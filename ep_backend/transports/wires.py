@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -68,6 +69,7 @@ class NcclWire(Wire):
         self._nccl = rendezvous.nccl(group, ranks)
         self._options = dist.distributed_c10d.AllToAllOptions()
         self._options.asyncOp = False  # on the current stream
+        self._in_graphs = False
 
     def start(self, pieces: Sequence[Piece], timeout_s: float) -> Wait:
         with torch.cuda.device(self._device):
@@ -78,15 +80,28 @@ class NcclWire(Wire):
             finally:
                 self._nccl._end_coalescing()
             done = torch.cuda.Event()
-            if not torch.cuda.is_current_stream_capturing():
+            if torch.cuda.is_current_stream_capturing():
+                self._in_graphs = True
+            else:
                 done.record()
         return partial(rendezvous.poll, done.query, what="NCCL's all-to-all")
 
     def abort(self) -> None:
-        self._nccl.abort()
+        self._end(self._nccl.abort)
 
     def close(self) -> None:
-        self._nccl.shutdown()
+        self._end(self._nccl.shutdown)
+
+    def _end(self, call: Callable[[], Any]) -> None:
+        if self._in_graphs:
+            # NCCL waits until no graph that holds its kernels is left (pytorch/pytorch#115388).
+            threading.Thread(target=self._on_device, args=(call,), daemon=True).start()
+        else:
+            call()
+
+    def _on_device(self, call: Callable[[], Any]) -> None:
+        with torch.cuda.device(self._device):
+            call()
 
 
 class GlooWire(Wire):

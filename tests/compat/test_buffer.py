@@ -4,7 +4,6 @@ import argparse
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import deep_ep_cases as cases
@@ -17,7 +16,7 @@ from harness import fresh_ranks, ranks
 import ep_backend as ep
 from ep_backend import tuned
 from ep_backend.compat import deep_ep
-from ep_backend.compat.deep_ep import normal, pool
+from ep_backend.compat.deep_ep import normal
 from ep_backend.compat.deep_ep.low_latency import quantize_rounded
 from ep_backend.compat.deep_ep.pool import Pool, Usual
 from ep_backend.reference import quantize_fp8
@@ -228,7 +227,7 @@ def numbers_of_a_pool(rank, group):
             member = members.get(torch.device("cpu"), 4, num_sms=num_sms, **fields)
             assert members.get(torch.device("cpu"), 4, num_sms=num_sms, **fields) is member
         members.destroy()
-        return member.communicator.decision.sms, member.communicator.decision.chunk_scale, member.blocks
+        return member.communicator.decision.sms, member.communicator.decision.chunk_scale
 
     usual = Usual(40, 59)
     numbers = [used(usual), used(usual, sms=24, chunk_scale=2.0), used(usual, sms=96, chunk_scale=2.0)]
@@ -239,7 +238,7 @@ def numbers_of_a_pool(rank, group):
 
 
 def test_a_tuned_number_is_used_where_the_caller_has_none():
-    wanted = [(40, 1.0, 40), (24, 2.0, 24), (59, 1.0, 59), (40, 1.0, 40), (16, 1.0, 16)]
+    wanted = [(40, 1.0), (24, 2.0), (59, 1.0), (40, 1.0), (16, 1.0)]
     assert ranks(2).run(numbers_of_a_pool) == [wanted] * 2
 
 
@@ -271,19 +270,6 @@ def test_communicators_have_the_shapes_that_are_tuned():
         ]
     wanted = [tuned.Shape.of(settings.config("peer"), 2) for settings in measured]
     assert ranks(2).run(tuned_shapes) == [wanted] * 2
-
-
-def test_the_oldest_communicators_make_room():
-    made = Pool(None)
-    for name, blocks in (("a", 40), ("b", 20), ("c", 20)):
-        communicator = SimpleNamespace(
-            decision=SimpleNamespace(sms=blocks), config=SimpleNamespace(num_channels=1), destroy=lambda: None
-        )
-        made._members[name] = pool.Member(communicator)
-    made._make_room(50, 20)
-    assert list(made._members) == ["a", "b", "c"]
-    made._make_room(50, 60)
-    assert list(made._members) == ["b", "c"]
 
 
 ASKED = """

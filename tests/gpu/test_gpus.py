@@ -124,6 +124,53 @@ def test_same_bits_as_the_cpu_transport(world, name, layout, transport):
     assert ranks(world).run(same_bits_job, transport, more, timeout=120) == [[]] * world
 
 
+def sums_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 7, 40)):
+    """Results of rows that another exchange has brought, against those of a combine of that exchange."""
+    device, world = gpus.take(rank), torch.distributed.get_world_size(group)
+    # Two communicators of two channels each share the GPU.
+    common = config({"expert_ids": "global", **more}, world, transport, num_channels=2, num_sms=32)
+    wrong = []
+    with (
+        ep.Communicator(group, replace(common, layout="expert_major"), device=device) as by_expert,
+        ep.Communicator(group, common, device=device) as comm,
+    ):
+        for number, slots in enumerate(exchanges):
+            count = slots - (number * 5 + rank * 3) % (slots + 1)
+            given = [t.to(device) for t in inputs(common, rank, count, number)[:3]]
+            call = {"tokens_per_rank": slots, "channel": number % 2}
+            received, handle = by_expert.dispatch(*given, **call)
+            dtype = torch.float32 if number == 4 else common.result_dtype
+            y = results(by_expert.config, rank, on_cpu(received), number, dtype).to(device)
+            places = by_expert.received_places(handle)
+            want = by_expert.combine(y, handle)
+            for known in (places, None):
+                if number % 3 == 1:
+                    opened = comm.exchange_sums_send(y, known, *given, **call)
+                    got = comm.combine_recv(opened)
+                else:
+                    got = comm.exchange_sums(y, known, *given, **call)
+                if not torch.equal(got, want):
+                    wrong.append((number, slots, known is None))
+        comm.check()
+    return wrong
+
+
+SUMS = {
+    "bf16": {"payload": torch.bfloat16},
+    "fp16 fp32-wire": {"payload": torch.float16, "wire_dtype": torch.float32},
+    "fp32, half a unit": {"payload": torch.float32, "hidden_size": 260},
+    "bf16, long rows": {"payload": torch.bfloat16, "hidden_size": 7168},
+}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_results_of_the_rows_of_another_exchange(world, name, transport):
+    gpus.needs(world)
+    assert ranks(world).run(sums_job, transport, SUMS[name], timeout=120) == [[]] * world
+
+
 def staggered_job(rank, group):
     """Every rank's order of stores, and what differs."""
     with mock.patch.dict(os.environ, {"EP_BACKEND_PEER_ORDER": "staggered"}):
@@ -380,6 +427,87 @@ def test_closing(world, transport):
     assert "ended the exchange without a combine" in results[0][1]
 
 
+def sums_in_turn_job(rank, group, transport):
+    """Results of rows of another exchange behind exchanges that were left open, and captured in a graph."""
+    device, world = gpus.take(rank), torch.distributed.get_world_size(group)
+    common = config({"payload": torch.bfloat16, "expert_ids": "global"}, world, transport)
+    with (
+        ep.Communicator(group, replace(common, layout="expert_major"), device=device) as by_expert,
+        ep.Communicator(group, common, device=device) as comm,
+    ):
+        given = [t.to(device) for t in inputs(common, rank, 20, 3)[:3]]
+        received, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+        y = results(by_expert.config, rank, on_cpu(received), 3, common.result_dtype).to(device)
+        places = by_expert.received_places(handle)
+        want = by_expert.combine(y, handle)
+
+        def is_right():
+            return torch.equal(comm.exchange_sums(y, places, *given, tokens_per_rank=33), want)
+
+        same = [is_right()]
+        comm.dispatch_send(*given, tokens_per_rank=33)
+        same.append(is_right())
+        received, _ = comm.dispatch(*given, tokens_per_rank=33)
+        same.append(is_right())
+        _, handle = comm.dispatch(*given, tokens_per_rank=33)
+        comm.combine_send(torch.zeros_like(received.rows), handle)
+        same.append(is_right())
+        comm.exchange_sums_send(y, places, *given, tokens_per_rank=33)
+        same.append(is_right())
+        for _ in range(2):  # exchanges that these end
+            _, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+            call = {"tokens_per_rank": 33, "ends": (by_expert, handle)}
+            same.append(torch.equal(comm.exchange_sums(y, places, *given, **call), want))
+            _, handle = by_expert.dispatch(*given, tokens_per_rank=33)
+            call["ends"] = by_expert, handle
+            sent = comm.exchange_sums_send(y, places, *given, **call)
+            same.append(torch.equal(comm.combine_recv(sent), want) and handle.state == "closed")
+
+        out, graph = torch.empty_like(want), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            comm.exchange_sums(y, places, *given, tokens_per_rank=33, out=out)
+        for number in range(1, 5):
+            given[2].mul_(2)  # exact, and so are all sums
+            out.fill_(-1)
+            graph.replay()
+            same.append(torch.equal(out, want * 2**number))
+        comm.check()
+    return same
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_results_of_another_exchange_in_turn(world, transport):
+    gpus.needs(world, own=transport == "collective")
+    assert ranks(world).run(sums_in_turn_job, transport, timeout=60) == [[True] * 13] * world
+
+
+def other_slots_job(rank, group, transport):
+    """Ranks that give different T: nothing is read that is not there, and all are told."""
+    device, world = gpus.take(rank), torch.distributed.get_world_size(group)
+    common = config({"payload": torch.bfloat16, "expert_ids": "global"}, world, transport)
+    slots = 33 if rank == 0 else 40
+    with ep.Communicator(group, common, device=device) as comm:
+        given = [t.to(device) for t in inputs(common, rank, slots, 3)[:3]]
+        places = torch.zeros(world * slots, common.top_k, dtype=torch.int32, device=device)
+        y = torch.zeros(len(comm.local_experts), world * slots, common.hidden_size, device=device)
+        try:
+            comm.exchange_sums(y.bfloat16(), places, *given, tokens_per_rank=slots)
+            torch.cuda.synchronize()
+            comm.check()
+        except ep.EpProtocolError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("transport", OF_WINDOWS)
+def test_different_slots_in_an_exchange_of_sums(transport):
+    gpus.needs(2)
+    with fresh_ranks(2) as group:
+        for said in group.run(other_slots_job, transport, timeout=60):
+            assert "tokens_per_rank" in said
+
+
 def loop_job(rank, group, transport, stall_s):
     """Replays until a peer fails; then says what was raised, how long it took, and whether recovery works."""
     device = gpus.take(rank)
@@ -493,3 +621,36 @@ def two_streams_job(rank, group, transport):
 def test_two_communicators_on_two_streams(world, transport):
     gpus.needs(world)
     assert ranks(world).run(two_streams_job, transport, timeout=120) == [0] * world
+
+
+def two_full_channels_job(rank, group, transport):
+    """One exchange behind the other on two channels that fill the GPU together, launched in another order on
+    every second rank: a kernel that comes early must not keep the other channel's from its place."""
+    device = gpus.take(rank)
+    world, slots, rounds = torch.distributed.get_world_size(group), 512, 12
+    fields = {"payload": torch.bfloat16, "hidden_size": 7168, "max_tokens_per_rank": slots}
+    cfg = config(fields, world, transport, num_channels=2, timeout_s=10.0)
+    x, ids, weights = (t.to(device) for t in inputs(cfg, rank, slots, 0)[:3])
+    wrong = 0
+    with ep.Communicator(group, cfg, device=device) as comm:
+        assert comm.decision.sms is None
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        for _ in range(5):
+            outs = [None, None]
+            torch.cuda.synchronize()
+            for channel in (0, 1) if rank % 2 else (1, 0):
+                with torch.cuda.stream(streams[channel]):
+                    for _ in range(rounds):
+                        received, handle = comm.dispatch(x, ids, weights, channel=channel)
+                        outs[channel] = comm.combine(received.rows, handle)
+            torch.cuda.synchronize()
+            comm.check()
+            wrong += not torch.equal(*outs)
+    return wrong
+
+
+@pytest.mark.parametrize("transport", OF_WINDOWS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_two_channels_that_fill_the_gpu(world, transport):
+    gpus.needs(world)
+    assert ranks(world).run(two_full_channels_job, transport, timeout=120) == [0] * world

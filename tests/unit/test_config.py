@@ -44,6 +44,8 @@ WRONG = [
         "float payload",
     ),
     ({"quantization": "fp8_block128", "hidden_size": 192}, "192", "multiple of 128"),
+    ({"quantization": "fp8_block128", "scales_by_column": True}, "scales_by_column", "expert_major"),
+    ({"layout": "expert_major", "scales_by_column": True}, "scales_by_column", "fp8 rows"),
     ({"payload": torch.float8_e4m3fn, "hidden_size": 192}, "192", "multiple of 128"),
     ({"payload": torch.uint8}, "opaque", "payload_bytes"),
     ({"payload_bytes": 64}, "payload_bytes", "uint8 payload"),

@@ -369,15 +369,23 @@ def rows_and_ids_job(rank, group, transport):
     with ep.Communicator(group, config) as c:
         received, handle = dispatch(c)
         want, counts = received.rows.clone(), received.rows_per_expert
-        ids = c.received_ids(handle)
-        assert (ids.shape, ids.dtype) == ((c.world_size * 6, 2), torch.int32)
-        for number, expert in enumerate(c.local_experts):
-            slots = (ids == expert).any(1).nonzero().flatten()
-            assert len(slots) == counts[number]
-            for row, slot in enumerate(slots.tolist()):
-                source, token = divmod(slot, 6)
-                x = make_call(config, c.world_size, source, step([3] * c.world_size)).x
-                assert same_bits(received.rows[number, row], x[token])
+        places = c.received_places(handle)
+        capacity = c.world_size * 6
+        assert (places.shape, places.dtype) == ((capacity, 2), torch.int32)
+        seen = [0] * len(c.local_experts)
+        for slot, row in enumerate(places.tolist()):
+            source, token = divmod(slot, 6)
+            call = make_call(config, c.world_size, source, step([3] * c.world_size))
+            ids = call.topk_ids[token].tolist() if token < 3 else [-1] * 2
+            for expert, place in zip(ids, row, strict=True):
+                if expert not in c.local_experts:
+                    assert place == -1
+                    continue
+                number = c.local_experts.index(expert)
+                assert place == number * capacity + seen[number]
+                seen[number] += 1
+                assert same_bits(received.rows.flatten(0, 1)[place], call.x[token])
+        assert seen == counts.tolist()
         handle = dispatch(c, half=True, channel=1)
         assert "was wanted" in refused(c.dispatch_recv, handle, rows=want[:, 1:])
         assert "contiguous" in refused(c.dispatch_recv, handle, rows=want.mT.contiguous().mT)
@@ -389,9 +397,69 @@ def rows_and_ids_job(rank, group, transport):
         handle = dispatch(c, half=True)
         assert "expert_major" in refused(c.dispatch_recv, handle, rows=rows)
         c.dispatch_recv(handle)
-        assert "expert_major" in refused(c.received_ids, handle)
+        assert "expert_major" in refused(c.received_places, handle)
 
 
 @BOTH
 def test_rows_where_they_are_wanted(transport):
     ranks(2).run(rows_and_ids_job, transport)
+
+
+def scales_by_column_job(rank, group, transport):
+    """The same scales in another order of memory, whole and in halves."""
+    fields = {"payload": torch.bfloat16, "hidden_size": 256, "quantization": "fp8_block128"}
+    config = replace(CONFIG, transport=transport, layout="expert_major", **fields)
+    with (
+        ep.Communicator(group, config) as by_row,
+        ep.Communicator(group, replace(config, scales_by_column=True)) as by_column,
+    ):
+        want, _ = dispatch(by_row)
+        got = [dispatch(by_column)[0], by_column.dispatch_recv(dispatch(by_column, half=True))]
+        for received in got:
+            assert received.scales.mT.is_contiguous()
+            for e, n in enumerate(want.rows_per_expert.tolist()):
+                assert torch.equal(received.scales[e, :n], want.scales[e, :n])
+
+
+@BOTH
+def test_scales_by_column(transport):
+    ranks(2).run(scales_by_column_job, transport)
+
+
+def sums_job(rank, group, transport, dtype):
+    """Results of one exchange's rows, by expert, go back by another: as if they went by their own."""
+    common = replace(CONFIG, transport=transport, payload=dtype, expert_ids="global")
+    common = replace(common, wire_dtype=torch.float32)
+    with (
+        ep.Communicator(group, replace(common, layout="expert_major")) as by_expert,
+        ep.Communicator(group, common) as c,
+    ):
+        received, there = dispatch(by_expert)
+        y, places = result(by_expert, received), by_expert.received_places(there)
+        want = by_expert.combine(y, there)
+        call = make_call(common, c.world_size, rank, step([3] * c.world_size))
+        given = (call.x, call.topk_ids, call.topk_weights)
+        for known in (places, None):
+            assert same_bits(c.exchange_sums(y, known, *given), want)
+            handle = c.exchange_sums_send(y, known, *given, channel=1)
+            out = torch.full_like(want, torch.nan)
+            assert same_bits(c.exchange_sums(y, known, *given, out=out), want)  # between the halves
+            assert same_bits(c.combine_recv(handle), want)
+        for known in (places, None):
+            received, there = dispatch(by_expert)
+            assert same_bits(c.exchange_sums(y, known, *given, ends=(by_expert, there)), want)
+            assert there.state == "closed"
+        assert "closed" in refused(c.exchange_sums, y, places, *given, ends=(by_expert, there))
+        received, opened = dispatch(c)
+        assert "of their own" in refused(c.exchange_sums, y, places, *given, channel=1, ends=(c, opened))
+        assert "out" in refused(c.exchange_sums, y, places, *given, out=want[1:])
+        c.combine(result(c, received), opened)  # is left as it was
+        assert "places" in refused(c.exchange_sums, y, places[1:], *given)
+        assert "contiguous" in refused(c.exchange_sums, y, places.T.contiguous().T, *given)
+        assert "rank_major" in refused(by_expert.exchange_sums, y, places, *given)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_of_the_rows_of_another_exchange(transport, dtype):
+    ranks(3).run(sums_job, transport, dtype)

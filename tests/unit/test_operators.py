@@ -28,7 +28,8 @@ NAMES = [
     "host_sum",
 ]
 if HAS_CUDA:
-    NAMES += ["cuda_dispatch", "cuda_combine", "cuda_index_rows", "cuda_gather_rows", "cuda_return_rows"]
+    NAMES += ["cuda_dispatch", "cuda_combine", "cuda_index_rows", "cuda_gather_rows", "cuda_sort_rows"]
+    NAMES += ["cuda_return_rows", "cuda_exchange_sums"]
 
 
 def schema(name):
@@ -65,10 +66,12 @@ def test_every_operator_with_tensors_has_a_shape_function(name):
         ("pack_close", ["records"]),
         ("unpack_combine", ["out"]),
         ("cuda_dispatch", ["out_ids", "out_weights", "tokens_per_source"]),
-        ("cuda_combine", ["out"]),
+        ("cuda_combine", ["sums", "out"]),
         ("cuda_index_rows", ["tile_counts", "places", "totals"]),
         ("cuda_gather_rows", ["out_rows", "out_scales", "out_ids", "out_weights"]),
+        ("cuda_sort_rows", ["tile_counts", "places", "totals", "out_rows", "out_scales"]),
         ("cuda_return_rows", ["rows"]),
+        ("cuda_exchange_sums", ["out"]),
     ],
 )
 def test_schemas_say_what_is_written(name, written):

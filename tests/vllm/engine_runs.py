@@ -137,16 +137,16 @@ def differences_fp32(got, want):
     ]
 
 
-def differences_bf16(got, want):
+def differences_bf16(got, want, least_equal=EQUAL_IN_BF16, largest_gap=BF16_GAP):
     """What is wrong in bfloat16: too many prompts that differ, or one that is not explained by a near tie."""
     steps = {number: first_difference(g, w) for number, (g, w) in enumerate(zip(got, want, strict=True))}
     differing = {number: step for number, step in steps.items() if step is not None}
     wrong = []
-    if len(got) - len(differing) < EQUAL_IN_BF16:
+    if len(got) - len(differing) < least_equal:
         wrong.append(f"only {len(got) - len(differing)} of {len(got)} prompts are equal")
     for number, step in differing.items():
         gap = want[number]["gaps"][step]
         print(f"prompt {number} differs from token {step}, where the two best logits are {gap:.3f} apart")
-        if gap > BF16_GAP:
+        if gap > largest_gap:
             wrong.append(f"prompt {number} differs at token {step}, where the gap is {gap:.3f}")
     return wrong

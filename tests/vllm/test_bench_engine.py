@@ -2,6 +2,7 @@
 
 import http.server
 import importlib.metadata
+import io
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from ep_backend.bench.engines import base, models, sglang, vllm
+from ep_backend.bench.engines import base, models, sglang, summary, vllm
 from ep_backend.cli import main
 from ep_backend.errors import EpConfigError, EpError
 from ep_backend.launch import server as launched_server
@@ -403,6 +405,24 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, servings, capsys):
     assert main([*command, "--concurrency", "4,16"]) == 128 + signal.SIGINT
     assert [result["concurrency"] for result in json.loads(json_file.read_text())["results"]] == [4]
     assert "wrote" in capsys.readouterr().out
+
+
+def test_a_summary_of_a_run_that_was_interrupted_in_its_second_backend():
+    metrics = dict.fromkeys(summary.METRICS, 2.0)
+    results = [
+        {"backend": backend, "concurrency": concurrency, **metrics}
+        for backend, concurrency in (("ep_backend", 4), ("ep_backend", 64), ("allgather_reducescatter", 4))
+    ]
+    measured = summary.summarise(results)
+    found = [(each.concurrency, each.backend) for each in measured]
+    assert found == [(4, "ep_backend"), (4, "allgather_reducescatter"), (64, "ep_backend")]
+    assert [(ratio["concurrency"], ratio["tpot_median_ratio"]) for ratio in summary.ratios(measured)] == [
+        (4, 1.0)
+    ]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary.table(measured, "two ranks"))
+    (row,) = [line for line in console.export_text().splitlines() if " 64 " in line]
+    assert row.replace("│", " ").split()[-1] == "-"
 
 
 def test_a_model_keeps_its_weights_and_completes_prompts(tmp_path, servings):

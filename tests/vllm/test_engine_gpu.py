@@ -203,7 +203,9 @@ DEEPEP = {
     "high_throughput": {"graphs": "NONE"},
     "high_throughput, block fp8": {"graphs": "NONE", "fp8": True},
     "low_latency": {},
-    "low_latency, block fp8": {"fp8": True},
+    # Its roundings alone leave 5 prompts of 8 equal, with gaps up to 1.19; halved results leave none
+    # (benchmarks/rounding.py).
+    "low_latency, block fp8": {"fp8": True, "limits": {"least_equal": 4, "largest_gap": 1.5}},
     "low_latency, two-batch overlap": {"extra": OVERLAP},
 }
 
@@ -225,4 +227,4 @@ def test_tokens_through_deepep_s_interface(tmp_path, name):
         answers[backend], log = generate(tmp_path / backend, wide_models.prompts(), **options)
         assert (STANDS_IN in log) == (backend == mode)
         assert not went_through_ep_backend(log, WORLD)
-    assert differences_bf16(answers[mode], answers[DEFAULT]) == []
+    assert differences_bf16(answers[mode], answers[DEFAULT], **case.get("limits", {})) == []

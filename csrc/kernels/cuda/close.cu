@@ -8,10 +8,9 @@ namespace {
 
 __global__ void __launch_bounds__(kThreads) close_kernel(const __grid_constant__ View v, bool send) {
     __shared__ int counts[kMaxWorld];
-    ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();
     const State state = load_state(v);
-    bool alive = __syncthreads_or(state.stopped) == 0 && state.stage != Stage::kIdle;
+    bool alive = begin(state) && state.stage != Stage::kIdle;
     const int chunks = static_cast<int>(state.chunks);
     for (int chunk = 0; chunk < chunks && alive; ++chunk) {
         // Only a rank that has seen all rows of an exchange may say that it is done with them.

@@ -1,6 +1,8 @@
 // Combine in one launch: this rank's sums back to where the tokens came from, and the sum of what all ranks
 // return. A block sends a chunk, flags it, and reduces an earlier chunk while its stores are under way. See
 // exchange.cuh.
+#include <algorithm>
+
 #include "combine.cuh"
 #include "launch.h"
 
@@ -18,8 +20,6 @@ __device__ Piece piece_of(int hidden, int segment, int segments) {
 
 constexpr int kLoads = 4;       // 16-byte loads that a thread issues before it stores
 constexpr int kEarlyWorld = 8;  // up to so many ranks most rows are live: load them before that is known
-
-constexpr int kReduceLoads = 8;  // 16 needs more registers than there are
 
 template <class Y>
 constexpr int kUnits = kLoads / Y::kWords;  // of eight elements
@@ -40,6 +40,7 @@ __device__ void load_units(const char* y, int hidden, int first, int step, int e
 struct Ahead {
     bool inside;  // the last chunk may be narrower
     int token, source;
+    int64_t slot;
     const char *flag_at, *id_at, *y, *to;
     uint64_t flag;
     int id;
@@ -58,19 +59,21 @@ __device__ inline void find_ahead(const View& v, const CombineArgs& a, int y_byt
     // The flag of the dispatch still says how many tokens of the chunk are live.
     h.flag_at = own(v) + v.layout.dispatch_flag(v.channel, h.source, chunk);
     h.id_at = own(v) + v.layout.id_row(v.channel, slot) + threadIdx.x % 32 * 4;
+    h.slot = slot;
     h.y = a.y + slot * a.hidden * y_bytes;
     h.to = outbox(v, h.source) + v.layout.combine_row(v.channel, source_for(v, h.source), h.token);
 }
 
-template <class Y>
+template <class Y, bool kPlaced>
 __device__ void load_ahead(const View& v, const CombineArgs& a, int place, int step, Piece piece, Ahead& h) {
     if (!h.inside) return;
     h.flag = ptx::load_relaxed(h.flag_at);
     h.id = static_cast<int>(threadIdx.x) % 32 < v.top_k ? *reinterpret_cast<const int*>(h.id_at) : -1;
-    if (v.world <= kEarlyWorld) load_units<Y>(h.y, a.hidden, piece.begin + place, step, piece.end, h.words);
+    if (!kPlaced && v.world <= kEarlyWorld)
+        load_units<Y>(h.y, a.hidden, piece.begin + place, step, piece.end, h.words);
 }
 
-template <class Y, class Wire>
+template <class Y, class Wire, bool kPlaced>
 __device__ void send_sums(const View& v, const State& state, const CombineArgs& a, int chunk, Hops hops,
                           bool loaded, Ahead& h) {
     const Plan& plan = a.plan;
@@ -85,29 +88,39 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     for (int unit = begin + group; unit < end; unit += groups) {
         if (!loaded || unit != group) {
             find_ahead(v, a, Y::kWords * 2, chunk, first, width, unit, h);
-            load_ahead<Y>(v, a, place, step, piece, h);
+            load_ahead<Y, kPlaced>(v, a, place, step, piece, h);
         }
         if (!h.inside) continue;
-        if (keeps_own<Y, Wire>(a) && h.source == v.rank) continue;
+        if (!kPlaced && keeps_own<Y, Wire>(a) && h.source == v.rank) continue;
         const bool live = h.token - first < static_cast<int>(word_low(h.flag)) && !state.masked(h.source);
         if (!__any_sync(kAll, live && is_local(v, h.id))) continue;
         char* const to = const_cast<char*>(h.to);
-        for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
-            if (v.world > kEarlyWorld || e != piece.begin + place)
-                load_units<Y>(h.y, a.hidden, e, step, piece.end, h.words);
+        if constexpr (kPlaced) {
+            const Placed mine = load_placed(a, h.slot, v.top_k);
+            const float weight = lane < v.top_k ? a.weights[h.slot * v.top_k + lane] : 0.0f;
+            for (int base = piece.begin + place - lane; base < piece.end; base += step * kPlacedUnits<Y>) {
+                PlacedWords<Y> words;
+                load_results(a, mine, mine.live, base + lane, step, piece.end, words);
+                store_placed_sum<Y, Wire>(a, mine, weight, base + lane, step, piece.end, words, to);
+            }
+        } else {
+            for (int e = piece.begin + place; e < piece.end; e += step * kUnits<Y>) {
+                if (v.world > kEarlyWorld || e != piece.begin + place)
+                    load_units<Y>(h.y, a.hidden, e, step, piece.end, h.words);
 #pragma unroll
-            for (int i = 0; i < kUnits<Y>; ++i) {
-                if (e + i * step >= piece.end) continue;
-                if constexpr (std::is_same_v<Y, Wire>) {
+                for (int i = 0; i < kUnits<Y>; ++i) {
+                    if (e + i * step >= piece.end) continue;
+                    if constexpr (std::is_same_v<Y, Wire>) {
 #pragma unroll
-                    for (int j = 0; j < Y::kWords; ++j)
-                        if (has_word<Y>(a.hidden, e + i * step, j))
-                            ptx::store_row(to + (static_cast<int64_t>(e + i * step) * Y::kWords + j) * 16,
-                                           h.words[i * Y::kWords + j]);
-                } else {
-                    Eight part;
-                    Y::unpack(h.words + i * Y::kWords, part);
-                    store_eight<Wire>(to, a.hidden, e + i * step, part);
+                        for (int j = 0; j < Y::kWords; ++j)
+                            if (has_word<Y>(a.hidden, e + i * step, j))
+                                ptx::store_row(to + (static_cast<int64_t>(e + i * step) * Y::kWords + j) * 16,
+                                               h.words[i * Y::kWords + j]);
+                    } else {
+                        Eight part;
+                        Y::unpack(h.words + i * Y::kWords, part);
+                        store_eight<Wire>(to, a.hidden, e + i * step, part);
+                    }
                 }
             }
         }
@@ -115,7 +128,7 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
 }
 
 // `route` is of the first token, if this thread has one.
-template <class Y, class Wire, class Out>
+template <class Y, class Wire, class Out, bool kPlaced>
 __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int tokens, RankSet route) {
     const Plan& plan = a.plan;
     const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
@@ -129,18 +142,17 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
         const int64_t token = first + t;
         if (t != group) route = load_route(v, token);
         const char* mine = nullptr;
-        if (keeps_own<Y, Wire>(a))
+        if (!kPlaced && keeps_own<Y, Wire>(a))
             mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * a.hidden * (Y::kWords * 2);
         reduce_row<Wire, Out, kReduceLoads, true>(v, a, token, route, mine, piece.begin + place, step,
                                                   piece.end);
     }
 }
 
-template <class Y, class Wire, class Out, bool kStaggered>
+template <class Y, class Wire, class Out, bool kStaggered, bool kPlaced>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_kernel(const __grid_constant__ View v, const __grid_constant__ CombineArgs a) {
     __shared__ int counts[kMaxWorld];
-    ptx::let_next_kernel_start();
     const Plan& plan = a.plan;
     const int chunks = plan.chunks();
     const Role role = role_of(v, a.send, a.receive);
@@ -159,9 +171,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
     if (role.sends)
-        load_ahead<Y>(v, a, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
-    bool alive =
-        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+        load_ahead<Y, kPlaced>(v, a, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
+    bool alive = begin(state);
     bool left = false;
     RankSet first_route{};
     if (role.receives && first_token < plan.slots) first_route = load_route(v, first_token);
@@ -176,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int i = 0; i < mine + (last ? behind : 0) && alive; ++i) {
             if (role.sends && i < mine) {
                 const int chunk = role.first + i * role.step;
-                send_sums<Y, Wire>(v, state, a, chunk, hops, pass == 1 && i == 0, ahead);
+                send_sums<Y, Wire, kPlaced>(v, state, a, chunk, hops, pass == 1 && i == 0, ahead);
                 flag_chunk(v, state, Phase::kCombine, state.epoch, chunk, 0, hops);
             }
             if (!left) {
@@ -193,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             const bool usual = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts, kClosed);
             if (usual)
-                reduce_chunk<Y, Wire, Out>(v, a, chunk, state.tokens, route);
+                reduce_chunk<Y, Wire, Out, kPlaced>(v, a, chunk, state.tokens, route);
             else
                 alive = closed_by_peer(v, counts, threadIdx.x == 0);
             if (i + 1 < mine + behind) __syncthreads();  // counts are used again
@@ -204,8 +215,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class Y, class Wire, class Out>
 cudaError_t launch_in_order(const View& v, const CombineArgs& a, const Launch& how) {
-    return how.staggered ? launch(combine_kernel<Y, Wire, Out, true>, how, v, a)
-                         : launch(combine_kernel<Y, Wire, Out, false>, how, v, a);
+    if (a.places)
+        return how.staggered ? launch(combine_kernel<Y, Wire, Out, true, true>, how, v, a)
+                             : launch(combine_kernel<Y, Wire, Out, false, true>, how, v, a);
+    return how.staggered ? launch(combine_kernel<Y, Wire, Out, true, false>, how, v, a)
+                         : launch(combine_kernel<Y, Wire, Out, false, false>, how, v, a);
 }
 
 template <class Out>
@@ -231,7 +245,8 @@ cudaError_t launch_combine(const View& v, const CombineArgs& a, const Launch& ho
 }
 
 int combine_blocks_per_sm() {
-    return resident_blocks(combine_kernel<F32, F32, BF16, false>);
+    return std::min(resident_blocks(combine_kernel<F32, F32, BF16, false, false>),
+                    resident_blocks(combine_kernel<F32, F32, BF16, false, true>));
 }
 
 }  // namespace ep::cuda

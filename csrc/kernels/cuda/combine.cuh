@@ -8,6 +8,8 @@
 
 namespace ep::cuda {
 
+constexpr int kReduceLoads = 8;  // of 16 bytes, for a row; 16 need more registers than there are
+
 __device__ inline RankSet load_route(const View& v, int64_t token) {
     const uint32_t* words = v.routes + token * kRouteWords;
     RankSet route{ptx::load_fresh_word(words), 0, 0};
@@ -62,6 +64,72 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
         for (int k = 0; k < kWide; ++k)
             if (e + k * step < end) store_eight<Out>(out, a.hidden, e + k * step, sum[k]);
     }
+}
+
+// What this rank's experts made of a slot, as a whole warp has it: lane k has the k-th choice's place, -1:
+// none, and a set of those that have one.
+struct Placed {
+    int place;
+    unsigned live;
+};
+__device__ inline Placed load_placed(const CombineArgs& a, int64_t slot, int top_k) {
+    const int k = static_cast<int>(threadIdx.x) % 32;
+    const int place = k < top_k ? a.places[slot * top_k + k] : -1;
+    return {place, __ballot_sync(kAll, place >= 0)};
+}
+
+constexpr int kPlacedRows = 4;  // whose loads are issued before the first is added
+template <class Y>
+constexpr int kPlacedUnits = 2 / Y::kWords;  // of eight elements, of each of these rows
+template <class Y>
+struct PlacedWords {
+    uint4 of[kPlacedRows][kPlacedUnits<Y> * Y::kWords];
+};
+
+// The first rows of `live`, by a whole warp; of each the units from `unit` in steps before `end`.
+template <class Y>
+__device__ void load_results(const CombineArgs& a, const Placed& mine, unsigned live, int unit, int step,
+                             int end, PlacedWords<Y>& words) {
+    const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
+#pragma unroll
+    for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
+        if (live == 0) continue;
+        const char* const row = a.y + __shfl_sync(kAll, mine.place, __ffs(live) - 1) * row_bytes;
+#pragma unroll
+        for (int u = 0; u < kPlacedUnits<Y>; ++u)
+            if (unit + u * step < end)
+#pragma unroll
+                for (int j = 0; j < Y::kWords; ++j)
+                    if (has_word<Y>(a.hidden, unit + u * step, j))
+                        words.of[i][u * Y::kWords + j] =
+                            ptx::load_row(row + (static_cast<int64_t>(unit + u * step) * Y::kWords + j) * 16);
+    }
+}
+
+// Their weighted sum, in order of k, fused, to its place in a row of the wire's format. `words`: of the first
+// rows, loaded. `weight`: lane k has the k-th choice's.
+template <class Y, class Wire>
+__device__ void store_placed_sum(const CombineArgs& a, const Placed& mine, float weight, int unit, int step,
+                                 int end, PlacedWords<Y>& words, char* to) {
+    Eight sum[kPlacedUnits<Y>]{};
+    for (unsigned live = mine.live; live != 0;) {
+        if (live != mine.live) load_results(a, mine, live, unit, step, end, words);
+#pragma unroll
+        for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
+            if (live == 0) continue;
+            const float factor = __shfl_sync(kAll, weight, __ffs(live) - 1);
+#pragma unroll
+            for (int u = 0; u < kPlacedUnits<Y>; ++u) {
+                Eight part;
+                Y::unpack(words.of[i] + u * Y::kWords, part);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sum[u].v[j] = __fmaf_rn(factor, part.v[j], sum[u].v[j]);
+            }
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < kPlacedUnits<Y>; ++u)
+        if (unit + u * step < end) store_eight<Wire>(to, a.hidden, unit + u * step, sum[u]);
 }
 
 // The rows that this rank returns to itself stay where they are, if they are still there when it adds.

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     __shared__ uint32_t lives[kCopyWarps][kMaxWorld];
     __shared__ int counts[kReduceWarps][kMaxWorld];
     __shared__ int turns[kCopyWarps];
-    ptx::let_next_kernel_start();
+    // Exchanges of many tokens, one behind the other, are faster if more than one kernel waits.
+    if (ptx::load_fresh_word(v.early) == static_cast<uint32_t>(Early::kAny)) ptx::let_next_kernel_start();
     touch(v, a);
     const Plan& plan = a.plan;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = plan.chunks();
@@ -28,8 +29,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     ptx::wait_for_previous_kernel();
 
     const State state = load_state(v);
-    bool alive =
-        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+    bool alive = begin(state);
     if (warp < kCopyWarps) {
         ptx::fence_async_global();
         const int row_bytes = static_cast<int>(v.layout.shape.wire_bytes);

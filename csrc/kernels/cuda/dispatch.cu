@@ -98,7 +98,6 @@ template <class Id, class F, bool kStaggered>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_kernel(const __grid_constant__ View v, const __grid_constant__ DispatchArgs a) {
     __shared__ int counts[kMaxWorld];
-    ptx::let_next_kernel_start();
     const Plan& plan = a.plan;
     const int chunks = plan.chunks();
     const Role role = role_of(v, a.send, a.receive);
@@ -115,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (role.sends && share.segment == 0 && threadIdx.x < share.count * v.top_k)
         meta = load_meta<Id>(v, a, share.first, threadIdx.x);
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
-    bool alive =
-        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+    bool alive = begin(state);
     bool sent = false;
     if (a.send && alive) {
         if (state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
@@ -176,7 +174,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                 receive_metadata(v, a, chunk, counts, alive, threadIdx.x, kThreads);
             // By the last threads of the block: the first ones have metadata to copy.
             if (chunk == 0 && alive)
-                receive_headers(v, state, a, epoch, kThreads - 1 - static_cast<int>(threadIdx.x), kThreads);
+                receive_headers(v, state, plan, a.tokens_per_source, epoch,
+                                kThreads - 1 - static_cast<int>(threadIdx.x), kThreads);
             if (in_host_memory(v) && alive) fetch_chunk(v, a, epoch, chunk, counts);
             if (chunk + role.step < chunks) __syncthreads();  // counts are used again
         }

@@ -116,13 +116,16 @@ __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, in
 }
 
 // Chunk 0 of every source covers its header: how many tokens it has in all, and whether it agrees on T.
-__device__ inline void receive_headers(const View& v, const State& s, const DispatchArgs& a, uint64_t epoch,
-                                       int thread, int threads) {
+// `tokens_per_source` may be null. False after a failure.
+__device__ inline bool receive_headers(const View& v, const State& s, const Plan& plan,
+                                       int32_t* tokens_per_source, uint64_t epoch, int thread, int threads) {
+    bool agree = true;
     for (int source = thread; source < v.world; source += threads) {
         const auto header =
             *reinterpret_cast<const SourceHeader*>(inbox(v, source) + v.layout.header(v.channel, source));
-        a.tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
-        if (s.masked(source) || header.slots == static_cast<uint32_t>(a.plan.slots)) continue;
+        if (tokens_per_source)
+            tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
+        if (s.masked(source) || header.slots == static_cast<uint32_t>(plan.slots)) continue;
         ErrorWord error;
         error.status = Status::kSlotsDiffer;
         error.peer = source;
@@ -130,7 +133,9 @@ __device__ inline void receive_headers(const View& v, const State& s, const Disp
         error.channel = v.channel;
         error.epoch_expected = error.epoch_seen = epoch;
         fail(v, error);
+        agree = false;
     }
+    return agree;
 }
 
 // The part of a row that a chunk covers, in 16-byte words: whole groups of 8 (a block of fp8 scales).

@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     __shared__ RankSet routes[kSend][kMaxBulkTokens];
     __shared__ int counts[kReceive][kMaxWorld];
     __shared__ int turns[kCopyWarps];
-    ptx::let_next_kernel_start();
+    // Exchanges of many tokens, one behind the other, are faster if more than one kernel waits.
+    if (ptx::load_fresh_word(v.early) == static_cast<uint32_t>(Early::kAny)) ptx::let_next_kernel_start();
     touch(v, a);
     const Plan& plan = a.plan;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = plan.chunks();
@@ -88,8 +89,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     const State state = load_state(v);
     const int tokens = a.device_tokens ? min(*a.device_tokens, a.tokens) : a.tokens;
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
-    bool alive =
-        __syncthreads_or(state.stopped) == 0;  // one answer for the block: a failure may come just now
+    bool alive = begin(state);
     if (a.send && alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
 
     if (warp < kSend) {
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             alive = alive && wait_chunk_warp(v, state, Phase::kDispatch, epoch, chunk, counts[turn]);
             __syncwarp();
             receive_metadata(v, a, chunk, counts[turn], alive, lane, 32);
-            if (chunk == 0 && alive) receive_headers(v, state, a, epoch, lane, 32);
+            if (chunk == 0 && alive) receive_headers(v, state, a.plan, a.tokens_per_source, epoch, lane, 32);
             __syncwarp();
         }
     }

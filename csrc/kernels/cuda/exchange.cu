@@ -4,10 +4,14 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+
+#include "layouts.h"
 
 namespace ep::cuda {
 namespace {
@@ -18,39 +22,109 @@ void check(cudaError_t error, const char* what) {
                                  " failed: " + cudaGetErrorString(error));
 }
 
-// A block that waits keeps its place on the GPU. If all exchanges that exist can be resident together, none
-// can wait for a block that found no place.
+// A block that waits keeps its place on the GPU. If all exchanges that can be under way can be resident
+// together, none can wait for a block that found no place. Kernels behind them take places, too: see Early.
 class Residency {
   public:
-    void reserve(int device, int blocks, int capacity) {
+    struct Places {
+        int per_channel = 0, channels = 0;
+        int blocks() const { return per_channel * channels; }
+    };
+    // `share`: of Settings.
+    void reserve(int device, int64_t share, Places places, int capacity) {
         const std::lock_guard lock(mutex_);
-        if (used_[device] + blocks > capacity)
-            throw std::runtime_error("ep_backend: " + std::to_string(used_[device]) +
+        Gpu& gpu = gpus_[device];
+        const int used = gpu.sum().blocks;
+        const auto mine = gpu.exchanges.emplace(share, places);
+        if (gpu.sum().blocks > capacity) {
+            gpu.exchanges.erase(mine);
+            throw std::runtime_error("ep_backend: " + std::to_string(used) +
                                      " blocks are reserved by other "
                                      "channels, " +
-                                     std::to_string(blocks) + " more do not fit the GPU's " +
+                                     std::to_string(places.blocks()) + " more do not fit the GPU's " +
                                      std::to_string(capacity) + ": use fewer SMs per channel");
-        used_[device] += blocks;
+        }
+        gpu.capacity = capacity;
+        gpu.tell();
     }
-    void release(int device, int blocks) {
+    void release(int device, int64_t share, Places places) {
         const std::lock_guard lock(mutex_);
-        used_[device] -= blocks;
+        Gpu& gpu = gpus_[device];
+        auto [at, end] = gpu.exchanges.equal_range(share);
+        while (at != end &&
+               (at->second.per_channel != places.per_channel || at->second.channels != places.channels))
+            ++at;
+        if (at != end) gpu.exchanges.erase(at);
+        gpu.tell();
+    }
+    // Where kernels on `device`, the current one, read it.
+    const Early* early(int device) {
+        const std::lock_guard lock(mutex_);
+        Gpu& gpu = gpus_[device];
+        if (gpu.early == nullptr) {
+            check(cudaMalloc(&gpu.early, sizeof *gpu.early), "cudaMalloc");
+            check(cudaMemset(gpu.early, 0, sizeof *gpu.early), "cudaMemset");
+        }
+        return gpu.early;
     }
 
   private:
+    struct Sum {
+        int blocks = 0, channels = 0;
+    };
+    struct Gpu {
+        std::multimap<int64_t, Places> exchanges;
+        int capacity = 0;
+        Early* early = nullptr;
+
+        // Those with the same share, which is not 0, count as one: as many channels as the one with most,
+        // of the largest.
+        Sum sum() const {
+            Sum all;
+            Places most;
+            for (auto at = exchanges.begin(); at != exchanges.end(); ++at) {
+                const Places& one = at->second;
+                most = {std::max(most.per_channel, one.per_channel), std::max(most.channels, one.channels)};
+                const auto next = std::next(at);
+                if (next != exchanges.end() && at->first != 0 && at->first == next->first) continue;
+                all = {all.blocks + most.blocks(), all.channels + most.channels};
+                most = {};
+            }
+            return all;
+        }
+        void tell() {
+            const Sum now = sum();
+            const Early now_is = now.channels <= 1            ? Early::kAny
+                                 : 2 * now.blocks <= capacity ? Early::kNext
+                                                              : Early::kNever;
+            // An error is that of a context that is gone, or the next call finds it again.
+            if (cudaMemcpy(early, &now_is, sizeof now_is, cudaMemcpyHostToDevice) != cudaSuccess)
+                cudaGetLastError();
+        }
+    };
+
     std::mutex mutex_;
-    std::unordered_map<int, int> used_;
+    std::unordered_map<int, Gpu> gpus_;
 };
 
 Residency& residency() {
     static Residency r;
     return r;
 }
+Residency::Places places_of(const Settings& settings) {
+    return {static_cast<int>(settings.max_blocks), static_cast<int>(settings.shape.num_channels)};
+}
 
 int power_of_two_at_most(int n) {
     int p = 1;
     while (2 * p <= n) p *= 2;
     return p;
+}
+
+// Of a combine's sending half, whose passes send so many ranks' rows.
+int warps_per_row(const Plan& plan, int64_t ranks) {
+    return power_of_two_at_most(
+        static_cast<int>(std::max<int64_t>(1, kWarps / (ranks * plan.tokens_per_chunk))));
 }
 
 // Ranks that a token goes to, on average, if all experts are chosen alike.
@@ -135,15 +209,16 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index_),
           "cudaDeviceGetAttribute");
     dependent_ = major >= 9 && !settings.staged;  // else the kernel ahead may be NCCL's
-    const int blocks_per_sm = std::min(dispatch_blocks_per_sm(), combine_blocks_per_sm());
+    const int blocks_per_sm =
+        std::min({dispatch_blocks_per_sm(), combine_blocks_per_sm(), sums_blocks_per_sm()});
     // Bulk copies into host memory take longer than stores (docs/performance.md); their kernels know no
     // staggered order.
     bulk_ = !settings.copies && settings.stagger == 0 && major >= 9 &&
             std::min(dispatch_bulk_blocks_per_sm(), combine_bulk_blocks_per_sm()) >= blocks_per_sm;
     const int capacity = sms * blocks_per_sm;
-    const int blocks = static_cast<int>(settings.max_blocks * shape.num_channels);
-    residency().reserve(device_index_, blocks, capacity);
-    reserved_blocks_ = blocks;
+    const Early* const early = residency().early(device_index_);
+    residency().reserve(device_index_, settings.share, places_of(settings), capacity);
+    has_places_ = true;
 
     const auto experts = static_cast<int64_t>(expert_rank.size());
     Place place;
@@ -197,6 +272,7 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.expert_rank = contiguous ? nullptr : reinterpret_cast<uint8_t*>(device_ + ranks);
         v.expert_local = contiguous ? nullptr : reinterpret_cast<int16_t*>(device_ + locals);
         v.mask = reinterpret_cast<uint64_t*>(device_ + mask);
+        v.early = early;
         v.rank = static_cast<int32_t>(settings.rank);
         v.world = static_cast<int32_t>(shape.world);
         v.top_k = static_cast<int32_t>(shape.top_k);
@@ -210,14 +286,46 @@ Exchange::Exchange(const Settings& settings, const std::vector<int32_t>& expert_
         v.local_ids = settings.local_ids;
         views_.push_back(v);
     }
+    load_kernels();
     recover(settings.epoch);
 }
 
+void Exchange::load_kernels() const {
+    const Launch none{
+        .blocks = 0, .stream = nullptr, .dependent = false, .staggered = settings_.stagger != 0};
+    const View& v = view(0);
+    auto load = [](cudaError_t error) { check(error, "loading a kernel"); };
+    SumsArgs a{};
+    a.answer.wire = settings_.wire;
+    a.answer.out_type = settings_.out;
+    for (const bool ids_are_64_bit : {false, true}) {
+        a.ask.ids_are_64_bit = ids_are_64_bit;
+        load(launch_sums(v, a, none));
+        a.ask.quantize = false;
+        load(launch_dispatch(v, a.ask, none));
+        a.ask.quantize = true;
+        for (const DType x_type : {DType::kF32, DType::kF16, DType::kBF16}) {
+            a.ask.x_type = x_type;
+            load(launch_dispatch(v, a.ask, none));
+        }
+    }
+    const int32_t no_place = -1;
+    for (const DType y_type : {settings_.out, DType::kF32})
+        for (const int32_t* places : {static_cast<const int32_t*>(nullptr), &no_place}) {
+            a.answer.y_type = y_type;
+            a.answer.places = places;
+            load(launch_combine(v, a.answer, none));
+        }
+    load(launch_close(v, true, none));
+    load(load_layout_kernels(settings_.wire, settings_.out));
+}
+
 Exchange::~Exchange() {
-    residency().release(device_index_, reserved_blocks_);
-    // Errors cannot be reported here; a context that is gone has freed everything already.
+    // Errors cannot be reported here; a context that is gone has freed everything already. This waits for
+    // kernels that still run.
     cudaFree(device_);
     cudaFreeHost(pinned_);
+    if (has_places_) residency().release(device_index_, settings_.share, places_of(settings_));
 }
 
 Plan Exchange::complete(Plan plan) const {
@@ -257,16 +365,40 @@ cudaError_t Exchange::combine(int64_t channel, CombineArgs a, cudaStream_t strea
     a.hidden = static_cast<int32_t>(settings_.hidden);
     a.wire = settings_.wire;
     a.out_type = settings_.out;
-    // That a pass sends in a chunk.
-    const int64_t rows = (settings_.stagger ? 1 : settings_.shape.world) * a.plan.tokens_per_chunk;
-    a.warps_per_row = power_of_two_at_most(static_cast<int>(std::max<int64_t>(1, kWarps / rows)));
+    a.warps_per_row = warps_per_row(a.plan, settings_.stagger ? 1 : settings_.shape.world);
     const int blocks = blocks_of(a.plan, a.send && a.receive);
+    // Bulk copies are of whole rows; and sums that a rank has for itself stay on its GPU if they are rows.
+    if (a.places && ((bulk_ && a.plan.bulk) || keeps_own_apart())) {
+        const auto slots = static_cast<int32_t>(settings_.shape.world * a.plan.slots);
+        const auto top_k = static_cast<int32_t>(settings_.shape.top_k);
+        const cudaError_t added =
+            launch_return({a.y, a.sums, a.places, a.weights, slots, top_k, a.hidden, 0, a.y_type, a.wire},
+                          a.return_blocks, stream);
+        if (added != cudaSuccess) return added;
+        a.y = a.sums;
+        a.y_type = a.wire;
+        a.places = nullptr;
+    }
     if (bulk_ && a.plan.bulk && a.y_type == a.wire)
         return launch_combine_bulk(view(channel), a,
                                    {std::min(blocks, copy_blocks(settings_.shape)), stream, dependent_});
     return launch_combine(
         view(channel), a,
         {.blocks = blocks, .stream = stream, .dependent = dependent_, .staggered = settings_.stagger != 0});
+}
+
+bool Exchange::takes_sums(const Plan& plan, DType y_type) const {
+    const bool alike = y_type == settings_.wire && y_type == settings_.out;
+    return alike && !settings_.staged && !keeps_own_apart() && !complete(plan).bulk;
+}
+
+cudaError_t Exchange::sums(int64_t channel, SumsArgs a, cudaStream_t stream) {
+    a.ask.plan = a.answer.plan = complete(a.ask.plan);
+    a.answer.hidden = static_cast<int32_t>(settings_.hidden);
+    a.answer.wire = settings_.wire;
+    a.answer.warps_per_row = warps_per_row(a.ask.plan, settings_.shape.world);
+    return launch_sums(view(channel), a,
+                       {.blocks = blocks_of(a.ask.plan, false), .stream = stream, .dependent = dependent_});
 }
 
 cudaError_t Exchange::close(int64_t channel, bool send, cudaStream_t stream) {

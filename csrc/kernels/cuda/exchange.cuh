@@ -19,11 +19,12 @@ struct RankSet {
 };
 static_assert(kRouteWords == 3);
 
-// What a kernel reads first, in loads that do not wait for each other.
+// What a kernel reads first, behind the one ahead of it, in loads that do not wait for each other.
 struct State {
     uint64_t epoch;
     Stage stage;
     bool stopped;
+    Early early;
     int32_t tokens;
     uint32_t chunks;
     RankSet mask;
@@ -33,6 +34,7 @@ __device__ inline State load_state(const View& v) {
     const uint4 a = ptx::load_fresh(v.word), m = ptx::load_fresh(v.mask);
     const uint32_t chunks = ptx::load_fresh_word(&v.word->chunks);
     const uint32_t stopped = ptx::load_fresh_word(&v.error->stopped);
+    const uint32_t early = ptx::load_fresh_word(v.early);
     State s;
     s.epoch = a.x | static_cast<uint64_t>(a.y) << 32;
     s.stage = static_cast<Stage>(a.z);
@@ -40,7 +42,15 @@ __device__ inline State load_state(const View& v) {
     s.chunks = chunks;
     s.stopped = stopped != 0;
     s.mask = {m.x, m.y, m.z};
+    s.early = static_cast<Early>(early);
     return s;
+}
+
+// The block's answer, the same for all its threads, whether nothing has failed: a failure may come just now.
+__device__ inline bool begin(const State& s) {
+    const bool alive = __syncthreads_or(s.stopped) == 0;
+    if (s.early != Early::kNever) ptx::let_next_kernel_start();
+    return alive;
 }
 
 // Parameters are new to the constant cache in every launch: have them there before the wait for the kernel

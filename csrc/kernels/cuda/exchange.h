@@ -39,6 +39,9 @@ struct Settings {
     int32_t stagger;
     // Size of a chunk against the plan's own; equal on all ranks.
     double chunk_scale;
+    // 0, or a number that exchanges of this process share of which never more are under way at once than the
+    // one with the most channels has: they have places for so many of the largest, together.
+    int64_t share;
 };
 
 // How `slots` tokens per rank are divided among at most `max_blocks` blocks and `max_chunks` flags.
@@ -47,7 +50,7 @@ Plan make_plan(const Settings& settings, int64_t slots);
 class Exchange {
   public:
     // Throws std::runtime_error if CUDA fails, or if the launches of this and of the exchanges that exist
-    // already could not all be resident on the GPU at once.
+    // already could not all be resident on the GPU at once (see Settings::share).
     Exchange(const Settings& settings, const std::vector<int32_t>& expert_rank,
              const std::vector<char*>& windows);
     ~Exchange();
@@ -57,6 +60,10 @@ class Exchange {
     // `a` without what the exchange knows itself; plan.slots = T, the rest of the plan may be 0: chosen.
     cudaError_t dispatch(int64_t channel, DispatchArgs a, cudaStream_t stream);
     cudaError_t combine(int64_t channel, CombineArgs a, cudaStream_t stream);
+    // Both in one launch, without rows in the first; `takes_sums` says whether that can be.
+    cudaError_t sums(int64_t channel, SumsArgs a, cudaStream_t stream);
+    bool takes_sums(const Plan& plan, DType y_type) const;
+    DeviceWord* word(int64_t channel) const { return view(channel).word; }  // for SumsArgs::ended
 
     // The first or second half of ending an exchange that nobody combines, where windows are staged: the
     // closing flags out; then wait for those of all others. Both do nothing if the channel has no open
@@ -73,13 +80,21 @@ class Exchange {
     void set_timeout(int64_t us);
     const Settings& settings() const { return settings_; }
     int device() const { return device_index_; }
+    // Blocks of a kernel that may come before the dispatch ahead of it has ended; see launch_sort.
+    int early_blocks() const { return dependent_ ? static_cast<int>(settings_.max_blocks) : 0; }
 
   private:
     // The other constructor goes on from here, so the destructor gives back what it has taken if it throws.
     explicit Exchange(const Settings& settings) : settings_(settings) {}
 
     const View& view(int64_t channel) const { return views_[channel]; }
+    // Every kernel that a call may launch; those with bulk copies have been when their blocks were counted.
+    // CUDA would load it at its first launch, and may wait until nothing runs: on a kernel that waits for a
+    // peer, whose host waits in the same way.
+    void load_kernels() const;
     Plan complete(Plan plan) const;
+    // What combine writes for this rank itself would go through host memory.
+    bool keeps_own_apart() const { return settings_.copies != nullptr && settings_.direct.empty(); }
     // Through host memory a block sends or receives, not both.
     int blocks_of(const Plan& plan, bool both_halves) const;
 
@@ -88,7 +103,7 @@ class Exchange {
     char* device_ = nullptr;   // everything that kernels need in this GPU's own memory
     ErrorCell* pinned_ = nullptr;
     int device_index_ = 0;
-    int reserved_blocks_ = 0;
+    bool has_places_ = false;
     bool dependent_ = false;
     bool bulk_ = false;  // the GPU has bulk copies and room for two blocks of the kernels that use them
 };

@@ -8,7 +8,7 @@
 namespace ep::cuda {
 
 struct Launch {
-    int blocks;
+    int blocks;  // 0: the kernel is only loaded
     cudaStream_t stream;
     bool dependent;  // compute capability 9.0 and later: may take its place before the kernel ahead of it has
                      // ended
@@ -19,6 +19,7 @@ struct Launch {
 
 cudaError_t launch_dispatch(const View& v, const DispatchArgs& a, const Launch& how);
 cudaError_t launch_combine(const View& v, const CombineArgs& a, const Launch& how);
+cudaError_t launch_sums(const View& v, const SumsArgs& a, const Launch& how);
 cudaError_t launch_close(const View& v, bool send, const Launch& how);
 cudaError_t launch_dispatch_bulk(const View& v, const DispatchArgs& a, Launch how);
 cudaError_t launch_combine_bulk(const View& v, const CombineArgs& a, Launch how);
@@ -28,10 +29,15 @@ int dispatch_blocks_per_sm();
 int combine_blocks_per_sm();
 int dispatch_bulk_blocks_per_sm();
 int combine_bulk_blocks_per_sm();
+int sums_blocks_per_sm();
 
 #if defined(__CUDACC__)
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), const Launch& how, const Params&... params) {
+    if (how.blocks == 0) {
+        cudaFuncAttributes attributes;
+        return cudaFuncGetAttributes(&attributes, kernel);
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(how.blocks));
     config.blockDim = dim3(static_cast<unsigned>(how.threads));

@@ -69,53 +69,61 @@ __device__ int list_of(const ReceivedSlots& s, int entry) {
     }
 }
 
-// The place of an entry is the number of entries before it in its list: those of tiles before, of warps
-// before it in the tile, of its warp so far, and of lanes before it.
+// The places of a tile's entries: the number of entries before each in its list, those of tiles before, of
+// warps before it in the tile, of its warp so far, and of lanes before it. `next`: [kWarps, lists], in shared
+// memory; in the end the last warp's numbers are those of all entries up to the tile's last. The whole block
+// comes.
 template <bool kByExpert>
-__global__ void __launch_bounds__(kThreads)
-    place_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ Tiles tiles) {
-    extern __shared__ int32_t next[];  // [kWarps, lists]
+__device__ void place_tile(const IndexArgs& a, const Tiles& tiles, int tile, int32_t* next, int32_t* places) {
     const ReceivedSlots& s = a.slots;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, columns = s.experts + 1;
     const int lists = kByExpert ? s.experts : 1, per_slot = kByExpert ? s.top_k : 1;
     int32_t* const mine = next + warp * lists;
+    const int begin = tile * tiles.slots * per_slot;
+    const int end = min((tile + 1) * tiles.slots, s.count) * per_slot;
+    const int share = (end - begin + kThreads - 1) / kThreads * 32;  // entries of a warp
+    const int warp_begin = min(begin + warp * share, end), warp_end = min(warp_begin + share, end);
+    for (int i = threadIdx.x; i < kWarps * lists; i += kThreads) next[i] = 0;
+    __syncthreads();
+    for (int i = warp_begin + lane; i < warp_end; i += 32)
+        if (const int list = list_of<kByExpert>(s, i); list >= 0) atomicAdd(&mine[list], 1);
+    __syncthreads();
+    for (int list = threadIdx.x; list < lists; list += kThreads) {
+        const int32_t* const column = a.tile_counts + (kByExpert ? list : s.experts);
+        int before = 0;
+        for (int t = 0; t < tile; ++t) before += column[t * columns];
+        for (int w = 0; w < kWarps; ++w) {
+            const int count = next[w * lists + list];
+            next[w * lists + list] = before;
+            before += count;
+        }
+    }
+    __syncthreads();
+    for (int base = warp_begin; base < warp_end; base += 32) {
+        const int i = base + lane, list = i < warp_end ? list_of<kByExpert>(s, i) : -1;
+        const unsigned same = __match_any_sync(kAll, list), before = same & ((1u << lane) - 1);
+        const int at = list < 0 ? 0 : mine[list] + __popc(before);
+        __syncwarp();  // all have read what the first of each list now moves on
+        if (list >= 0 && before == 0) mine[list] += __popc(same);
+        __syncwarp();
+        if (i < warp_end) places[i] = list < 0 || at >= s.count ? -1 : list * s.count + at;
+    }
+    __syncthreads();
+}
+
+template <bool kByExpert>
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ Tiles tiles) {
+    extern __shared__ int32_t next[];
+    const int columns = a.slots.experts + 1;
     for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-        const int begin = tile * tiles.slots * per_slot;
-        const int end = min((tile + 1) * tiles.slots, s.count) * per_slot;
-        const int share = (end - begin + kThreads - 1) / kThreads * 32;  // entries of a warp
-        const int warp_begin = min(begin + warp * share, end), warp_end = min(warp_begin + share, end);
-        for (int i = threadIdx.x; i < kWarps * lists; i += kThreads) next[i] = 0;
-        __syncthreads();
-        for (int i = warp_begin + lane; i < warp_end; i += 32)
-            if (const int list = list_of<kByExpert>(s, i); list >= 0) atomicAdd(&mine[list], 1);
-        __syncthreads();
-        for (int list = threadIdx.x; list < lists; list += kThreads) {
-            const int32_t* const column = a.tile_counts + (kByExpert ? list : s.experts);
-            int before = 0;
-            for (int t = 0; t < tile; ++t) before += column[t * columns];
-            for (int w = 0; w < kWarps; ++w) {
-                const int count = next[w * lists + list];
-                next[w * lists + list] = before;
-                before += count;
-            }
+        place_tile<kByExpert>(a, tiles, tile, next, a.places);
+        if (tile != tiles.count - 1) continue;
+        for (int e = threadIdx.x; e < columns; e += kThreads) {
+            int total = 0;
+            for (int t = 0; t < tiles.count; ++t) total += a.tile_counts[t * columns + e];
+            a.totals[e] = min(total, a.slots.count);
         }
-        __syncthreads();
-        for (int base = warp_begin; base < warp_end; base += 32) {
-            const int i = base + lane, list = i < warp_end ? list_of<kByExpert>(s, i) : -1;
-            const unsigned same = __match_any_sync(kAll, list), before = same & ((1u << lane) - 1);
-            const int at = list < 0 ? 0 : mine[list] + __popc(before);
-            __syncwarp();  // all have read what the first of each list now moves on
-            if (list >= 0 && before == 0) mine[list] += __popc(same);
-            __syncwarp();
-            if (i < warp_end) a.places[i] = list < 0 || at >= s.count ? -1 : list * s.count + at;
-        }
-        if (tile == tiles.count - 1)
-            for (int e = threadIdx.x; e < columns; e += kThreads) {
-                int total = 0;
-                for (int t = 0; t < tiles.count; ++t) total += a.tile_counts[t * columns + e];
-                a.totals[e] = min(total, s.count);
-            }
-        __syncthreads();  // next is used again
     }
 }
 
@@ -139,12 +147,13 @@ __device__ bool any_place(const int32_t* places, int count) {
     return __any_sync(kAll, lane < count && places[lane] >= 0);
 }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs a) {
+// `all_places`: those of a.places, where they are at hand.
+__device__ void gather_rows(const GatherArgs& a, const int32_t* all_places) {
     const ReceivedSlots& s = a.slots;
     const Share share(a.warps_per_row);
     const int words = static_cast<int>(a.row_bytes / 16), scale_words = static_cast<int>(a.scale_bytes / 4);
     for (int64_t slot = share.first(); slot < s.count; slot += share.stride()) {
-        const int32_t* const places = a.places + slot * a.places_per_slot;
+        const int32_t* const places = all_places + slot * a.places_per_slot;
         if (!any_place(places, a.places_per_slot)) continue;
         const char* const from = a.rows + slot * a.row_bytes;
         for (int first = share.place; first < words; first += share.step * kInFlight) {
@@ -164,9 +173,15 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
         }
         for (int i = share.place; i < scale_words; i += share.step) {
             const uint32_t word = reinterpret_cast<const uint32_t*>(a.scales + slot * a.scale_bytes)[i];
-            for (int p = 0; p < a.places_per_slot; ++p)
-                if (places[p] >= 0)
-                    reinterpret_cast<uint32_t*>(a.out_scales + places[p] * a.scale_bytes)[i] = word;
+            for (int p = 0; p < a.places_per_slot; ++p) {
+                if (places[p] < 0) continue;
+                int64_t at = static_cast<int64_t>(places[p]) * scale_words + i;
+                if (a.scales_by_column) {
+                    const int expert = places[p] / s.count, row = places[p] - expert * s.count;
+                    at = (static_cast<int64_t>(expert) * scale_words + i) * s.count + row;
+                }
+                reinterpret_cast<uint32_t*>(a.out_scales)[at] = word;
+            }
         }
         if (a.out_ids == nullptr || share.place >= s.top_k) continue;
         const int64_t entry = slot * s.top_k + share.place;
@@ -175,6 +190,30 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
         a.out_ids[to] = id < 0 ? a.pad_id : id;
         a.out_weights[to] = id < 0 ? 0.0f : s.weights[entry];
     }
+}
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs a) {
+    gather_rows(a, a.places);
+}
+
+// Few rows, by expert, in one launch: each block finds all places, as that takes less time than to wait for
+// another kernel that does.
+__global__ void __launch_bounds__(kThreads,
+                                  2)  // as many registers as exchanges have, among which it may come
+    sort_kernel(const __grid_constant__ IndexArgs a, const __grid_constant__ GatherArgs gather,
+                const __grid_constant__ Tiles tiles) {
+    extern __shared__ int32_t next[];
+    const ReceivedSlots& s = a.slots;
+    int32_t* const places = next + kWarps * s.experts;
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    place_tile<true>(a, tiles, 0, next, places);
+    if (blockIdx.x == 0) {
+        for (int i = threadIdx.x; i < s.count * s.top_k; i += kThreads) a.places[i] = places[i];
+        for (int e = threadIdx.x; e < s.experts; e += kThreads)
+            a.totals[e] = min(next[(kWarps - 1) * s.experts + e], s.count);
+    }
+    gather_rows(gather, places);
 }
 
 template <class F>
@@ -285,6 +324,10 @@ cudaError_t launch_return_as(const ReturnArgs& a, const Launch& how) {
     if (wire32) return launch(return_kernel<Out, F32>, how, a);
     return launch(return_kernel<Out, Out>, how, a);
 }
+cudaError_t launch_return_kernel(const ReturnArgs& a, const Launch& how) {
+    const bool half = a.y_type == DType::kF16 || a.wire == DType::kF16;
+    return half ? launch_return_as<F16>(a, how) : launch_return_as<BF16>(a, how);
+}
 
 }  // namespace
 
@@ -304,11 +347,41 @@ cudaError_t launch_gather(GatherArgs a, int blocks, cudaStream_t stream) {
     return launch(gather_kernel, ordinary(blocks_for(a.slots.count, a.warps_per_row, blocks), stream), a);
 }
 
+cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, int early_blocks,
+                        cudaStream_t stream) {
+    constexpr int64_t kShared = 48 * 1024;  // that a block has without asking
+    const Tiles tiles = Tiles::of(a.slots.count);
+    const int64_t shared = (kWarps * a.slots.experts + int64_t{a.slots.count} * a.slots.top_k) * 4;
+    if (tiles.count > 1 || shared > kShared) {
+        const cudaError_t placed = launch_index(a, blocks, stream);
+        return placed == cudaSuccess ? launch_gather(gather, blocks, stream) : placed;
+    }
+    gather.warps_per_row = warps_for(gather.row_bytes / 16);
+    Launch how = ordinary(blocks_for(a.slots.count, gather.warps_per_row, blocks), stream, shared);
+    how.dependent = how.blocks <= early_blocks;
+    return launch(sort_kernel, how, a, gather, tiles);
+}
+
+cudaError_t load_layout_kernels(DType wire, DType out) {
+    const Launch none{.blocks = 0, .stream = nullptr, .dependent = false};
+    for (const DType y_type : {out, DType::kF32}) {
+        ReturnArgs a{};
+        a.y_type = y_type;
+        a.wire = wire;
+        if (const cudaError_t error = launch_return_kernel(a, none)) return error;
+    }
+    for (const cudaError_t error :
+         {launch(count_kernel, none, IndexArgs{}, Tiles{}),
+          launch(place_kernel<false>, none, IndexArgs{}, Tiles{}),
+          launch(place_kernel<true>, none, IndexArgs{}, Tiles{}), launch(gather_kernel, none, GatherArgs{}),
+          launch(sort_kernel, none, IndexArgs{}, GatherArgs{}, Tiles{})})
+        if (error != cudaSuccess) return error;
+    return cudaSuccess;
+}
+
 cudaError_t launch_return(ReturnArgs a, int blocks, cudaStream_t stream) {
     a.warps_per_row = warps_for(a.hidden * element_bytes(a.y_type) / 16);
-    const Launch how = ordinary(blocks_for(a.count, a.warps_per_row, blocks), stream);
-    const bool half = a.y_type == DType::kF16 || a.wire == DType::kF16;
-    return half ? launch_return_as<F16>(a, how) : launch_return_as<BF16>(a, how);
+    return launch_return_kernel(a, ordinary(blocks_for(a.count, a.warps_per_row, blocks), stream));
 }
 
 }  // namespace ep::cuda

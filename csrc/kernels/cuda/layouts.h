@@ -2,9 +2,9 @@
 // of each in the layout that was asked for, copy the rows there, and later bring the results back into
 // rank-major rows, from where combine sends them.
 //
-// None of them waits for a peer. They start when the kernel ahead has ended, not before as dispatch and
-// combine may: blocks that held a place while a dispatch waits could keep the other rank's block, for which
-// it waits, from finding one.
+// None of them waits for a peer. But for launch_sort they start when the kernel ahead has ended, not before
+// as dispatch and combine may: blocks that held a place while a dispatch waits could keep the other rank's
+// block, for which it waits, from finding one.
 #pragma once
 
 #include "launch.h"
@@ -30,7 +30,8 @@ struct IndexArgs {
     ReceivedSlots slots;
     int32_t* tile_counts;  // scratch, [kMaxTiles, experts + 1]
     int32_t* places;       // [count, 1 or top_k]
-    int32_t* totals;       // [experts + 1]: rows of each expert; then slots that have any expert of this rank
+    // [experts + 1]: rows of each expert; then slots that have any expert of this rank, not from launch_sort.
+    int32_t* totals;
     bool by_expert;
 };
 
@@ -41,7 +42,8 @@ struct GatherArgs {
     const char* scales;  // [count, scale_bytes], a multiple of 4; null: none
     char* out_rows;
     char* out_scales;
-    int32_t* out_ids;  // [rows, top_k]; null: none wanted
+    bool scales_by_column;  // expert-major: [experts, scale_bytes / 4, count] words instead of the other way
+    int32_t* out_ids;       // [rows, top_k]; null: none wanted
     float* out_weights;
     int64_t row_bytes, scale_bytes;
     int32_t places_per_slot;
@@ -67,6 +69,13 @@ struct ReturnArgs {
 cudaError_t launch_index(const IndexArgs& a, int blocks, cudaStream_t stream);
 // Copies received rows, scales, ids and weights to their places.
 cudaError_t launch_gather(GatherArgs a, int blocks, cudaStream_t stream);
+// Both, by_expert, where nobody must know in between how many rows there are. `gather` is of the same slots
+// and places. Behind a dispatch that has at least `early_blocks` places reserved for the kernel behind it, at
+// most so many blocks may come before it has ended.
+cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, int early_blocks,
+                        cudaStream_t stream);
+// All these kernels, for results that are of one of both formats; see Exchange::load_kernels.
+cudaError_t load_layout_kernels(DType wire, DType out);
 // Rank-major rows for combine: sums in fp32 in order of k, fused, rounded once to the wire's format.
 cudaError_t launch_return(ReturnArgs a, int blocks, cudaStream_t stream);
 

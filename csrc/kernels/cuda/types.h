@@ -37,6 +37,14 @@ EP_HD inline int staggered_target(int rank, int world, int group, int pass) {
     return (rank / group + pass / group) % (world / group) * group + (rank + pass) % group;
 }
 
+// How early the kernel behind a dependent one may take its place: it must not keep another channel's kernel,
+// for which a peer waits, from finding one.
+enum class Early : uint32_t {
+    kNever = 0,
+    kNext = 1,  // room for two kernels of every channel: not before the one ahead has begun
+    kAny = 2,   // no other channel: with all that are behind it
+};
+
 // The channel's device word, in this GPU's own memory. All blocks of a kernel read it; the last block that
 // has read it writes it.
 struct alignas(16) DeviceWord {
@@ -88,6 +96,7 @@ struct View {
     const uint8_t* expert_rank;  // null: contiguous placement
     const int16_t* expert_local;
     const uint64_t* mask;  // ranks that waits and sends leave out
+    const Early* early;
     int32_t rank, world, top_k, channel;
     int32_t experts, experts_base,
         experts_more;                    // contiguous: the first experts_more ranks hold experts_base + 1
@@ -116,13 +125,29 @@ struct DispatchArgs {
 };
 
 struct CombineArgs {
-    const char* y;  // [world * T, hidden]
+    const char* y;  // [world * T, hidden], or with `places` the experts' results there: [rows, hidden]
     char* out;      // [tokens, hidden]
+    // Null: y are this rank's sums. Else the weighted sums are made on the way: [world * T, top_k] each, a
+    // number of a row, or -1.
+    const int32_t* places;
+    const float* weights;
+    // With `places`, where sums must be rows before they are sent: [world * T, hidden] of the wire's format,
+    // and how many blocks may make them.
+    char* sums;
+    int32_t return_blocks;
     Plan plan;
     int32_t hidden;
     int32_t warps_per_row;  // of the sending half: power of two, at most kWarps
     DType y_type, wire, out_type;
     bool send, receive;
+};
+
+// An exchange without rows: ids and weights there, weighted sums back.
+struct SumsArgs {
+    DispatchArgs ask;    // its ids, weights, tokens and plan
+    CombineArgs answer;  // all of it but weights, sums and send; y, wire and out are of one type
+    // Null, or of the exchange that has brought the rows, on all ranks: this one's flags end it, too.
+    DeviceWord* ended;
 };
 
 }  // namespace ep::cuda

@@ -228,6 +228,12 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
         if (mask >> lane & 1) all |= static_cast<unsigned>(values[lane]);
     return all;
 }
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+    return __reduce_or_sync(mask, value ? 1u << emulated::block().thread() % 32 : 0);
+}
+inline int __ffs(unsigned value) {
+    return __builtin_ffs(static_cast<int>(value));
+}
 inline int __popc(unsigned value) {
     return __builtin_popcount(value);
 }
@@ -309,6 +315,11 @@ inline cudaError_t cudaMemset(void* at, int byte, int64_t bytes) {
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, int64_t bytes, int) {
     return std::memcpy(to, from, static_cast<size_t>(bytes)), cudaSuccess;
+}
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+    return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) {

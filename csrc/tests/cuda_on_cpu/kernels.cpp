@@ -69,7 +69,7 @@ std::vector<Member> members(const Case& c, int64_t timeout_us) {
     for (int e = 0; e < c.experts; ++e) owners.push_back(e % c.world);
     for (int r = 0; r < c.world; ++r) {
         Settings s{shape,        r,       c.hidden, DType::kBF16, DType::kBF16, false, -1, 0, timeout_us,
-                   c.max_blocks, nullptr, {},       false,        c.stagger,    1.0};
+                   c.max_blocks, nullptr, {},       false,        c.stagger,    1.0,   0};
         if (c.host) s.copies = as<char>(ranks[static_cast<size_t>(r)].copies);
         ranks[static_cast<size_t>(r)].exchange = std::make_unique<Exchange>(s, owners, windows);
     }
@@ -151,14 +151,21 @@ std::vector<uint16_t> wanted(const Case& c, const Tokens& t) {
     if (!(condition))     \
     throw std::runtime_error(std::string(__FILE__ ":") + std::to_string(__LINE__) + ": " #condition)
 
+// The second half of a combine.
+void receive(Exchange& exchange, int64_t channel, CombineArgs a) {
+    a.places = nullptr;
+    a.send = false, a.receive = true;
+    exchange.combine(channel, a, nullptr);
+}
+
 // What a rank does: rows by expert, and the weighted sums of their results back.
-void rank_of(const Case& c, int rank, Member& member, std::string& wrong) try {
+void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::string& wrong) try {
     Exchange& exchange = *member.exchange;
     const int experts = (c.experts - rank + c.world - 1) / c.world;
     std::vector<int16_t> local;
     for (int e = 0; e < c.experts; ++e)
         local.push_back(static_cast<int16_t>(e % c.world == rank ? e / c.world : -1));
-    for (unsigned number = 0; number < 6; ++number) {
+    for (unsigned number = 0; number < 7; ++number) {
         const int slots = number == 3 ? 1 : c.tokens, count = c.world * slots, channel = number % 2;
         Tokens t = make(c, rank, slots, number);
         Arrived arrived;
@@ -192,8 +199,7 @@ void rank_of(const Case& c, int rank, Member& member, std::string& wrong) try {
         gather.out_rows = as<char>(by_expert);
         gather.row_bytes = row_bytes;
         gather.places_per_slot = c.top_k;
-        launch_index(index, 4, nullptr);
-        launch_gather(gather, 4, nullptr);
+        launch_sort(index, gather, 4, exchange.early_blocks(), nullptr);
         std::vector<int> next(static_cast<size_t>(experts));
         for (int entry = 0; entry < count * c.top_k; ++entry) {
             const int id = ids[static_cast<size_t>(entry)], place = places[static_cast<size_t>(entry)];
@@ -212,37 +218,55 @@ void rank_of(const Case& c, int rank, Member& member, std::string& wrong) try {
                              : uint16_t{0x7FC0};  // NaN: nobody reads it
                 }
 
-        launch_return({as<char>(by_expert), as<char>(scratch), places.data(), weights.data(), count, c.top_k,
-                       c.hidden, 0, DType::kBF16, DType::kBF16},
-                      4, nullptr);
-        if (number == 2 || number == 4) continue;  // left open: the next dispatch on the channel closes it
         const std::vector<uint16_t> want = wanted(c, t);
-        std::vector<uint16_t> out(want.size() + 1);
         CombineArgs back{};
-        back.y = as<char>(scratch);
-        back.out = reinterpret_cast<char*>(out.data());
+        back.y = as<char>(by_expert);
+        back.places = places.data();
+        back.weights = weights.data();
+        back.sums = as<char>(scratch);
+        back.return_blocks = 3;
         back.plan.slots = slots;
         back.y_type = DType::kBF16;
-        back.send = true, back.receive = number % 3 != 1;
-        exchange.combine(channel, back, nullptr);
-        if (!back.receive) {
-            back.send = false, back.receive = true;
+        // Else left open: number 2 until the sums end it, number 4 until the next dispatch on the channel.
+        if (number != 2 && number != 4) {
+            std::vector<uint16_t> out(want.size() + 1);
+            back.out = reinterpret_cast<char*>(out.data());
+            back.send = true, back.receive = number % 3 != 1;
             exchange.combine(channel, back, nullptr);
+            if (!back.receive) receive(exchange, channel, back);
+            out.resize(want.size());
+            EXPECT(out == want);
+            EXPECT(exchange.error().status == Status::kOk);
         }
-        out.resize(want.size());
-        EXPECT(out == want);
-        EXPECT(exchange.error().status == Status::kOk);
+        // The same results by another exchange, whole and in halves.
+        if (!sums.takes_sums(d.plan, DType::kBF16)) continue;
+        for (int half = 0; half < 2; ++half) {
+            std::vector<uint16_t> out(want.size() + 1);
+            SumsArgs s{d, back};
+            s.answer.out = reinterpret_cast<char*>(out.data());
+            s.answer.receive = half == 0;
+            const DeviceWord& word = *exchange.word(channel);
+            if (number == 2) s.ended = exchange.word(channel);
+            EXPECT(half == 1 || word.stage == (number == 2 || number == 4 ? Stage::kReceived : Stage::kIdle));
+            sums.sums(channel, s, nullptr);
+            EXPECT(word.stage == (number == 4 ? Stage::kReceived : Stage::kIdle));
+            if (half == 1 && number == 2) continue;  // left open, too
+            if (half == 1) receive(sums, channel, s.answer);
+            out.resize(want.size());
+            EXPECT(sums.error().status == Status::kOk);
+            EXPECT(out == want);
+        }
     }
 } catch (const std::exception& error) {
     wrong = "rank " + std::to_string(rank) + ": " + error.what();
 }
 
 int run(const Case& c) {
-    std::vector<Member> all = members(c, 20'000'000);
+    std::vector<Member> all = members(c, 20'000'000), sums = members(c, 20'000'000);
     std::vector<std::string> wrong(all.size());
     std::vector<std::thread> ranks;
     for (size_t r = 0; r < all.size(); ++r)
-        ranks.emplace_back([&, r] { rank_of(c, static_cast<int>(r), all[r], wrong[r]); });
+        ranks.emplace_back([&, r] { rank_of(c, static_cast<int>(r), all[r], *sums[r].exchange, wrong[r]); });
     for (std::thread& rank : ranks) rank.join();
     int failed = 0;
     for (const std::string& text : wrong) {

@@ -27,13 +27,16 @@ class Summary:
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[Summary]:
-    """By concurrency, then by backend, each in the order in which they were measured."""
+    """By concurrency, then by backend, each in the order in which they were measured; without those that a
+    run was interrupted before."""
     concurrencies = dict.fromkeys(result["concurrency"] for result in results)
     backends = dict.fromkeys(result["backend"] for result in results)
     summaries = []
     for concurrency in concurrencies:
         for backend in backends:
             rounds = [r for r in results if (r["concurrency"], r["backend"]) == (concurrency, backend)]
+            if not rounds:
+                continue
             values = {metric: [r[metric] for r in rounds] for metric in METRICS}
             summaries.append(
                 Summary(
@@ -58,6 +61,7 @@ def ratios(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     """Of medians, each backend's divided by the baseline's: below 1, TPOT is shorter; above 1, more tokens/s.
 
     A ratio is None where the baseline's median is 0: answers of one token have no time per output token.
+    There is none where the baseline was not measured.
     """
     baseline = baseline_of([summary.backend for summary in summaries])
     base = {summary.concurrency: summary for summary in summaries if summary.backend == baseline}
@@ -70,7 +74,7 @@ def ratios(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
             "output_tokens_ratio": _ratio("output_tokens_per_s", summary, base[summary.concurrency]),
         }
         for summary in summaries
-        if baseline is not None and summary.backend != baseline
+        if summary.backend != baseline and summary.concurrency in base
     ]
 
 
@@ -118,7 +122,9 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
         if spread:
             cells.append(f"{summary.least['tpot_median_ms']:.1f}-{summary.most['tpot_median_ms']:.1f}")
         if baseline is not None:
-            ratio = found.get((summary.concurrency, summary.backend), 1.0)
+            ratio = found.get((summary.concurrency, summary.backend))
+            if summary.backend == baseline:
+                ratio = 1.0
             cells.append("-" if ratio is None else f"{ratio:.2f}")
         shown.add_row(*cells)
     return shown

@@ -452,9 +452,9 @@ class Buffer:
         combined, sent = out, self._low_latency.combine_buffer(shape) if zero_copy else x
         half, event = self._streams.run(
             lambda: self._low_latency.combine(
-                sent, topk_idx, topk_weights, shape, combined, in_halves=return_recv_hook
+                sent, topk_idx, topk_weights, handle, combined, in_halves=return_recv_hook
             ),
-            [sent, topk_idx, topk_weights, combined],
+            [sent, topk_idx, topk_weights, combined, handle.places],
             async_finish=async_finish,
         )
         return combined, event, self._hook(half, x)

@@ -1,8 +1,9 @@
 """Low-latency mode: rows by expert, weighted sums.
 
 The top-k weights come only with the combine, but the ranks that hold the experts apply them before rows
-travel back. So a combine is an exchange of its own, whose dispatch brings ids and weights with marker rows.
-The exchange of the dispatch is never combined: the next one on its channel ends it.
+travel back. So a combine is an exchange of its own, whose dispatch brings ids and weights; where the rows of
+each of its slots stand is known since the dispatch of the rows. That one's exchange is never combined: the
+first combine of its rows ends it, or else the next one on its channel.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from typing import Any
 
 import torch
 
-from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Pool, Usual, sms
+from ep_backend.communicator import Communicator, Handle
+from ep_backend.compat.deep_ep.pool import MARKER_BYTES, Member, Pool, Usual
 from ep_backend.config import SCALE_BLOCK
 from ep_backend.errors import EpArgumentError
+from ep_backend.transports.gpu import sms
 
 CHANNELS = 2
 """Calls whose hooks may be open at once, as in DeepEP."""
-SHARE = 1 / 4
-"""Blocks of one channel of dispatch or combine for each SM of the GPU."""
+SHARE = 1 / 2
+"""Blocks of one channel for each SM of the GPU: both channels and the kernels behind theirs fill it."""
+FEW_TOKENS, SMALL_CHUNKS = 32, 1 / 2
+"""Of a combine: up to so many tokens chunks of that size, against the usual one."""
 MIN_AMAX = 1e-4  # of a block that is quantised with a rounded scale; DeepEP's
 E4M3_MAX = 448.0
 
@@ -37,14 +42,13 @@ class Shape:
     device: torch.device
 
     def fields(self) -> dict[str, Any]:
-        """Those of EpConfig. Ids stay global, for `LowLatencyHandle`."""
+        """Those of EpConfig."""
         blocks = 0 if self.device.type == "cpu" else max(1, int(SHARE * sms(self.device)))
         return {
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "hidden_size": self.hidden,
             "out_dtype": torch.bfloat16,
-            "layout": "expert_major",
             "expert_ids": "global",
             "num_channels": CHANNELS,
             "num_sms": Usual(blocks, blocks) if blocks else None,
@@ -53,10 +57,12 @@ class Shape:
 
 def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, Any]:
     """EpConfig of a dispatch: bf16, fp8 by the kernel, or fp8 that is quantised before."""
+    # Scales of columns, as GEMMs with scales of blocks read them, and as DeepEP gives them.
+    fields = {**shape.fields(), "layout": "expert_major", "scales_by_column": quantized}
     if rounded:
-        return {**shape.fields(), "payload": torch.float8_e4m3fn}
+        return {**fields, "payload": torch.float8_e4m3fn}
     return {
-        **shape.fields(),
+        **fields,
         "payload": torch.bfloat16,
         "quantization": "fp8_block128" if quantized else None,
     }
@@ -64,21 +70,38 @@ def dispatch_fields(shape: Shape, quantized: bool, rounded: bool) -> dict[str, A
 
 def combine_fields(shape: Shape) -> dict[str, Any]:
     """EpConfig of a combine, whose dispatch has marker rows."""
-    return {**shape.fields(), "payload": torch.uint8, "payload_bytes": MARKER_BYTES}
+    # More blocks for few tokens: each makes the sums of many experts' rows.
+    scale = SMALL_CHUNKS if shape.tokens <= FEW_TOKENS else None
+    return {
+        **shape.fields(),
+        "payload": torch.uint8,
+        "payload_bytes": MARKER_BYTES,
+        "chunk_scale": scale,
+    }
 
 
 class LowLatencyHandle(Sequence[Any]):
     """As DeepEP's: (src_info, layout_range, T, hidden, num_experts). The first two are computed when they are
-    asked for; combine does not need them.
+    asked for.
 
     ``src_info``: [local experts, ranks * T] int32, the token of its source that a row is; beyond the count,
-    anything. ``layout_range``: [local experts, ranks] int64, ``first << 32 | count`` of each source's rows.
+    -1. ``layout_range``: [local experts, ranks] int64, ``first << 32 | count`` of each source's rows.
     """
 
-    def __init__(self, shape: Shape, rank: int, world: int) -> None:
-        self.shape, self._rank, self._world = shape, rank, world
-        self.ids: torch.Tensor | None = None
-        """[ranks * T, top_k]; None until the rows have come, and with transport hier."""
+    def __init__(self, shape: Shape, world: int) -> None:
+        self.shape, self._world = shape, world
+        self.places: torch.Tensor | None = None
+        """As ``Communicator.received_places``. None until the rows have come, and with transport hier."""
+        self.exchange: tuple[Member, Handle] | None = None
+        """That has brought the rows. None until they have come."""
+
+    @property
+    def ends(self) -> tuple[Communicator, Handle] | None:
+        """What the first combine ends on its way: the exchange, if nothing else has ended it."""
+        if self.exchange is None:
+            return None
+        member, handle = self.exchange
+        return (member.communicator, handle) if member.alive and handle.state == "received" else None
 
     def __len__(self) -> int:
         return 5
@@ -92,16 +115,21 @@ class LowLatencyHandle(Sequence[Any]):
         return (self.shape.tokens, self.shape.hidden, self.shape.num_experts)[place - 2]
 
     def _sources(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.ids is None:
+        if self.places is None:
             raise EpArgumentError(
                 "src_info and layout_range are not known: call the hook first; transport hier has none"
             )
-        tokens, local = self.shape.tokens, self.shape.num_experts // self._world
-        experts = torch.arange(local, device=self.ids.device) + self._rank * local
-        rows = (self.ids == experts[:, None, None]).any(-1)
-        src_info = (rows.logical_not().byte().argsort(dim=1, stable=True) % tokens).int()
-        counts = rows.view(local, self._world, tokens).sum(-1)
-        return src_info, (counts.cumsum(1) - counts) << 32 | counts
+        slots, local = len(self.places), self.shape.num_experts // self._world
+        slot = torch.arange(slots, device=self.places.device)[:, None].expand_as(self.places)
+        # All others write behind the end. No mask: a CUDA graph may hold this.
+        at = torch.where(self.places < 0, local * slots, self.places).long()
+        src_info = torch.full((local * slots + 1,), -1, dtype=torch.int32, device=at.device)
+        src_info.scatter_(0, at.flatten(), (slot % self.shape.tokens).int().flatten())
+        group = at // slots * self._world + slot // self.shape.tokens
+        counts = at.new_zeros((local + 1) * self._world)
+        counts.scatter_add_(0, group.flatten(), torch.ones_like(at).flatten())
+        counts = counts.view(-1, self._world)[:local]
+        return src_info[:-1].view(local, slots), (counts.cumsum(1) - counts) << 32 | counts
 
 
 class LowLatency:
@@ -133,15 +161,14 @@ class LowLatency:
         experts, capacity = shape.num_experts // self._world, self._world * shape.tokens
         channel = member.next_channel()
         call: dict[str, Any] = {"scales": scales, "tokens_per_rank": shape.tokens, "channel": channel}
-        handle = LowLatencyHandle(shape, self._rank, self._world)
-        # Columns first, as GEMMs with scales of blocks read them.
-        columns, dtype = shape.hidden // SCALE_BLOCK, torch.float32
-        if use_ue8m0:
-            columns, dtype = columns // 4, torch.int32
+        handle = LowLatencyHandle(shape, self._world)
         new: dict[str, Any] = {"device": shape.device}
-        out_scales = None
-        if use_fp8:
-            out_scales = torch.empty(experts, columns, capacity, dtype=dtype, **new).transpose(1, 2)
+        later = None  # scales that are not as they came, or come only with the second half
+        if use_fp8 and (use_ue8m0 or in_halves):
+            columns, dtype = shape.hidden // SCALE_BLOCK, torch.float32
+            if use_ue8m0:
+                columns, dtype = columns // 4, torch.int32
+            later = torch.empty(experts, columns, capacity, dtype=dtype, **new).mT
 
         if in_halves:
             row_type = communicator.config.received_dtype
@@ -158,14 +185,15 @@ class LowLatency:
             if in_halves:
                 assert got.rows_per_expert is not None
                 counts.copy_(got.rows_per_expert)
-            if out_scales is not None:
+            if later is not None:
                 assert got.scales is not None
-                out_scales.copy_(pack_ue8m0(got.scales) if use_ue8m0 else got.scales)
+                later.copy_(pack_ue8m0(got.scales) if use_ue8m0 else got.scales)
             if stats is not None:
                 stats.add_(counts)
-            handle.ids = communicator.received_ids(sent)
+            handle.places, handle.exchange = communicator.received_places(sent), (member, sent)
 
-        result = ((rows, out_scales) if use_fp8 else rows, counts, handle)
+        scales = received.scales if later is None and not in_halves else later
+        result = ((rows, scales) if use_fp8 else rows, counts, handle)
         if in_halves:
             return result, member.hook(channel, finish)
         finish()
@@ -176,22 +204,30 @@ class LowLatency:
         x: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        shape: Shape,
+        dispatched: LowLatencyHandle,
         out: torch.Tensor,
         *,
         in_halves: bool,
     ) -> Callable[[], None] | None:
         """As ``Buffer.low_latency_combine``, into ``out``; the second half if ``in_halves``."""
+        shape = dispatched.shape
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
         markers = member.markers(len(ids))
-        _, handle = communicator.dispatch(
-            markers, ids, weights, tokens_per_rank=shape.tokens, channel=channel
-        )
+        if dispatched.exchange is None:
+            raise EpArgumentError("the rows have not come: call the hook of their dispatch first")
+        if member.captured:  # so the graph may hold the other one, too
+            dispatched.exchange[0].captured = True
+        given = (x, dispatched.places, markers, ids, weights)
+        call: dict[str, Any] = {
+            "tokens_per_rank": shape.tokens,
+            "channel": channel,
+            "ends": dispatched.ends,
+        }
         if not in_halves:
-            communicator.combine(x, handle, out=out)
+            communicator.exchange_sums(*given, **call, out=out)
             return None
-        communicator.combine_send(x, handle)
+        handle = communicator.exchange_sums_send(*given, **call)
         return member.hook(channel, lambda: communicator.combine_recv(handle, out=out))
 
     def destroy(self) -> None:

@@ -20,7 +20,7 @@ from ep_backend.errors import EpArgumentError
 from ep_backend.transports.gpu import BLOCKS_PER_SM, sms
 
 LARGEST_SHARE = 0.45
-"""Blocks of a communicator for each SM of the GPU, at most: those of low-latency mode need room, too."""
+"""Blocks of a communicator for each SM of the GPU, at most; low-latency mode has places for more."""
 WEIGHT_BLOCKS = 8
 
 

@@ -16,7 +16,7 @@ from ep_backend.config import MAX_EXPERTS, MAX_TOKENS
 from ep_backend.engines.pool import no_defaults_of_a_model
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.host_sum import HostSum
-from ep_backend.transports.gpu import BLOCKS_PER_SM, sms
+from ep_backend.transports.gpu import Share
 
 MARKER_BYTES = 16
 """The shortest row there is: of exchanges that only tell who has which expert."""
@@ -76,11 +76,6 @@ class Member:
         counts, for when it goes depends on the rank."""
         return bool(self._hooks)
 
-    @property
-    def blocks(self) -> int:
-        """That it takes of a GPU, all channels together."""
-        return (self.communicator.decision.sms or 0) * self.communicator.config.num_channels
-
     def no_weights(self, tokens: int) -> torch.Tensor:
         """[tokens, top_k] float32 zeros."""
         return self._zero(torch.float32, self.communicator.config.top_k)[:tokens]
@@ -99,16 +94,16 @@ class Member:
 class Pool:
     """Communicators over ``group``, one per shape and format, made when a call first needs one.
 
-    All ranks make the same calls in the same order, so all make, enlarge and give up the same communicators
-    at the same time. Those of a GPU share the blocks that it can hold at once: where a new one finds too few,
-    the ones that were used the longest time ago are given up. Those that a CUDA graph holds stay until
-    ``destroy``.
+    All ranks make the same calls in the same order, so all make and enlarge the same communicators at the
+    same time. They take turns on a GPU, so they share the places there; those that a CUDA graph holds stay
+    until ``destroy``.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._members: dict[Any, Member] = {}
         self._outgrown: list[Member] = []
+        self._share = Share()
         self._alive = True
 
     def get(self, device: torch.device, tokens: int, **fields: Any) -> Member:
@@ -140,16 +135,12 @@ class Pool:
                 if isinstance(wish, Usual):
                     decided = min(decided, wish.most) if decided else wish.blocks
                 if decided is not None:
-                    on_gpu = device.type == "cuda"
-                    smallest = self._agreed(decided, sms(device) if on_gpu else 0)
-                    if on_gpu:
-                        self._make_room(smallest, decided * config.num_channels)
+                    self._check_agreed(decided)
                 return decided
 
-            with no_defaults_of_a_model():
+            with no_defaults_of_a_model(), self._share:
                 member = Member(Communicator(self.group, config, device=device, limit=limit))
-        self._members.pop(key, None)  # the last one is the one that was used last
-        self._members[key] = member
+            self._members[key] = member
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             member.captured = True
         return member
@@ -163,26 +154,15 @@ class Pool:
         self._members.clear()
         self._outgrown.clear()
 
-    def _agreed(self, blocks: int, sms_here: int) -> int:
-        """SMs of the smallest GPU: all ranks must give up the same communicators. Collective. Raises
-        EpConfigError if ranks have different ``blocks``, which may follow from their GPUs."""
-        told = rendezvous.gather(self.group, (blocks, sms_here))
-        if len({blocks for blocks, _ in told}) > 1:
+    def _check_agreed(self, blocks: int) -> None:
+        """Collective. Raises EpConfigError if ranks have different ``blocks``, which may follow from their
+        GPUs."""
+        told = rendezvous.gather(self.group, blocks)
+        if len(set(told)) > 1:
             raise EpConfigError(
-                f"the ranks' GPUs have different numbers of SMs, which would mean {[b for b, _ in told]} "
-                "blocks by rank; equal ones were wanted"
+                f"the ranks' GPUs have different numbers of SMs, which would mean {told} blocks by rank; "
+                "equal ones were wanted"
             )
-        return min(sms_of_rank for _, sms_of_rank in told)
-
-    def _make_room(self, smallest: int, blocks: int) -> None:
-        """Give up those used the longest time ago until ``blocks`` fit a GPU of ``smallest`` SMs."""
-        room = BLOCKS_PER_SM * smallest - blocks
-        for key, member in list(self._members.items()):
-            living = (*self._members.values(), *self._outgrown)
-            if sum(m.blocks for m in living) <= room:
-                return
-            if not member.pending and not member.captured:
-                self._give_up(key)
 
     def _give_up(self, key: Any) -> None:
         member = self._members[key]
