@@ -8,15 +8,15 @@
 namespace ep::cuda {
 namespace {
 
-// Tokens and the part of a row that a chunk covers; the latter in units of eight elements.
+// Tokens and the part of a row that a chunk covers.
 struct Part {
-    int chunk_of_ids, first, begin, end;
+    int chunk_of_ids, first;
+    Units piece;
 };
 __device__ Part part_of(const Plan& plan, int hidden, int chunk) {
-    const int token_chunk = plan.per_segments.divide(chunk), units = units_of(hidden);
-    const int segment = chunk - token_chunk * plan.segments;
-    return {token_chunk * plan.segments, token_chunk * plan.tokens_per_chunk, units * segment / plan.segments,
-            units * (segment + 1) / plan.segments};
+    const int token_chunk = plan.per_segments.divide(chunk), first_segment = token_chunk * plan.segments;
+    return {first_segment, token_chunk * plan.tokens_per_chunk,
+            units_of_segment(hidden, chunk - first_segment, plan.segments)};
 }
 
 // What a thread needs first of its own tokens in a chunk: of `meta` the ids and weights that it sends, and
@@ -54,15 +54,10 @@ __device__ void send_ids(const View& v, const State& state, const DispatchArgs& 
         for (int t = warp; t < asked.count; t += kWarps) {
             const int64_t token = asked.first + t;
             const RankSet route = route_of(v, state, t == warp ? asked.id : load_id<Id>(v, a, token));
-            if (lane < kRouteWords)
-                v.routes[token * kRouteWords + lane] = lane == 0 ? route.a : lane == 1 ? route.b : route.c;
+            store_route(v, token, route, lane);
         }
     }
-    if (chunk == 0)
-        for (int d = threadIdx.x; d < v.world; d += kThreads)
-            if (!state.masked(d))
-                *reinterpret_cast<SourceHeader*>(v.windows[d] + v.layout.header(v.channel, v.rank)) = {
-                    static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(plan.slots)};
+    if (chunk == 0) send_headers(v, state, plan, a.tokens, to_all(v), threadIdx.x, kThreads);
     flag_chunk(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(asked.count), to_all(v));
 }
 
@@ -94,7 +89,7 @@ __device__ void answer(const View& v, const State& state, const CombineArgs& a, 
                        const int* counts, bool loaded, Answer<T>& row) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
-    const int step = a.warps_per_row * 32, begin = part.begin + warp % a.warps_per_row * 32;
+    const int step = a.warps_per_row * 32, begin = part.piece.begin + warp % a.warps_per_row * 32;
     for (int number = group; number < v.world * a.plan.tokens_per_chunk; number += groups) {
         const bool ahead = loaded && number == group;
         if (!ahead) find_answer(v, a, part, number, row);
@@ -107,10 +102,10 @@ __device__ void answer(const View& v, const State& state, const CombineArgs& a, 
         const float weight = lane < v.top_k ? weights[lane] : 0.0f;
         if (!__any_sync(kAll, is_local(v, id))) continue;
         char* const to = outbox(v, row.source) + v.layout.combine_row(v.channel, v.rank, part.first + row.t);
-        for (int base = begin; base < part.end; base += step * kPlacedUnits<T>) {
+        for (int base = begin; base < part.piece.end; base += step * kPlacedUnits<T>) {
             if (!ahead || base != begin)
-                load_results(a, row.mine, row.mine.live, base + lane, step, part.end, row.words);
-            store_placed_sum<T, T>(a, row.mine, weight, base + lane, step, part.end, row.words, to);
+                load_results(a, row.mine, row.mine.live, base + lane, step, part.piece.end, row.words);
+            store_placed_sum<T, T>(a, row.mine, weight, base + lane, step, part.piece.end, row.words, to);
         }
     }
 }
@@ -137,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool alive = begin(state);
     if (alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
     if (alive && row.inside)
-        load_results(a.answer, row.mine, row.mine.live, first_part.begin + warp % in_row * 32 + lane,
-                     in_row * 32, first_part.end, row.words);
+        load_results(a.answer, row.mine, row.mine.live, first_part.piece.begin + warp % in_row * 32 + lane,
+                     in_row * 32, first_part.piece.end, row.words);
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
         const bool has_ids = part.chunk_of_ids == chunk;
@@ -170,23 +165,14 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (a.ended && a.ended->stage == Stage::kReceived) a.ended->stage = Stage::kIdle;
     });
     if (!a.answer.receive) return;
-    const int wide = plan.warps_per_token;
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
-        const Part part = part_of(plan, a.answer.hidden, chunk);
-        const int count = min(plan.tokens_per_chunk, a.ask.tokens - part.first);
+        const int token = part_of(plan, a.answer.hidden, chunk).first + warp / plan.warps_per_token;
         RankSet route{};
-        if (warp / wide < count) route = load_route(v, part.first + warp / wide);
-        if (!wait_chunk(v, state, Phase::kCombine, epoch, chunk, counts, kClosed)) {
+        if (token < a.ask.tokens) route = load_route(v, token);
+        if (wait_chunk(v, state, Phase::kCombine, epoch, chunk, counts, kClosed))
+            reduce_chunk<T, T, T, true>(v, a.answer, chunk, a.ask.tokens, route);
+        else
             alive = closed_by_peer(v, counts, threadIdx.x == 0);
-        } else {
-            for (int t = warp / wide; t < count; t += kWarps / wide) {
-                const int64_t token = part.first + t;
-                if (t != warp / wide) route = load_route(v, token);
-                reduce_row<T, T, kReduceLoads, true>(v, a.answer, token, route, nullptr,
-                                                     part.begin + warp % wide * 32 + lane, wide * 32,
-                                                     part.end);
-            }
-        }
         __syncthreads();  // counts are used again
     }
 }
