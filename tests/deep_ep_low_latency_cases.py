@@ -148,7 +148,8 @@ def two_micro_batches(rank, group, device):
 
 
 def hooks_of_all_kinds(rank, group, device):
-    """A third open hook, hooks that nobody calls, one that is called twice; and parts of a handle."""
+    """A combine before its dispatch's hook, a third open hook, hooks that nobody calls, one that is called
+    twice; and parts of a handle."""
     buffer, world, device = ready(rank, group, device, low_latency_mode=True)
     mine = make_inputs(rank, world, 8, "uniform", 1, device)
     experts, said = EXPERTS_PER_RANK * world, []
@@ -165,6 +166,7 @@ def hooks_of_all_kinds(rank, group, device):
             said.append(str(error))
 
     opened = [dispatch(), dispatch()]
+    refused(lambda: buffer.low_latency_combine(opened[0][0], mine.ids, mine.weights, opened[0][2]))
     refused(dispatch)
     for rows, _, handle, _, hook in opened:
         hook()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,9 @@ from ep_backend.transports.hier import HierTransport
 from ep_backend.transports.host import HostTransport, share_windows
 from ep_backend.transports.mixed import MixedTransport
 
-ALIGN_CYCLES = 1_000_000  # the GPU sleeps while the host queues a graph; doubled when that was too short
-QUEUE_CYCLES = 4_000_000  # and while it queues single calls; doubled when that was too short
+T = TypeVar("T")
+ALIGN_CYCLES = 1_000_000  # the GPU sleeps while the host queues a graph
+QUEUE_CYCLES = 4_000_000  # and while it queues single calls; both are doubled when that was too short
 MOST_QUEUE_CYCLES = 64_000_000
 COPY_BYTES = 256 << 20  # of windows that a GPU writes, in all its peers together
 HOST_COPY_BYTES = 64 << 20  # that a GPU copies each way, as benchmarks/host_memory.cu does
@@ -126,24 +127,17 @@ class Runner:
 
     def replay(self, *, timed: bool) -> None:
         """One sample of the round trip: the graph's time by the exchanges in it."""
-        seconds, late = self._replayed(), 0
-        # On all ranks together: one that waited for its host has kept the others waiting.
-        while anywhere(seconds is None):
-            late += 1
-            if late % 2 == 0:  # not just a hiccup
-                self._align_cycles *= 2
-            seconds = self._replayed()
-        assert seconds is not None
+        seconds, self._align_cycles = in_time(self._replayed, self._align_cycles)
         self.check()
         if timed:
             self.times.seconds["round_trip"].append(seconds / self._graph_size)
 
-    def _replayed(self) -> float | None:
+    def _replayed(self, cycles: int) -> float | None:
         """Seconds of the graph; None if the GPU had to wait for the host, which would be counted."""
         self.forget()
         dist.barrier()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self._align_cycles)
+        torch.cuda._sleep(cycles)
         self.untimed()
         start.record()
         self.launch()
@@ -151,18 +145,13 @@ class Runner:
         end.record()
         end.synchronize()
         # What lets the GPU wait between its exchanges cannot be queued in time.
-        if late and self._align_cycles < MOST_QUEUE_CYCLES:
+        if late and cycles < MOST_QUEUE_CYCLES:
             return None
         return float(start.elapsed_time(end)) / 1e3
 
     def burst(self) -> None:
         """BURST samples of the phases; of the round trip too, if there is no graph."""
-        marks = self._queue()
-        # On all ranks together: one that waited for its host has kept the others waiting.
-        while anywhere(marks is None):
-            self._queue_cycles *= 2
-            marks = self._queue()
-        assert marks is not None
+        marks, self._queue_cycles = in_time(self._queue, self._queue_cycles)
         self.check()
         for start, between, end in marks:
             phases = (start, between), (between, end), (start, end)
@@ -170,13 +159,13 @@ class Runner:
                 if self.graph is None or phase != "round_trip":
                     self.times.seconds[phase].append(since.elapsed_time(until) / 1e3)
 
-    def _queue(self) -> list[list[torch.cuda.Event]] | None:
+    def _queue(self, cycles: int) -> list[list[torch.cuda.Event]] | None:
         """Events before, in the middle and after each of BURST exchanges; None if the GPU had to wait for the
         host, which would be counted."""
         self.forget()
         marks = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(BURST)]
         dist.barrier()
-        torch.cuda._sleep(self._queue_cycles)
+        torch.cuda._sleep(cycles)
         self.untimed()
         for number, (start, between, end) in enumerate(marks):
             start.record()
@@ -187,7 +176,7 @@ class Runner:
         late = marks[0][0].query()
         marks[-1][-1].synchronize()
         # What cannot be captured waits for the host anyway.
-        may_be_late = not self._contender.capturable or self._queue_cycles >= MOST_QUEUE_CYCLES
+        may_be_late = not self._contender.capturable or cycles >= MOST_QUEUE_CYCLES
         return None if late and not may_be_late else marks
 
     def forget(self) -> None:
@@ -199,6 +188,20 @@ class Runner:
         """Look at the results of both input sets, after the GPU has ended."""
         for number, out in enumerate(self._outs[:INPUT_SETS]):
             self.times.correct &= self._contender.accepts(number, out)
+
+
+def in_time(sample: Callable[[int], T | None], cycles: int) -> tuple[T, int]:
+    """What ``sample`` gives when the GPU has slept for so many cycles, and how many it took; None from it: on
+    this rank they were too few. Collective: a rank that waited for its host has kept the others waiting."""
+    late = 0
+    while True:
+        taken = sample(cycles)
+        if not anywhere(taken is None):
+            assert taken is not None
+            return taken, cycles
+        late += 1
+        if late % 2 == 0:  # not just a hiccup
+            cycles *= 2
 
 
 def anywhere(flag: bool) -> bool:

@@ -122,7 +122,8 @@ def test_two_micro_batches(world):
 
 
 def test_hooks_of_all_kinds():
-    for third, twice, lost in ranks(2).run(low_latency.hooks_of_all_kinds, "cpu"):
+    for early, third, twice, lost in ranks(2).run(low_latency.hooks_of_all_kinds, "cpu"):
+        assert "rows have not come" in early
         assert third.startswith("2 calls of this kind are open")
         assert "exchange is" in twice
         assert "exchange is 'closed'" in lost

@@ -131,3 +131,16 @@ def test_host_memory_is_copied_both_ways_through_the_windows():
         assert seen["written"] == [(rank + 1) % 3 + 1, (rank + 2) % 3 + 1], "a part from each peer"
         assert seen["read"] == [100 + rank], "its own window, not what peers write"
         assert seen["size"] == 1 << 14
+
+
+def test_what_the_host_queued_too_late_is_taken_again(monkeypatch):
+    """With a longer sleep once that is not just a hiccup; also if only another rank was late."""
+    slept, elsewhere = [], [True, True, True, False, False]
+    monkeypatch.setattr(gpus, "anywhere", lambda late: late or elsewhere[len(slept) - 1])
+
+    def sample(cycles):
+        slept.append(cycles)
+        return None if len(slept) == 4 else len(slept)
+
+    assert gpus.in_time(sample, 100) == (5, 400)
+    assert slept == [100, 100, 200, 200, 400]

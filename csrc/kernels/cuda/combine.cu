@@ -9,15 +9,6 @@
 namespace ep::cuda {
 namespace {
 
-struct Piece {
-    int begin, end;
-};
-// The part of a row that a segment covers, in units of eight elements.
-__device__ Piece piece_of(int hidden, int segment, int segments) {
-    const int units = units_of(hidden);
-    return {units * segment / segments, units * (segment + 1) / segments};
-}
-
 constexpr int kLoads = 4;       // 16-byte loads that a thread issues before it stores
 constexpr int kEarlyWorld = 8;  // up to so many ranks most rows are live: load them before that is known
 
@@ -65,7 +56,7 @@ __device__ inline void find_ahead(const View& v, const CombineArgs& a, int y_byt
 }
 
 template <class Y, bool kPlaced>
-__device__ void load_ahead(const View& v, const CombineArgs& a, int place, int step, Piece piece, Ahead& h) {
+__device__ void load_ahead(const View& v, const CombineArgs& a, int place, int step, Units piece, Ahead& h) {
     if (!h.inside) return;
     h.flag = ptx::load_relaxed(h.flag_at);
     h.id = static_cast<int>(threadIdx.x) % 32 < v.top_k ? *reinterpret_cast<const int*>(h.id_at) : -1;
@@ -83,7 +74,7 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
     const int place = warp % a.warps_per_row * 32 + lane, step = a.warps_per_row * 32;
-    const Piece piece = piece_of(a.hidden, segment, plan.segments);
+    const Units piece = units_of_segment(a.hidden, segment, plan.segments);
     const int begin = (hops.first - 1) * plan.tokens_per_chunk, end = hops.last * plan.tokens_per_chunk;
     for (int unit = begin + group; unit < end; unit += groups) {
         if (!loaded || unit != group) {
@@ -127,28 +118,6 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     }
 }
 
-// `route` is of the first token, if this thread has one.
-template <class Y, class Wire, class Out, bool kPlaced>
-__device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int tokens, RankSet route) {
-    const Plan& plan = a.plan;
-    const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
-    const int segment = chunk - token_chunk * plan.segments;
-    const int count = min(plan.tokens_per_chunk, tokens - first);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = warp / plan.warps_per_token, groups = kWarps / plan.warps_per_token;
-    const int place = warp % plan.warps_per_token * 32 + lane, step = plan.warps_per_token * 32;
-    const Piece piece = piece_of(a.hidden, segment, plan.segments);
-    for (int t = group; t < count; t += groups) {
-        const int64_t token = first + t;
-        if (t != group) route = load_route(v, token);
-        const char* mine = nullptr;
-        if (!kPlaced && keeps_own<Y, Wire>(a))
-            mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * a.hidden * (Y::kWords * 2);
-        reduce_row<Wire, Out, kReduceLoads, true>(v, a, token, route, mine, piece.begin + place, step,
-                                                  piece.end);
-    }
-}
-
 template <class Y, class Wire, class Out, bool kStaggered, bool kPlaced>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_kernel(const __grid_constant__ View v, const __grid_constant__ CombineArgs a) {
@@ -160,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int unit = warp / a.warps_per_row;
     const int first = role.first / plan.segments * plan.tokens_per_chunk;
     const int width = min(plan.tokens_per_chunk, plan.slots - first);
-    const Piece piece = piece_of(a.hidden, role.first % plan.segments, plan.segments);
+    const Units piece = units_of_segment(a.hidden, role.first % plan.segments, plan.segments);
     Ahead ahead;
     ahead.inside = false;
     if (role.sends && unit < v.world * plan.tokens_per_chunk)
@@ -204,7 +173,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             const bool usual = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts, kClosed);
             if (usual)
-                reduce_chunk<Y, Wire, Out, kPlaced>(v, a, chunk, state.tokens, route);
+                reduce_chunk<Y, Wire, Out, kPlaced>(v, a, chunk, state.tokens, route,
+                                                    [&](int64_t token) { return load_route(v, token); });
             else
                 alive = closed_by_peer(v, counts, threadIdx.x == 0);
             if (i + 1 < mine + behind) __syncthreads();  // counts are used again

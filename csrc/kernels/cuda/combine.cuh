@@ -10,6 +10,15 @@ namespace ep::cuda {
 
 constexpr int kReduceLoads = 8;  // of 16 bytes, for a row; 16 need more registers than there are
 
+// The part of a row that a segment covers, in units of eight elements.
+struct Units {
+    int begin, end;
+};
+__device__ inline Units units_of_segment(int hidden, int segment, int segments) {
+    const int units = units_of(hidden);
+    return {units * segment / segments, units * (segment + 1) / segments};
+}
+
 __device__ inline RankSet load_route(const View& v, int64_t token) {
     const uint32_t* words = v.routes + token * kRouteWords;
     RankSet route{ptx::load_fresh_word(words), 0, 0};
@@ -136,6 +145,30 @@ __device__ void store_placed_sum(const CombineArgs& a, const Placed& mine, float
 template <class Y, class Wire>
 __device__ bool keeps_own(const CombineArgs& a) {
     return std::is_same_v<Y, Wire> && a.send && a.receive;
+}
+
+// The receiving half of a chunk. `route` is of this warp's first token, if it has one; the others' come from
+// `route_of_token`, by whole warps.
+template <class Y, class Wire, class Out, bool kPlaced, class RouteOf>
+__device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int tokens, RankSet route,
+                             const RouteOf& route_of_token) {
+    const Plan& plan = a.plan;
+    const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
+    const int segment = chunk - token_chunk * plan.segments;
+    const int count = min(plan.tokens_per_chunk, tokens - first);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = warp / plan.warps_per_token, groups = kWarps / plan.warps_per_token;
+    const int place = warp % plan.warps_per_token * 32 + lane, step = plan.warps_per_token * 32;
+    const Units piece = units_of_segment(a.hidden, segment, plan.segments);
+    for (int t = group; t < count; t += groups) {
+        const int64_t token = first + t;
+        if (t != group) route = route_of_token(token);
+        const char* mine = nullptr;
+        if (!kPlaced && keeps_own<Y, Wire>(a))
+            mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * a.hidden * (Y::kWords * 2);
+        reduce_row<Wire, Out, kReduceLoads, true>(v, a, token, route, mine, piece.begin + place, step,
+                                                  piece.end);
+    }
 }
 
 // What stands in counts if not all sources have sent a chunk. False after a failure. Else a peer has closed

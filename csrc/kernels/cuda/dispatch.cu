@@ -138,22 +138,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                         load_ahead<Id, F>(v, share, ahead);
                     }
                     const RankSet route = route_of(v, state, ahead.id);
-                    if (pass == 1 && share.segment == 0 && share.place < kRouteWords)
-                        v.routes[token * kRouteWords + share.place] = share.place == 0   ? route.a
-                                                                      : share.place == 1 ? route.b
-                                                                                         : route.c;
+                    if (pass == 1 && share.segment == 0) store_route(v, token, route, share.place);
                     if (!(kStaggered ? route.test(hop(v, hops.first)) : route.any())) continue;
                     send_row<F>(v, plan, ahead.x, slot + t, route, hops, share, ahead.words);
                     if (std::is_void_v<F> && v.layout.shape.scale_bytes)
                         send_scales(v, plan, a.scales + token * v.layout.shape.scale_bytes, slot + t, route,
                                     hops, share);
                 }
-                if (chunk == 0)
-                    for (int n = hops.first + static_cast<int>(threadIdx.x); n <= hops.last; n += kThreads)
-                        if (const int d = hop(v, n); !state.masked(d))
-                            *reinterpret_cast<SourceHeader*>(v.windows[d] +
-                                                             v.layout.header(v.channel, source_for(v, d))) = {
-                                static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
+                if (chunk == 0) send_headers(v, state, plan, tokens, hops, threadIdx.x, kThreads);
                 flag_chunk(v, state, Phase::kDispatch, epoch, chunk, static_cast<uint32_t>(share.count),
                            hops);
                 sent = true;

@@ -85,6 +85,21 @@ __device__ void send_meta(const View& v, const State& state, const DispatchArgs&
     }
 }
 
+// How many tokens this rank has in all, and its T; chunk 0 covers them.
+__device__ inline void send_headers(const View& v, const State& state, const Plan& plan, int tokens,
+                                    Hops hops, int thread, int threads) {
+    for (int n = hops.first + thread; n <= hops.last; n += threads)
+        if (const int d = hop(v, n); !state.masked(d))
+            *reinterpret_cast<SourceHeader*>(v.windows[d] + v.layout.header(v.channel, source_for(v, d))) = {
+                static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
+}
+
+// The ranks of a token, for combine; by threads 0, 1, ... of those that have its route.
+__device__ inline void store_route(const View& v, int64_t token, const RankSet& route, int thread) {
+    if (thread < kRouteWords)
+        v.routes[token * kRouteWords + thread] = thread == 0 ? route.a : thread == 1 ? route.b : route.c;
+}
+
 // Ids and weights leave the window; rows that are not for this rank, or were never sent, get the padding id,
 // and so do the foreign experts of others if ids are local. 16 threads take a row.
 __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, int chunk, const int* counts,

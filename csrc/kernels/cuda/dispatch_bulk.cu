@@ -121,12 +121,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
             if (thread < count * v.top_k)
                 send_meta<Id>(v, state, a, slot, first, count, load_meta<Id>(v, a, first, thread), to_all(v),
                               thread, width * 32);
-            if (chunk == 0)
-                for (int d = thread; d < v.world; d += width * 32)
-                    if (!state.masked(d))
-                        *reinterpret_cast<SourceHeader*>(v.windows[d] +
-                                                         v.layout.header(v.channel, source_for(v, d))) = {
-                            static_cast<uint32_t>(tokens), static_cast<uint32_t>(plan.slots)};
+            if (chunk == 0) send_headers(v, state, plan, tokens, to_all(v), thread, width * 32);
             const int units = count * pieces.count;
             if constexpr (std::is_void_v<F>) {
                 if (lane == 0)

@@ -11,8 +11,7 @@
 
 namespace ep::cuda {
 
-constexpr int kMaxTiles =
-    256;  // of a call: so many blocks count slots. Also in ep_backend/transports/peer.py
+constexpr int kMaxTiles = 256;  // of a call: so many blocks count slots. Also in ep_backend/transports/gpu.py
 
 // What a dispatch has received: slots of all sources, in order of source and token.
 struct ReceivedSlots {

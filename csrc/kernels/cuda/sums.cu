@@ -9,16 +9,17 @@
 namespace ep::cuda {
 namespace {
 
-// Tokens and the part of a row that a chunk covers; the latter in units of eight elements.
+// Tokens and the part of a row that a chunk covers.
 struct Part {
-    int first, begin, end;
+    int first;
+    Units piece;
     bool sends;  // the first segment of its tokens: weights go with that
 };
 __device__ Part part_of(const Plan& plan, int hidden, int chunk) {
-    const int token_chunk = plan.per_segments.divide(chunk), units = units_of(hidden);
+    const int token_chunk = plan.per_segments.divide(chunk);
     const int segment = chunk - token_chunk * plan.segments;
-    return {token_chunk * plan.tokens_per_chunk, units * segment / plan.segments,
-            units * (segment + 1) / plan.segments, segment == 0};
+    return {token_chunk * plan.tokens_per_chunk, units_of_segment(hidden, segment, plan.segments),
+            segment == 0};
 }
 
 // The k-th choice of an own token; none behind the last token.
@@ -62,8 +63,7 @@ __device__ void store_routes(const View& v, const State& state, const DispatchAr
     for (int t = warp; t < count; t += kWarps) {
         const int64_t token = part.first + t;
         const RankSet route = route_of(v, state, load_id<Id>(v, a, token));
-        if (lane < kRouteWords)
-            v.routes[token * kRouteWords + lane] = lane == 0 ? route.a : lane == 1 ? route.b : route.c;
+        store_route(v, token, route, lane);
     }
 }
 
@@ -130,7 +130,7 @@ __device__ bool answer(const View& v, const State& state, const CombineArgs& a, 
                        const Part& part, bool loaded, Answer<T>& row) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
-    const int step = a.warps_per_row * 32, begin = part.begin + warp % a.warps_per_row * 32;
+    const int step = a.warps_per_row * 32, begin = part.piece.begin + warp % a.warps_per_row * 32;
     for (int number = group; number < v.world * a.plan.tokens_per_chunk; number += groups) {
         const bool ahead = loaded && number == group;
         if (!ahead) find_answer(v, a, part, number, row);
@@ -145,10 +145,10 @@ __device__ bool answer(const View& v, const State& state, const CombineArgs& a, 
         if (!__any_sync(kAll, ask_is_mine(word))) continue;
         const float weight = __uint_as_float(ask_low(word));
         char* const to = outbox(v, row.source) + v.layout.combine_row(v.channel, v.rank, part.first + row.t);
-        for (int base = begin; base < part.end; base += step * kPlacedUnits<T>) {
+        for (int base = begin; base < part.piece.end; base += step * kPlacedUnits<T>) {
             if (!ahead || base != begin)
-                load_results(a, row.mine, row.mine.live, base + lane, step, part.end, row.words);
-            store_placed_sum<T, T>(a, row.mine, weight, base + lane, step, part.end, row.words, to);
+                load_results(a, row.mine, row.mine.live, base + lane, step, part.piece.end, row.words);
+            store_placed_sum<T, T>(a, row.mine, weight, base + lane, step, part.piece.end, row.words, to);
         }
     }
     return true;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int chunks = plan.chunks(), first = static_cast<int>(blockIdx.x),
               step = static_cast<int>(gridDim.x);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int in_row = a.answer.warps_per_row, wide = plan.warps_per_token;
+    const int in_row = a.answer.warps_per_row;
     const Part first_part = part_of(plan, a.answer.hidden, first);
     Meta choice{-1, 0.0f};  // that this thread sends first
     int id = -1;            // of the first token that this warp reduces
@@ -174,14 +174,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (first_part.sends)
         choice = load_choice<Id>(v, a.ask, first_part.first + static_cast<int>(threadIdx.x) / 16,
                                  static_cast<int>(threadIdx.x) % 16);
-    if (a.answer.receive) id = load_id<Id>(v, a.ask, first_part.first + warp / wide);
+    if (a.answer.receive) id = load_id<Id>(v, a.ask, first_part.first + warp / plan.warps_per_token);
     find_answer(v, a.answer, first_part, warp / in_row, row);
     const uint64_t epoch = next_epoch(state.epoch);
     bool alive = begin(state);
     if (alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
     if (alive && row.inside)
-        load_results(a.answer, row.mine, row.mine.live, first_part.begin + warp % in_row * 32 + lane,
-                     in_row * 32, first_part.end, row.words);
+        load_results(a.answer, row.mine, row.mine.live, first_part.piece.begin + warp % in_row * 32 + lane,
+                     in_row * 32, first_part.piece.end, row.words);
     if (alive && first == 0) send_slots(v, state, plan, epoch);
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
@@ -209,21 +209,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!a.answer.receive) return;
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
-        const int count = min(plan.tokens_per_chunk, a.ask.tokens - part.first);
         // From the ids: with segments it is another block that sends them, and nothing waits for that one.
-        if (chunk != first) id = load_id<Id>(v, a.ask, part.first + warp / wide);
-        RankSet route = route_of(v, state, id);
-        if (!wait_chunk(v, state, Phase::kCombine, epoch, chunk, counts, kClosed)) {
+        if (chunk != first) id = load_id<Id>(v, a.ask, part.first + warp / plan.warps_per_token);
+        const RankSet route = route_of(v, state, id);
+        if (wait_chunk(v, state, Phase::kCombine, epoch, chunk, counts, kClosed))
+            reduce_chunk<T, T, T, true>(v, a.answer, chunk, a.ask.tokens, route, [&](int64_t token) {
+                return route_of(v, state, load_id<Id>(v, a.ask, token));
+            });
+        else
             alive = closed_by_peer(v, counts, threadIdx.x == 0);
-        } else {
-            for (int t = warp / wide; t < count; t += kWarps / wide) {
-                const int64_t token = part.first + t;
-                if (t != warp / wide) route = route_of(v, state, load_id<Id>(v, a.ask, token));
-                reduce_row<T, T, kReduceLoads, true>(v, a.answer, token, route, nullptr,
-                                                     part.begin + warp % wide * 32 + lane, wide * 32,
-                                                     part.end);
-            }
-        }
         __syncthreads();  // counts are used again
     }
 }

@@ -343,11 +343,9 @@ int faults() {
 int main() {
     using ep::cuda::Case;
     const Case cases[] = {
-        {1, 3, 64, 2, 3, 2, false, 0},   {2, 5, 64, 3, 8, 4, false, 0},
-        {2, 40, 264, 4, 9, 3, false, 0}, {3, 9, 128, 8, 16, 2, false, 0},
-        {2, 5, 64, 3, 8, 4, true, 0},    {3, 7, 64, 2, 7, 3, true, 0},
-        {4, 5, 64, 3, 8, 2, false, 2},   {2, 150, 32, 2, 5, 3, false, 0},
-        {2, 3, 128, 3, 8, 12, false, 0},  // rows in segments
+        {1, 3, 64, 2, 3, 2, false, 0},   {2, 5, 64, 3, 8, 4, false, 0},   {2, 40, 264, 4, 9, 3, false, 0},
+        {3, 9, 128, 8, 16, 2, false, 0}, {2, 5, 64, 3, 8, 4, true, 0},    {3, 7, 64, 2, 7, 3, true, 0},
+        {4, 5, 64, 3, 8, 2, false, 2},   {2, 150, 32, 2, 5, 3, false, 0}, {2, 3, 128, 3, 8, 12, false, 0},
     };
     int failed = 0;
     for (const Case& c : cases) failed += ep::cuda::run(c);

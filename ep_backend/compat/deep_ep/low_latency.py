@@ -191,7 +191,7 @@ class LowLatency:
                 stats.add_(counts)
             handle.places, handle.exchange = communicator.received_places(sent), (member, sent)
 
-        scales = received.scales if later is None and not in_halves else later
+        scales = later if in_halves or later is not None else received.scales
         result = ((rows, scales) if use_fp8 else rows, counts, handle)
         if in_halves:
             return result, member.hook(channel, finish)
@@ -209,11 +209,11 @@ class LowLatency:
         in_halves: bool,
     ) -> Callable[[], None] | None:
         """As ``Buffer.low_latency_combine``, into ``out``; the second half if ``in_halves``."""
+        if dispatched.exchange is None:
+            raise EpArgumentError("the rows have not come: call the hook of their dispatch first")
         shape = dispatched.shape
         member = self._pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
-        if dispatched.exchange is None:
-            raise EpArgumentError("the rows have not come: call the hook of their dispatch first")
         if member.captured:  # so the graph may hold the other one, too
             dispatched.exchange[0].captured = True
         given = (x, dispatched.places, ids, weights)
