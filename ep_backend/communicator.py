@@ -385,8 +385,8 @@ class Communicator:
         """``dispatch``, without rows, and ``combine`` of what experts have made of the rows of another
         communicator's exchange with the same ids: for weights that come later than rows.
 
-        For ``EpConfig.sums_only``. ``y``: as the other one received its rows, expert-major. ``places``: as its
-        `received_places` gives them; None: they are found again, which takes longer. ``ends``: that other
+        For ``EpConfig.sums_only``. ``y``: as the other one received its rows, expert-major. ``places``: as
+        its `received_places` gives them; None: they are found again, which takes longer. ``ends``: that other
         communicator, over the same ranks, and its handle, to `release` it on the way. Then this is a call of
         that communicator, too: in the order of its channel's calls, in graphs that it must outlive, and after
         a failure both must recover. All ranks give ``ends`` and ``places`` or none does, and ``y`` of the
