@@ -71,10 +71,9 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
     const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
     const int segment = chunk - token_chunk * plan.segments;
     const int width = min(plan.tokens_per_chunk, plan.slots - first);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
-    const int place = warp % a.warps_per_row * 32 + lane, step = a.warps_per_row * 32;
-    const Units piece = units_of_segment(a.hidden, segment, plan.segments);
+    const int lane = threadIdx.x % 32;
+    const auto [group, groups, place, step] = Groups::of_block(a.warps_per_row);
+    const Units piece = units_of_segment(a.hidden, segment, plan);
     const int begin = (hops.first - 1) * plan.tokens_per_chunk, end = hops.last * plan.tokens_per_chunk;
     for (int unit = begin + group; unit < end; unit += groups) {
         if (!loaded || unit != group) {
@@ -125,22 +124,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Plan& plan = a.plan;
     const int chunks = plan.chunks();
     const Role role = role_of(v, a.send, a.receive);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int unit = warp / a.warps_per_row;
-    const int first = role.first / plan.segments * plan.tokens_per_chunk;
+    const Groups senders = Groups::of_block(a.warps_per_row);
+    const int token_chunk = plan.per_segments.divide(role.first), first = token_chunk * plan.tokens_per_chunk;
     const int width = min(plan.tokens_per_chunk, plan.slots - first);
-    const Units piece = units_of_segment(a.hidden, role.first % plan.segments, plan.segments);
+    const Units piece = units_of_segment(a.hidden, role.first - token_chunk * plan.segments, plan);
     Ahead ahead;
     ahead.inside = false;
-    if (role.sends && unit < v.world * plan.tokens_per_chunk)
-        find_ahead(v, a, Y::kWords * 2, role.first, first, width, unit, ahead);
+    if (role.sends && senders.group < v.world * plan.tokens_per_chunk)
+        find_ahead(v, a, Y::kWords * 2, role.first, first, width, senders.group, ahead);
     touch(v, a);
-    const int first_token = first + warp / plan.warps_per_token;
+    const int reducer = Groups::of_block(plan.warps_per_token).group, first_token = first + reducer;
     ptx::wait_for_previous_kernel();
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
-    if (role.sends)
-        load_ahead<Y, kPlaced>(v, a, warp % a.warps_per_row * 32 + lane, a.warps_per_row * 32, piece, ahead);
+    if (role.sends) load_ahead<Y, kPlaced>(v, a, senders.place, senders.step, piece, ahead);
     bool alive = begin(state);
     bool left = false;
     RankSet first_route{};
@@ -167,8 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             const int chunk = role.first + (i - behind) * role.step;
             RankSet route = first_route;
             if (i != behind) {
-                const int token =
-                    plan.per_segments.divide(chunk) * plan.tokens_per_chunk + warp / plan.warps_per_token;
+                const int token = plan.per_segments.divide(chunk) * plan.tokens_per_chunk + reducer;
                 if (token < state.tokens) route = load_route(v, token);
             }
             const bool usual = wait_chunk(v, state, Phase::kCombine, state.epoch, chunk, counts, kClosed);

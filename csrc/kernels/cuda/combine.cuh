@@ -14,9 +14,9 @@ constexpr int kReduceLoads = 8;  // of 16 bytes, for a row; 16 need more registe
 struct Units {
     int begin, end;
 };
-__device__ inline Units units_of_segment(int hidden, int segment, int segments) {
+__device__ inline Units units_of_segment(int hidden, int segment, const Plan& plan) {
     const int units = units_of(hidden);
-    return {units * segment / segments, units * (segment + 1) / segments};
+    return {plan.per_segments.divide(units * segment), plan.per_segments.divide(units * (segment + 1))};
 }
 
 __device__ inline RankSet load_route(const View& v, int64_t token) {
@@ -156,17 +156,15 @@ __device__ void reduce_chunk(const View& v, const CombineArgs& a, int chunk, int
     const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
     const int segment = chunk - token_chunk * plan.segments;
     const int count = min(plan.tokens_per_chunk, tokens - first);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = warp / plan.warps_per_token, groups = kWarps / plan.warps_per_token;
-    const int place = warp % plan.warps_per_token * 32 + lane, step = plan.warps_per_token * 32;
-    const Units piece = units_of_segment(a.hidden, segment, plan.segments);
-    for (int t = group; t < count; t += groups) {
+    const Groups by = Groups::of_block(plan.warps_per_token);
+    const Units piece = units_of_segment(a.hidden, segment, plan);
+    for (int t = by.group; t < count; t += by.groups) {
         const int64_t token = first + t;
-        if (t != group) route = route_of_token(token);
+        if (t != by.group) route = route_of_token(token);
         const char* mine = nullptr;
         if (!kPlaced && keeps_own<Y, Wire>(a))
             mine = a.y + (static_cast<int64_t>(v.rank) * plan.slots + token) * a.hidden * (Y::kWords * 2);
-        reduce_row<Wire, Out, kReduceLoads, true>(v, a, token, route, mine, piece.begin + place, step,
+        reduce_row<Wire, Out, kReduceLoads, true>(v, a, token, route, mine, piece.begin + by.place, by.step,
                                                   piece.end);
     }
 }

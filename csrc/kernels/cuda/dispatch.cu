@@ -5,24 +5,19 @@
 namespace ep::cuda {
 namespace {
 
-// What this thread does in a chunk. A group of warps takes one token at a time.
+// What this thread does in a chunk.
 struct Share {
+    Groups by;
     int segment, first, count;  // tokens of the chunk
-    int group, groups, place, step;
     Piece piece;
 };
 __device__ Share share_of(const View& v, const Plan& plan, int chunk, int tokens) {
-    Share s;
+    Share s{Groups::of_block(plan.warps_per_token)};
     const int token_chunk = plan.per_segments.divide(chunk);
     s.segment = chunk - token_chunk * plan.segments;
     s.first = token_chunk * plan.tokens_per_chunk;
     s.count = max(0, min(plan.tokens_per_chunk, tokens - s.first));
-    const int warp = threadIdx.x / 32;
-    s.group = warp / plan.warps_per_token;
-    s.groups = kWarps / plan.warps_per_token;
-    s.place = warp % plan.warps_per_token * 32 + threadIdx.x % 32;
-    s.step = plan.warps_per_token * 32;
-    s.piece = piece_of(static_cast<int>(v.layout.shape.row_bytes / 16), s.segment, plan.segments);
+    s.piece = piece_of(static_cast<int>(v.layout.shape.row_bytes / 16), s.segment, plan);
     return s;
 }
 
@@ -44,7 +39,7 @@ __device__ void load_ahead(const View& v, const Share& s, Ahead<F>& ahead) {
     ahead.id = static_cast<int>(threadIdx.x) % 32 < v.top_k
                    ? static_cast<int>(*reinterpret_cast<const Id*>(ahead.id_at))
                    : -1;
-    load_units<F>(ahead.x, s.piece.begin + s.place, s.step, s.piece.end, ahead.words);
+    load_units<F>(ahead.x, s.piece.begin + s.by.place, s.by.step, s.piece.end, ahead.words);
 }
 
 // A group of warps sends a piece of a token's row to those of its ranks that are among `hops`; one load
@@ -52,14 +47,15 @@ __device__ void load_ahead(const View& v, const Share& s, Ahead<F>& ahead) {
 template <class F>
 __device__ void send_row(const View& v, const Plan& plan, const char* x, int64_t slot, const RankSet& route,
                          Hops hops, const Share& s, uint4* words) {
-    for (int base = s.piece.begin; base < s.piece.end; base += s.step * kUnits<F>) {
-        const int w = base + s.place;
-        if (base != s.piece.begin) load_units<F>(x, w, s.step, s.piece.end, words);
+    for (int base = s.piece.begin; base < s.piece.end; base += s.by.step * kUnits<F>) {
+        const int w = base + s.by.place;
+        if (base != s.piece.begin) load_units<F>(x, w, s.by.step, s.piece.end, words);
         float scales[kUnits<F>];
         if constexpr (!std::is_void_v<F>)
 #pragma unroll
-            for (int i = 0; i < kUnits<F>; ++i)
-                words[i] = quantize<F>(words + i * kUnitLoads<F>, w + i * s.step < s.piece.end, scales[i]);
+            for (int i = 0; i < kUnits<F>; ++i)  // by whole warps, if they have any of it
+                if (const int at = w + i * s.by.step; at - static_cast<int>(threadIdx.x) % 32 < s.piece.end)
+                    words[i] = quantize<F>(words + i * kUnitLoads<F>, at < s.piece.end, scales[i]);
 #pragma unroll 1
         for (int n = hops.first; n <= hops.last; ++n) {
             const int d = hop(v, n);
@@ -68,7 +64,7 @@ __device__ void send_row(const View& v, const Plan& plan, const char* x, int64_t
             char* to = v.windows[d] + v.layout.row(v.channel, there);
 #pragma unroll
             for (int i = 0; i < kUnits<F>; ++i) {
-                const int at = w + i * s.step;
+                const int at = w + i * s.by.step;
                 if (at >= s.piece.end) continue;
                 ptx::store_row(to + static_cast<int64_t>(at) * 16, words[i]);
                 if constexpr (!std::is_void_v<F>)
@@ -85,7 +81,7 @@ __device__ void send_scales(const View& v, const Plan& plan, const char* scales,
                             const RankSet& route, Hops hops, const Share& s) {
     const auto* from = reinterpret_cast<const uint32_t*>(scales);
     const Piece piece = scales_of(v, s.piece);
-    for (int i = piece.begin + s.place; i < piece.end; i += s.step)
+    for (int i = piece.begin + s.by.place; i < piece.end; i += s.by.step)
         for (int n = hops.first; n <= hops.last; ++n) {
             const int d = hop(v, n);
             if (route.test(d))
@@ -103,14 +99,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Role role = role_of(v, a.send, a.receive);
     Share share = share_of(v, plan, role.first, a.tokens);
     Ahead<F> ahead;
-    find_ahead<Id, F>(v, a, share.first + share.group, ahead);
+    find_ahead<Id, F>(v, a, share.first + share.by.group, ahead);
     touch(v, a);
     ptx::wait_for_previous_kernel();
     // Everything that the first chunk needs is asked for at once.
     const State state = load_state(v);
     const int tokens = a.device_tokens ? min(*a.device_tokens, a.tokens) : a.tokens;
     Meta meta{};
-    if (role.sends && share.group < share.count) load_ahead<Id, F>(v, share, ahead);
+    if (role.sends && share.by.group < share.count) load_ahead<Id, F>(v, share, ahead);
     if (role.sends && share.segment == 0 && threadIdx.x < share.count * v.top_k)
         meta = load_meta<Id>(v, a, share.first, threadIdx.x);
     const uint64_t epoch = a.send ? next_epoch(state.epoch) : state.epoch;
@@ -131,14 +127,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                     send_meta<Id>(v, state, a, slot, share.first, share.count, meta, hops, threadIdx.x,
                                   kThreads);
                 }
-                for (int t = share.group; t < share.count; t += share.groups) {
+                for (int t = share.by.group; t < share.count; t += share.by.groups) {
                     const int64_t token = share.first + t;
-                    if (!loaded || t != share.group) {
+                    if (!loaded || t != share.by.group) {
                         find_ahead<Id, F>(v, a, token, ahead);
                         load_ahead<Id, F>(v, share, ahead);
                     }
                     const RankSet route = route_of(v, state, ahead.id);
-                    if (pass == 1 && share.segment == 0) store_route(v, token, route, share.place);
+                    if (pass == 1 && share.segment == 0) store_route(v, token, route, share.by.place);
                     if (!(kStaggered ? route.test(hop(v, hops.first)) : route.any())) continue;
                     send_row<F>(v, plan, ahead.x, slot + t, route, hops, share, ahead.words);
                     if (std::is_void_v<F> && v.layout.shape.scale_bytes)

@@ -49,10 +49,18 @@ __device__ uint4 quantize(const uint4* words, bool mine, float& scale) {
     for (int lane = 4; lane > 0; lane /= 2) amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, lane));
     scale = fp8_scale(amax);
     const Quotient by(scale);
+    if (by.is_plain()) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        a.v[i] = by.divide(a.v[i]);
-        b.v[i] = by.divide(b.v[i]);
+        for (int i = 0; i < 8; ++i) {
+            a.v[i] = by.divide(a.v[i]);
+            b.v[i] = by.divide(b.v[i]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            a.v[i] = by.divide_any(a.v[i]);
+            b.v[i] = by.divide_any(b.v[i]);
+        }
     }
     return {pack_e4m3(a.v[0], a.v[1], a.v[2], a.v[3]), pack_e4m3(a.v[4], a.v[5], a.v[6], a.v[7]),
             pack_e4m3(b.v[0], b.v[1], b.v[2], b.v[3]), pack_e4m3(b.v[4], b.v[5], b.v[6], b.v[7])};
@@ -163,8 +171,8 @@ __device__ inline bool receive_headers(const View& v, const State& s, const Plan
 struct Piece {
     int begin, end;
 };
-__device__ inline Piece piece_of(int words, int segment, int segments) {
-    auto cut = [&](int s) { return s == segments ? words : words * s / segments & ~7; };
+__device__ inline Piece piece_of(int words, int segment, const Plan& plan) {
+    auto cut = [&](int s) { return s == plan.segments ? words : plan.per_segments.divide(words * s) & ~7; };
     return {cut(segment), cut(segment + 1)};
 }
 // The part of its scales, in 4-byte words.
@@ -183,8 +191,8 @@ static __device__ __noinline__ void fetch_chunk(const View& v, const DispatchArg
     const Plan& plan = a.plan;
     const int token_chunk = plan.per_segments.divide(chunk), first = token_chunk * plan.tokens_per_chunk;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Piece whole = piece_of(static_cast<int>(v.layout.shape.row_bytes / 16),
-                                 chunk - token_chunk * plan.segments, plan.segments);
+    const Piece whole =
+        piece_of(static_cast<int>(v.layout.shape.row_bytes / 16), chunk - token_chunk * plan.segments, plan);
     if (plan.segments == 1) __syncthreads();  // ids are there
     for (int source = threadIdx.x; source < v.world; source += kThreads)
         if (is_mailed(v, source))  // combine reads them again

@@ -87,17 +87,18 @@ __device__ __forceinline__ void store_eight(void* row, int hidden, int unit, con
 // quotient is far below half of the smallest e4m3 number.
 struct Quotient {
     float scale, reciprocal;
-    bool plain;
-    __device__ explicit Quotient(float s) : scale(s), reciprocal(1.0f / s) {
-        const uint32_t bits = float_bits(s);
-        plain = (bits & 0x7FFFFF) != 0x7FFFFF && bits < 0x7E000000;
+    __device__ explicit Quotient(float s) : scale(s), reciprocal(1.0f / s) {}
+    // Whether divide may be used.
+    __device__ bool is_plain() const {
+        const uint32_t bits = float_bits(scale);
+        return (bits & 0x7FFFFF) != 0x7FFFFF && bits < 0x7E000000;
     }
     __device__ float divide(float x) const {
         const float q = x * reciprocal;
         // The sum would make -0 positive.
-        return plain ? copysignf(__fmaf_rn(__fmaf_rn(-q, scale, x), reciprocal, q), x) : slow(x);
+        return copysignf(__fmaf_rn(__fmaf_rn(-q, scale, x), reciprocal, q), x);
     }
-    __device__ __noinline__ float slow(float x) const { return x / scale; }
+    __device__ __noinline__ float divide_any(float x) const { return x / scale; }
 };
 
 // Four e4m3 values in a 32-bit word. The instruction (compute capability 8.9 and later) rounds as the formula

@@ -83,24 +83,30 @@ __device__ void place_tile(const IndexArgs& a, const Tiles& tiles, int tile, int
     const int end = min((tile + 1) * tiles.slots, s.count) * per_slot;
     const int share = (end - begin + kThreads - 1) / kThreads * 32;  // entries of a warp
     const int warp_begin = min(begin + warp * share, end), warp_end = min(warp_begin + share, end);
+    const int first = warp_begin + lane;
+    const int first_list = first < warp_end ? list_of<kByExpert>(s, first) : -1;
     for (int i = threadIdx.x; i < kWarps * lists; i += kThreads) next[i] = 0;
     __syncthreads();
-    for (int i = warp_begin + lane; i < warp_end; i += 32)
-        if (const int list = list_of<kByExpert>(s, i); list >= 0) atomicAdd(&mine[list], 1);
+    for (int i = first; i < warp_end; i += 32)
+        if (const int list = i == first ? first_list : list_of<kByExpert>(s, i); list >= 0)
+            atomicAdd(&mine[list], 1);
     __syncthreads();
     for (int list = threadIdx.x; list < lists; list += kThreads) {
         const int32_t* const column = a.tile_counts + (kByExpert ? list : s.experts);
-        int before = 0;
+        int before = 0, counts[kWarps];
         for (int t = 0; t < tile; ++t) before += column[t * columns];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) counts[w] = next[w * lists + list];
+#pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            const int count = next[w * lists + list];
             next[w * lists + list] = before;
-            before += count;
+            before += counts[w];
         }
     }
     __syncthreads();
     for (int base = warp_begin; base < warp_end; base += 32) {
-        const int i = base + lane, list = i < warp_end ? list_of<kByExpert>(s, i) : -1;
+        const int i = base + lane;
+        const int list = i == first ? first_list : i < warp_end ? list_of<kByExpert>(s, i) : -1;
         const unsigned same = __match_any_sync(kAll, list), before = same & ((1u << lane) - 1);
         const int at = list < 0 ? 0 : mine[list] + __popc(before);
         __syncwarp();  // all have read what the first of each list now moves on
@@ -127,65 +133,69 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// A group of warps takes one slot at a time.
-struct Share {
-    int group, groups, place, step;
-    __device__ explicit Share(int warps_per_row) {
-        const int warp = threadIdx.x / 32;
-        group = warp / warps_per_row;
-        groups = kWarps / warps_per_row;
-        place = warp % warps_per_row * 32 + threadIdx.x % 32;
-        step = warps_per_row * 32;
-    }
-    __device__ int first() const { return static_cast<int>(blockIdx.x) * groups + group; }
-    __device__ int stride() const { return static_cast<int>(gridDim.x) * groups; }
-};
-
 // Whether a slot has a place at all; its whole warp asks.
 __device__ bool any_place(const int32_t* places, int count) {
     const int lane = threadIdx.x % 32;
     return __any_sync(kAll, lane < count && places[lane] >= 0);
 }
 
-// `all_places`: those of a.places, where they are at hand.
-__device__ void gather_rows(const GatherArgs& a, const int32_t* all_places) {
+// What a thread loads of a slot before it needs to know where that goes: words of its row, and one of its
+// scales.
+struct Loaded {
+    uint4 words[kInFlight];
+    uint32_t scale;
+};
+__device__ void load_words(const GatherArgs& a, int64_t slot, int first, int step, Loaded& loaded) {
+    const int words = static_cast<int>(a.row_bytes / 16);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+        if (const int at = first + i * step; at < words)
+            loaded.words[i] = ptx::load_row(a.rows + slot * a.row_bytes + static_cast<int64_t>(at) * 16);
+}
+__device__ uint32_t load_scale(const GatherArgs& a, int64_t slot, int i) {
+    return reinterpret_cast<const uint32_t*>(a.scales + slot * a.scale_bytes)[i];
+}
+__device__ void load_ahead(const GatherArgs& a, int64_t slot, const Groups& by, Loaded& loaded) {
+    load_words(a, slot, by.place, by.step, loaded);
+    if (by.place < a.scale_bytes / 4) loaded.scale = load_scale(a, slot, by.place);
+}
+
+// `all_places`: those of a.places, where they are at hand. `ahead`: whether this thread's first slot is
+// loaded.
+__device__ void gather_rows(const GatherArgs& a, const int32_t* all_places, const Groups& by, bool ahead,
+                            Loaded& loaded) {
     const ReceivedSlots& s = a.slots;
-    const Share share(a.warps_per_row);
     const int words = static_cast<int>(a.row_bytes / 16), scale_words = static_cast<int>(a.scale_bytes / 4);
-    for (int64_t slot = share.first(); slot < s.count; slot += share.stride()) {
+    for (int64_t slot = by.group; slot < s.count; slot += by.groups) {
         const int32_t* const places = all_places + slot * a.places_per_slot;
         if (!any_place(places, a.places_per_slot)) continue;
-        const char* const from = a.rows + slot * a.row_bytes;
-        for (int first = share.place; first < words; first += share.step * kInFlight) {
-            uint4 word[kInFlight];
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (const int at = first + i * share.step; at < words)
-                    word[i] = ptx::load_row(from + static_cast<int64_t>(at) * 16);
+        if (!ahead || slot != by.group) load_ahead(a, slot, by, loaded);
+        for (int first = by.place; first < words; first += by.step * kInFlight) {
+            if (first != by.place) load_words(a, slot, first, by.step, loaded);
             for (int p = 0; p < a.places_per_slot; ++p) {
                 if (places[p] < 0) continue;
                 char* const to = a.out_rows + places[p] * a.row_bytes;
 #pragma unroll
                 for (int i = 0; i < kInFlight; ++i)
-                    if (const int at = first + i * share.step; at < words)
-                        ptx::store_row(to + static_cast<int64_t>(at) * 16, word[i]);
+                    if (const int at = first + i * by.step; at < words)
+                        ptx::store_row(to + static_cast<int64_t>(at) * 16, loaded.words[i]);
             }
         }
-        for (int i = share.place; i < scale_words; i += share.step) {
-            const uint32_t word = reinterpret_cast<const uint32_t*>(a.scales + slot * a.scale_bytes)[i];
+        for (int i = by.place; i < scale_words; i += by.step) {
+            const uint32_t word = i == by.place ? loaded.scale : load_scale(a, slot, i);
             for (int p = 0; p < a.places_per_slot; ++p) {
                 if (places[p] < 0) continue;
                 int64_t at = static_cast<int64_t>(places[p]) * scale_words + i;
                 if (a.scales_by_column) {
-                    const int expert = places[p] / s.count, row = places[p] - expert * s.count;
+                    const int expert = a.per_count.divide(places[p]), row = places[p] - expert * s.count;
                     at = (static_cast<int64_t>(expert) * scale_words + i) * s.count + row;
                 }
                 reinterpret_cast<uint32_t*>(a.out_scales)[at] = word;
             }
         }
-        if (a.out_ids == nullptr || share.place >= s.top_k) continue;
-        const int64_t entry = slot * s.top_k + share.place;
-        const int64_t to = static_cast<int64_t>(places[0]) * s.top_k + share.place;
+        if (a.out_ids == nullptr || by.place >= s.top_k) continue;
+        const int64_t entry = slot * s.top_k + by.place;
+        const int64_t to = static_cast<int64_t>(places[0]) * s.top_k + by.place;
         const int global = s.ids[entry], id = a.local_ids && global >= 0 ? s.local[global] : global;
         a.out_ids[to] = id < 0 ? a.pad_id : id;
         a.out_weights[to] = id < 0 ? 0.0f : s.weights[entry];
@@ -193,7 +203,8 @@ __device__ void gather_rows(const GatherArgs& a, const int32_t* all_places) {
 }
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs a) {
-    gather_rows(a, a.places);
+    Loaded loaded;
+    gather_rows(a, a.places, Groups::of_grid(a.warps_per_row), false, loaded);
 }
 
 // Few rows, by expert, in one launch: each block finds all places, as that takes less time than to wait for
@@ -205,15 +216,18 @@ __global__ void __launch_bounds__(kThreads,
     extern __shared__ int32_t next[];
     const ReceivedSlots& s = a.slots;
     int32_t* const places = next + kWarps * s.experts;
+    const Groups by = Groups::of_grid(gather.warps_per_row);
+    Loaded loaded;
     ptx::wait_for_previous_kernel();
     ptx::let_next_kernel_start();
+    if (by.group < s.count) load_ahead(gather, by.group, by, loaded);
     place_tile<true>(a, tiles, 0, next, places);
     if (blockIdx.x == 0) {
         for (int i = threadIdx.x; i < s.count * s.top_k; i += kThreads) a.places[i] = places[i];
         for (int e = threadIdx.x; e < s.experts; e += kThreads)
             a.totals[e] = min(next[(kWarps - 1) * s.experts + e], s.count);
     }
-    gather_rows(gather, places);
+    gather_rows(gather, places, by, true, loaded);
 }
 
 template <class F>
@@ -233,14 +247,14 @@ __device__ void load_units(const char* row, int hidden, int first, int step, uin
 
 // Rows that are sums already.
 template <class Y, class Wire>
-__device__ void return_row(const ReturnArgs& a, const char* y, char* row, const Share& share) {
+__device__ void return_row(const ReturnArgs& a, const char* y, char* row, const Groups& by) {
     const int units = units_of(a.hidden);
-    for (int first = share.place; first < units; first += share.step * kUnits<Y>) {
+    for (int first = by.place; first < units; first += by.step * kUnits<Y>) {
         uint4 words[kInFlight];
-        load_units<Y>(y, a.hidden, first, share.step, words);
+        load_units<Y>(y, a.hidden, first, by.step, words);
 #pragma unroll
         for (int i = 0; i < kUnits<Y>; ++i) {
-            const int at = first + i * share.step;
+            const int at = first + i * by.step;
             if (at >= units) continue;
             if constexpr (std::is_same_v<Y, Wire>) {
 #pragma unroll
@@ -260,19 +274,19 @@ __device__ void return_row(const ReturnArgs& a, const char* y, char* row, const 
 // The weighted sum over this rank's experts.
 template <class Y, class Wire>
 __device__ void return_sum(const ReturnArgs& a, const int32_t* places, const float* weights, char* row,
-                           const Share& share) {
+                           const Groups& by) {
     const int units = units_of(a.hidden);
     const int64_t y_bytes = static_cast<int64_t>(a.hidden) * Y::kWords * 2;
-    for (int first = share.place; first < units; first += share.step * kUnits<Y>) {
+    for (int first = by.place; first < units; first += by.step * kUnits<Y>) {
         Eight sum[kUnits<Y>]{};
         for (int p = 0; p < a.places_per_slot; ++p) {
             if (places[p] < 0) continue;
             const float weight = weights[p];
             uint4 words[kInFlight];
-            load_units<Y>(a.y + places[p] * y_bytes, a.hidden, first, share.step, words);
+            load_units<Y>(a.y + places[p] * y_bytes, a.hidden, first, by.step, words);
 #pragma unroll
             for (int i = 0; i < kUnits<Y>; ++i) {
-                if (first + i * share.step >= units) continue;
+                if (first + i * by.step >= units) continue;
                 Eight part;
                 Y::unpack(words + i * Y::kWords, part);
 #pragma unroll
@@ -281,23 +295,22 @@ __device__ void return_sum(const ReturnArgs& a, const int32_t* places, const flo
         }
 #pragma unroll
         for (int i = 0; i < kUnits<Y>; ++i)
-            if (const int at = first + i * share.step; at < units)
-                store_eight<Wire>(row, a.hidden, at, sum[i]);
+            if (const int at = first + i * by.step; at < units) store_eight<Wire>(row, a.hidden, at, sum[i]);
     }
 }
 
 template <class Y, class Wire>
 __global__ void __launch_bounds__(kThreads) return_kernel(const __grid_constant__ ReturnArgs a) {
-    const Share share(a.warps_per_row);
+    const Groups by = Groups::of_grid(a.warps_per_row);
     const int64_t elements = a.hidden;
-    for (int64_t slot = share.first(); slot < a.count; slot += share.stride()) {
+    for (int64_t slot = by.group; slot < a.count; slot += by.groups) {
         const int32_t* const places = a.places + slot * a.places_per_slot;
         if (!any_place(places, a.places_per_slot)) continue;
         char* const row = a.rows + slot * elements * (Wire::kWords * 2);
         if (a.weights)
-            return_sum<Y, Wire>(a, places, a.weights + slot * a.places_per_slot, row, share);
+            return_sum<Y, Wire>(a, places, a.weights + slot * a.places_per_slot, row, by);
         else
-            return_row<Y, Wire>(a, a.y + places[0] * elements * (Y::kWords * 2), row, share);
+            return_row<Y, Wire>(a, a.y + places[0] * elements * (Y::kWords * 2), row, by);
     }
 }
 
@@ -313,7 +326,7 @@ int warps_for(int64_t words) {
     return warps;
 }
 int blocks_for(int32_t slots, int32_t warps_per_row, int blocks) {
-    return std::min(ceil_div(slots, kWarps / warps_per_row), blocks);
+    return std::min(ceil_div(int64_t{slots} * warps_per_row, kWarps), blocks);
 }
 
 template <class Out>
@@ -344,6 +357,7 @@ cudaError_t launch_index(const IndexArgs& a, int blocks, cudaStream_t stream) {
 
 cudaError_t launch_gather(GatherArgs a, int blocks, cudaStream_t stream) {
     a.warps_per_row = warps_for(a.row_bytes / 16);
+    a.per_count = Divisor::of(a.slots.count);
     return launch(gather_kernel, ordinary(blocks_for(a.slots.count, a.warps_per_row, blocks), stream), a);
 }
 
@@ -356,7 +370,13 @@ cudaError_t launch_sort(const IndexArgs& a, GatherArgs gather, int blocks, int e
         const cudaError_t placed = launch_index(a, blocks, stream);
         return placed == cudaSuccess ? launch_gather(gather, blocks, stream) : placed;
     }
-    gather.warps_per_row = warps_for(gather.row_bytes / 16);
+    const int64_t words = gather.row_bytes / 16;
+    gather.warps_per_row = warps_for(words);
+    // Few rows have more warps: each stores a row once for each of its experts.
+    const int64_t most = int64_t{early_blocks ? std::min(blocks, early_blocks) : blocks} * kWarps;
+    while (gather.warps_per_row * 32 < words && 2 * a.slots.count * gather.warps_per_row <= most)
+        gather.warps_per_row *= 2;
+    gather.per_count = Divisor::of(a.slots.count);
     Launch how = ordinary(blocks_for(a.slots.count, gather.warps_per_row, blocks), stream, shared);
     how.dependent = how.blocks <= early_blocks;
     return launch(sort_kernel, how, a, gather, tiles);

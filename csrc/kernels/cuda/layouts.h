@@ -46,7 +46,8 @@ struct GatherArgs {
     float* out_weights;
     int64_t row_bytes, scale_bytes;
     int32_t places_per_slot;
-    int32_t warps_per_row;  // chosen by the launch
+    int32_t warps_per_row;  // chosen by the launch, and so is per_count
+    Divisor per_count;
     int32_t pad_id;
     bool local_ids;
 };

@@ -18,8 +18,7 @@ struct Part {
 __device__ Part part_of(const Plan& plan, int hidden, int chunk) {
     const int token_chunk = plan.per_segments.divide(chunk);
     const int segment = chunk - token_chunk * plan.segments;
-    return {token_chunk * plan.tokens_per_chunk, units_of_segment(hidden, segment, plan.segments),
-            segment == 0};
+    return {token_chunk * plan.tokens_per_chunk, units_of_segment(hidden, segment, plan), segment == 0};
 }
 
 // The k-th choice of an own token; none behind the last token.
@@ -128,9 +127,9 @@ __device__ void find_answer(const View& v, const CombineArgs& a, const Part& par
 template <class T>
 __device__ bool answer(const View& v, const State& state, const CombineArgs& a, uint64_t epoch,
                        const Part& part, bool loaded, Answer<T>& row) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = warp / a.warps_per_row, groups = kWarps / a.warps_per_row;
-    const int step = a.warps_per_row * 32, begin = part.piece.begin + warp % a.warps_per_row * 32;
+    const int lane = threadIdx.x % 32;
+    const auto [group, groups, place, step] = Groups::of_block(a.warps_per_row);
+    const int begin = part.piece.begin + place - lane;
     for (int number = group; number < v.world * a.plan.tokens_per_chunk; number += groups) {
         const bool ahead = loaded && number == group;
         if (!ahead) find_answer(v, a, part, number, row);
@@ -161,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Plan& plan = a.ask.plan;
     const int chunks = plan.chunks(), first = static_cast<int>(blockIdx.x),
               step = static_cast<int>(gridDim.x);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int in_row = a.answer.warps_per_row;
+    const Groups answerers = Groups::of_block(a.answer.warps_per_row);
+    const int reducer = Groups::of_block(plan.warps_per_token).group;
     const Part first_part = part_of(plan, a.answer.hidden, first);
     Meta choice{-1, 0.0f};  // that this thread sends first
     int id = -1;            // of the first token that this warp reduces
@@ -174,14 +173,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (first_part.sends)
         choice = load_choice<Id>(v, a.ask, first_part.first + static_cast<int>(threadIdx.x) / 16,
                                  static_cast<int>(threadIdx.x) % 16);
-    if (a.answer.receive) id = load_id<Id>(v, a.ask, first_part.first + warp / plan.warps_per_token);
-    find_answer(v, a.answer, first_part, warp / in_row, row);
+    if (a.answer.receive) id = load_id<Id>(v, a.ask, first_part.first + reducer);
+    find_answer(v, a.answer, first_part, answerers.group, row);
     const uint64_t epoch = next_epoch(state.epoch);
     bool alive = begin(state);
     if (alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
     if (alive && row.inside)
-        load_results(a.answer, row.mine, row.mine.live, first_part.piece.begin + warp % in_row * 32 + lane,
-                     in_row * 32, first_part.piece.end, row.words);
+        load_results(a.answer, row.mine, row.mine.live, first_part.piece.begin + answerers.place,
+                     answerers.step, first_part.piece.end, row.words);
     if (alive && first == 0) send_slots(v, state, plan, epoch);
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const Part part = part_of(plan, a.answer.hidden, chunk);
         const bool answered = answer(v, state, a.answer, epoch, part, chunk == first, row);
         alive = __syncthreads_and(answered) != 0;
-        if (alive && warp == 0) flag_chunk_warp(v, state, Phase::kCombine, epoch, chunk, 0, to_all(v));
+        if (alive && threadIdx.x < 32) flag_chunk_warp(v, state, Phase::kCombine, epoch, chunk, 0, to_all(v));
         // Behind the flag, for which peers wait.
         if (alive && chunk == 0) check_slots(v, state, plan, epoch);
     }
@@ -210,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
         // From the ids: with segments it is another block that sends them, and nothing waits for that one.
-        if (chunk != first) id = load_id<Id>(v, a.ask, part.first + warp / plan.warps_per_token);
+        if (chunk != first) id = load_id<Id>(v, a.ask, part.first + reducer);
         const RankSet route = route_of(v, state, id);
         if (wait_chunk(v, state, Phase::kCombine, epoch, chunk, counts, kClosed))
             reduce_chunk<T, T, T, true>(v, a.answer, chunk, a.ask.tokens, route, [&](int64_t token) {

@@ -21,14 +21,42 @@ constexpr int kRouteWords = (kMaxWorld + 31) / 32;
 // Where a channel's exchange is.
 enum class Stage : uint32_t { kIdle = 0, kSent = 1, kReceived = 2, kReturned = 3 };
 
-// n / d without a division: exact for n < 2^20, d < 2^14, as n * (m * d - 2^40) < 2^40.
+// n / d without a division, for 0 <= n < 2^31: with 2^(l - 1) < d <= 2^l and s = 31 + l, m = 2^s / d rounded
+// up is below 2^32, and exact as n * (m * d - 2^s) < 2^31 * 2^l (Granlund and Montgomery). d = 0: 0.
 struct Divisor {
     uint64_t m = 0;
-    static Divisor of(int64_t d) { return {d ? ((uint64_t{1} << 40) + d - 1) / d : 0}; }
+    int shift = 0;
+    static Divisor of(int64_t d) {
+        if (d == 0) return {};
+        int shift = 31;
+        while (int64_t{1} << (shift - 31) < d) ++shift;
+        return {((uint64_t{1} << shift) + d - 1) / d, shift};
+    }
 #if defined(__CUDACC__)
-    __device__ int divide(int n) const { return static_cast<int>(static_cast<uint32_t>(n) * m >> 40); }
+    __device__ int divide(int n) const { return static_cast<int>(static_cast<uint32_t>(n) * m >> shift); }
 #endif
 };
+
+#if defined(__CUDACC__)
+// Warps in groups of so many, a power of two, each of which takes a row at a time: which group this thread is
+// in, and which of a row's words it takes.
+struct Groups {
+    int group, groups, place, step;
+    __device__ static Groups of_block(int warps) { return {warps, 0, kWarps}; }
+    __device__ static Groups of_grid(int warps) {
+        return {warps, static_cast<int>(blockIdx.x) * kWarps, static_cast<int>(gridDim.x) * kWarps};
+    }
+
+  private:
+    __device__ Groups(int warps, int first, int all) {
+        const int shift = __ffs(warps) - 1, warp = first + static_cast<int>(threadIdx.x) / 32;
+        group = warp >> shift;
+        groups = all >> shift;
+        place = (warp & (warps - 1)) * 32 + static_cast<int>(threadIdx.x) % 32;
+        step = warps * 32;
+    }
+};
+#endif
 
 // Whom a rank writes to in a pass of the staggered order, 1 to world. Passes go from group to group, inside
 // the own first; in each of them all ranks of a group write to the same group, and every rank is written to

@@ -203,7 +203,7 @@ void rank_of(const Case& c, int rank, Member& member, Exchange& sums, std::strin
         gather.out_rows = as<char>(by_expert);
         gather.row_bytes = row_bytes;
         gather.places_per_slot = c.top_k;
-        launch_sort(index, gather, 4, exchange.early_blocks(), nullptr);
+        launch_sort(index, gather, static_cast<int>(c.max_blocks), exchange.early_blocks(), nullptr);
         std::vector<int> next(static_cast<size_t>(experts));
         for (int entry = 0; entry < count * c.top_k; ++entry) {
             const int id = ids[static_cast<size_t>(entry)], place = places[static_cast<size_t>(entry)];
@@ -343,9 +343,10 @@ int faults() {
 int main() {
     using ep::cuda::Case;
     const Case cases[] = {
-        {1, 3, 64, 2, 3, 2, false, 0},   {2, 5, 64, 3, 8, 4, false, 0},   {2, 40, 264, 4, 9, 3, false, 0},
-        {3, 9, 128, 8, 16, 2, false, 0}, {2, 5, 64, 3, 8, 4, true, 0},    {3, 7, 64, 2, 7, 3, true, 0},
-        {4, 5, 64, 3, 8, 2, false, 2},   {2, 150, 32, 2, 5, 3, false, 0}, {2, 3, 128, 3, 8, 12, false, 0},
+        {1, 3, 64, 2, 3, 2, false, 0},    {2, 5, 64, 3, 8, 4, false, 0},   {2, 40, 264, 4, 9, 3, false, 0},
+        {3, 9, 128, 8, 16, 2, false, 0},  {2, 5, 64, 3, 8, 4, true, 0},    {3, 7, 64, 2, 7, 3, true, 0},
+        {4, 5, 64, 3, 8, 2, false, 2},    {2, 150, 32, 2, 5, 3, false, 0}, {2, 3, 128, 3, 8, 12, false, 0},
+        {2, 1, 4096, 2, 5, 20, false, 0},  // rows that several blocks bring to their experts
     };
     int failed = 0;
     for (const Case& c : cases) failed += ep::cuda::run(c);
