@@ -24,16 +24,18 @@ enum class Stage : uint32_t { kIdle = 0, kSent = 1, kReceived = 2, kReturned = 3
 // n / d without a division, for 0 <= n < 2^31: with 2^(l - 1) < d <= 2^l and s = 31 + l, m = 2^s / d rounded
 // up is below 2^32, and exact as n * (m * d - 2^s) < 2^31 * 2^l (Granlund and Montgomery). d = 0: 0.
 struct Divisor {
-    uint64_t m = 0;
-    int shift = 0;
+    uint32_t m = 0;
+    int32_t shift = 0;
     static Divisor of(int64_t d) {
         if (d == 0) return {};
-        int shift = 31;
+        int32_t shift = 31;
         while (int64_t{1} << (shift - 31) < d) ++shift;
-        return {((uint64_t{1} << shift) + d - 1) / d, shift};
+        return {static_cast<uint32_t>(((int64_t{1} << shift) + d - 1) / d), shift};
     }
 #if defined(__CUDACC__)
-    __device__ int divide(int n) const { return static_cast<int>(static_cast<uint32_t>(n) * m >> shift); }
+    __device__ int divide(int n) const {
+        return static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * m >> shift);
+    }
 #endif
 };
 
