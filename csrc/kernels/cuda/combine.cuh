@@ -75,6 +75,8 @@ __device__ void reduce_row(const View& v, const CombineArgs& a, int64_t token, c
     }
 }
 
+constexpr int kPlacedRows = 4;  // whose loads are issued before the first is added
+
 // What this rank's experts made of a slot, as a whole warp has it: lane k has the k-th choice's place, -1:
 // none, and a set of those that have one.
 struct Placed {
@@ -87,31 +89,44 @@ __device__ inline Placed load_placed(const CombineArgs& a, int64_t slot, int top
     return {place, __ballot_sync(kAll, place >= 0)};
 }
 
-constexpr int kPlacedRows = 4;  // whose loads are issued before the first is added
+// Where the first rows of a set are.
+struct FirstRows {
+    int count;  // of the set, which may be more
+    const char* at[kPlacedRows];
+};
 template <class Y>
-constexpr int kPlacedUnits = 2 / Y::kWords;  // of eight elements, of each of these rows
+__device__ FirstRows find_rows(const CombineArgs& a, const Placed& mine, unsigned live) {
+    const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
+    FirstRows rows;
+    rows.count = __popc(live);
+#pragma unroll
+    for (int i = 0; i < kPlacedRows; ++i, live &= live - 1)
+        if (live != 0) rows.at[i] = a.y + __shfl_sync(kAll, mine.place, __ffs(live) - 1) * row_bytes;
+    return rows;
+}
+
+template <class Y>
+constexpr int kPlacedUnits = 2 / Y::kWords;  // of eight elements, of each of the first rows
 template <class Y>
 struct PlacedWords {
     uint4 of[kPlacedRows][kPlacedUnits<Y> * Y::kWords];
 };
 
-// The first rows of `live`, by a whole warp; of each the units from `unit` in steps before `end`.
+// Of each of these rows the units from `unit` in steps before `end`.
 template <class Y>
-__device__ void load_results(const CombineArgs& a, const Placed& mine, unsigned live, int unit, int step,
-                             int end, PlacedWords<Y>& words) {
-    const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
+__device__ void load_results(const CombineArgs& a, const FirstRows& rows, int unit, int step, int end,
+                             PlacedWords<Y>& words) {
 #pragma unroll
-    for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
-        if (live == 0) continue;
-        const char* const row = a.y + __shfl_sync(kAll, mine.place, __ffs(live) - 1) * row_bytes;
+    for (int i = 0; i < kPlacedRows; ++i) {
+        if (i >= rows.count) continue;
 #pragma unroll
         for (int u = 0; u < kPlacedUnits<Y>; ++u)
             if (unit + u * step < end)
 #pragma unroll
                 for (int j = 0; j < Y::kWords; ++j)
                     if (has_word<Y>(a.hidden, unit + u * step, j))
-                        words.of[i][u * Y::kWords + j] =
-                            ptx::load_row(row + (static_cast<int64_t>(unit + u * step) * Y::kWords + j) * 16);
+                        words.of[i][u * Y::kWords + j] = ptx::load_row(
+                            rows.at[i] + (static_cast<int64_t>(unit + u * step) * Y::kWords + j) * 16);
     }
 }
 
@@ -122,7 +137,7 @@ __device__ void store_placed_sum(const CombineArgs& a, const Placed& mine, float
                                  int end, PlacedWords<Y>& words, char* to) {
     Eight sum[kPlacedUnits<Y>]{};
     for (unsigned live = mine.live; live != 0;) {
-        if (live != mine.live) load_results(a, mine, live, unit, step, end, words);
+        if (live != mine.live) load_results(a, find_rows<Y>(a, mine, live), unit, step, end, words);
 #pragma unroll
         for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
             if (live == 0) continue;

@@ -108,6 +108,7 @@ struct Answer {
     int source, t;
     int64_t slot;
     Placed mine;
+    FirstRows rows;
     PlacedWords<T> words;
 };
 template <class T>
@@ -121,6 +122,7 @@ __device__ void find_answer(const View& v, const CombineArgs& a, const Part& par
     row.source = hop(v, turn + 1);
     row.slot = static_cast<int64_t>(row.source) * plan.slots + part.first + row.t;
     row.mine = load_placed(a, row.slot, v.top_k);
+    row.rows = find_rows<T>(a, row.mine, row.mine.live);
 }
 
 // `row`: the first of this warp, if it is `loaded`. The warp's answer: false after a failure.
@@ -146,7 +148,7 @@ __device__ bool answer(const View& v, const State& state, const CombineArgs& a, 
         char* const to = outbox(v, row.source) + v.layout.combine_row(v.channel, v.rank, part.first + row.t);
         for (int base = begin; base < part.piece.end; base += step * kPlacedUnits<T>) {
             if (!ahead || base != begin)
-                load_results(a, row.mine, row.mine.live, base + lane, step, part.piece.end, row.words);
+                load_results(a, row.rows, base + lane, step, part.piece.end, row.words);
             store_placed_sum<T, T>(a, row.mine, weight, base + lane, step, part.piece.end, row.words, to);
         }
     }
@@ -179,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool alive = begin(state);
     if (alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
     if (alive && row.inside)
-        load_results(a.answer, row.mine, row.mine.live, first_part.piece.begin + answerers.place,
-                     answerers.step, first_part.piece.end, row.words);
+        load_results(a.answer, row.rows, first_part.piece.begin + answerers.place, answerers.step,
+                     first_part.piece.end, row.words);
     if (alive && first == 0) send_slots(v, state, plan, epoch);
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
