@@ -90,7 +90,7 @@ __device__ void send_sums(const View& v, const State& state, const CombineArgs& 
             const float weight = lane < v.top_k ? a.weights[h.slot * v.top_k + lane] : 0.0f;
             for (int base = piece.begin + place - lane; base < piece.end; base += step * kPlacedUnits<Y>) {
                 PlacedWords<Y> words;
-                load_results(a, find_rows<Y>(a, mine, mine.live), base + lane, step, piece.end, words);
+                load_results(a, mine, mine.live, base + lane, step, piece.end, words);
                 store_placed_sum<Y, Wire>(a, mine, weight, base + lane, step, piece.end, words, to);
             }
         } else {

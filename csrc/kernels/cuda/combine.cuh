@@ -89,20 +89,11 @@ __device__ inline Placed load_placed(const CombineArgs& a, int64_t slot, int top
     return {place, __ballot_sync(kAll, place >= 0)};
 }
 
-// Where the first rows of a set are.
-struct FirstRows {
-    int count;  // of the set, which may be more
-    const char* at[kPlacedRows];
-};
+// Where the first row of a set is, by a whole warp.
 template <class Y>
-__device__ FirstRows find_rows(const CombineArgs& a, const Placed& mine, unsigned live) {
+__device__ const char* find_row(const CombineArgs& a, const Placed& mine, unsigned live) {
     const int64_t row_bytes = static_cast<int64_t>(a.hidden) * (Y::kWords * 2);
-    FirstRows rows;
-    rows.count = __popc(live);
-#pragma unroll
-    for (int i = 0; i < kPlacedRows; ++i, live &= live - 1)
-        if (live != 0) rows.at[i] = a.y + __shfl_sync(kAll, mine.place, __ffs(live) - 1) * row_bytes;
-    return rows;
+    return a.y + __shfl_sync(kAll, mine.place, __ffs(live) - 1) * row_bytes;
 }
 
 template <class Y>
@@ -112,22 +103,30 @@ struct PlacedWords {
     uint4 of[kPlacedRows][kPlacedUnits<Y> * Y::kWords];
 };
 
-// Of each of these rows the units from `unit` in steps before `end`.
-template <class Y>
-__device__ void load_results(const CombineArgs& a, const FirstRows& rows, int unit, int step, int end,
-                             PlacedWords<Y>& words) {
+// The first rows of `live`, by a whole warp; of each the units from `unit` in steps before `end`. `row_at`
+// knows where the i-th is, which is the first of the set that it is given.
+template <class Y, class RowAt>
+__device__ void load_results(const CombineArgs& a, unsigned live, const RowAt& row_at, int unit, int step,
+                             int end, PlacedWords<Y>& words) {
 #pragma unroll
-    for (int i = 0; i < kPlacedRows; ++i) {
-        if (i >= rows.count) continue;
+    for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
+        if (live == 0) continue;
+        const char* const row = row_at(i, live);
 #pragma unroll
         for (int u = 0; u < kPlacedUnits<Y>; ++u)
             if (unit + u * step < end)
 #pragma unroll
                 for (int j = 0; j < Y::kWords; ++j)
                     if (has_word<Y>(a.hidden, unit + u * step, j))
-                        words.of[i][u * Y::kWords + j] = ptx::load_row(
-                            rows.at[i] + (static_cast<int64_t>(unit + u * step) * Y::kWords + j) * 16);
+                        words.of[i][u * Y::kWords + j] =
+                            ptx::load_row(row + (static_cast<int64_t>(unit + u * step) * Y::kWords + j) * 16);
     }
+}
+template <class Y>
+__device__ void load_results(const CombineArgs& a, const Placed& mine, unsigned live, int unit, int step,
+                             int end, PlacedWords<Y>& words) {
+    auto found = [&](int, unsigned rest) { return find_row<Y>(a, mine, rest); };
+    load_results(a, live, found, unit, step, end, words);
 }
 
 // Their weighted sum, in order of k, fused, to its place in a row of the wire's format. `words`: of the first
@@ -137,7 +136,7 @@ __device__ void store_placed_sum(const CombineArgs& a, const Placed& mine, float
                                  int end, PlacedWords<Y>& words, char* to) {
     Eight sum[kPlacedUnits<Y>]{};
     for (unsigned live = mine.live; live != 0;) {
-        if (live != mine.live) load_results(a, find_rows<Y>(a, mine, live), unit, step, end, words);
+        if (live != mine.live) load_results(a, mine, live, unit, step, end, words);
 #pragma unroll
         for (int i = 0; i < kPlacedRows; ++i, live &= live - 1) {
             if (live == 0) continue;

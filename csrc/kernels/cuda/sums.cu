@@ -108,8 +108,13 @@ struct Answer {
     int source, t;
     int64_t slot;
     Placed mine;
-    FirstRows rows;
+    const char* first_rows[kPlacedRows];  // found once, not in each turn over their columns
     PlacedWords<T> words;
+
+    __device__ void load(const CombineArgs& a, int unit, int step, int end) {
+        auto known = [&](int i, unsigned) { return first_rows[i]; };
+        load_results(a, mine.live, known, unit, step, end, words);
+    }
 };
 template <class T>
 __device__ void find_answer(const View& v, const CombineArgs& a, const Part& part, int number,
@@ -122,7 +127,10 @@ __device__ void find_answer(const View& v, const CombineArgs& a, const Part& par
     row.source = hop(v, turn + 1);
     row.slot = static_cast<int64_t>(row.source) * plan.slots + part.first + row.t;
     row.mine = load_placed(a, row.slot, v.top_k);
-    row.rows = find_rows<T>(a, row.mine, row.mine.live);
+    unsigned live = row.mine.live;
+#pragma unroll
+    for (int i = 0; i < kPlacedRows; ++i, live &= live - 1)
+        if (live != 0) row.first_rows[i] = find_row<T>(a, row.mine, live);
 }
 
 // `row`: the first of this warp, if it is `loaded`. The warp's answer: false after a failure.
@@ -147,8 +155,7 @@ __device__ bool answer(const View& v, const State& state, const CombineArgs& a, 
         const float weight = __uint_as_float(ask_low(word));
         char* const to = outbox(v, row.source) + v.layout.combine_row(v.channel, v.rank, part.first + row.t);
         for (int base = begin; base < part.piece.end; base += step * kPlacedUnits<T>) {
-            if (!ahead || base != begin)
-                load_results(a, row.rows, base + lane, step, part.piece.end, row.words);
+            if (!ahead || base != begin) row.load(a, base + lane, step, part.piece.end);
             store_placed_sum<T, T>(a, row.mine, weight, base + lane, step, part.piece.end, row.words, to);
         }
     }
@@ -181,8 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool alive = begin(state);
     if (alive && state.stage != Stage::kIdle) alive = close_open_exchange(v, state);
     if (alive && row.inside)
-        load_results(a.answer, row.rows, first_part.piece.begin + answerers.place, answerers.step,
-                     first_part.piece.end, row.words);
+        row.load(a.answer, first_part.piece.begin + answerers.place, answerers.step, first_part.piece.end);
     if (alive && first == 0) send_slots(v, state, plan, epoch);
     for (int chunk = first; chunk < chunks && alive; chunk += step) {
         const Part part = part_of(plan, a.answer.hidden, chunk);
