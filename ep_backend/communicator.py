@@ -291,7 +291,7 @@ class Communicator:
         EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
         exchange.
         """
-        self._expect_rows("combine")
+        self._expect_rows("a combine")
         self._expect(handle, "received")
         out = self._check_out(handle.num_tokens, out)
         y = self._check_results(y, handle)
@@ -354,7 +354,7 @@ class Communicator:
     @_not_traced
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
         """First half of ``combine``. The received rows must not be read any more."""
-        self._expect_rows("combine_send")
+        self._expect_rows("a combine")
         self._expect(handle, "received")
         self._transport.combine_send(handle.channel, self._check_results(y, handle))
         handle.state = "returned"
@@ -508,7 +508,7 @@ class Communicator:
         num_tokens: torch.Tensor | None,
         channel: int,
     ) -> DispatchCall:
-        self._expect_rows("dispatch")
+        self._expect_rows("a dispatch")
         slots = self._check_slots(tokens_per_rank, channel)
         config = self.config
         if isinstance(x, torch.Tensor) and x.dim() != 2:
@@ -588,8 +588,8 @@ class Communicator:
         self._usable()
         if self.config.sums_only:
             raise EpArgumentError(
-                f"{call} was called, but this communicator's configuration says sums_only: exchange_sums was "
-                "wanted"
+                f"{call} was asked for, but this communicator's configuration says sums_only: exchange_sums "
+                "was wanted"
             )
 
     def _check_sums(
@@ -605,14 +605,18 @@ class Communicator:
         self._usable()
         config, rows = self.config, self._no_rows
         if rows is None:
-            raise EpArgumentError("exchange_sums was called; a communicator with sums_only was wanted")
+            raise EpArgumentError(
+                "an exchange of sums was asked for; a communicator with sums_only was wanted"
+            )
         if ends is not None:
             other, handle = ends
             other._expect(handle, "received")
             if handle.is_view:
                 raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")
         slots = self._check_slots(tokens_per_rank, channel)
-        tokens = len(ids) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else 0
+        if isinstance(ids, torch.Tensor) and ids.dim() != 2:
+            raise EpArgumentError(f"topk_ids is {list(ids.shape)}; [M, {config.top_k}] was wanted")
+        tokens = len(ids) if isinstance(ids, torch.Tensor) else 0
         self._check_choices("topk_ids", tokens, slots, ids, weights)
         call = DispatchCall(channel, rows[:tokens], None, ids.contiguous(), weights.contiguous(), slots)
         capacity = self.world_size * call.slots

@@ -162,7 +162,7 @@ class EpConfig:
 
     @property
     def is_opaque(self) -> bool:
-        return self.x_dtype == torch.uint8
+        return self.payload == torch.uint8
 
     @property
     def is_fp8(self) -> bool:

@@ -203,6 +203,8 @@ def _check(config: EpConfig, gradient_dtype: torch.dtype | None) -> None:
     """Raise EpConfigError if gradients cannot pass through such exchanges."""
     if not isinstance(config, EpConfig):
         raise EpConfigError(f"config is a {type(config).__name__}; an EpConfig was wanted")
+    if config.sums_only:
+        raise EpConfigError("sums_only is True; a configuration that brings rows was wanted")
     if config.payload not in FLOATS or config.quantization:
         found = f"{config.payload}, quantization {config.quantization}"
         raise EpConfigError(f"payload is {found}; float32, float16 or bfloat16 as it is was wanted")

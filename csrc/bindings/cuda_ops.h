@@ -46,8 +46,8 @@ void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Te
 void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Tensor> places,
                   std::optional<Tensor> weights, std::optional<Tensor> sums, int64_t return_blocks,
                   std::vector<int64_t> plan, bool send, bool receive, Tensor out);
-// A dispatch of ids and weights alone and the combine of y, rows by expert, in one launch; without `receive`
-// the combine's first half. False, and nothing was launched, where it takes two.
+// Words with weights and the combine of y, rows by expert, in one launch, by an exchange that never brings
+// anything else; without `receive` the combine's first half. False, and nothing was launched, where it takes two.
 bool cuda_exchange_sums(int64_t exchange, int64_t channel, Tensor ids, Tensor weights, Tensor y,
                         Tensor places, std::vector<int64_t> plan, int64_t ended, int64_t ended_channel,
                         bool receive, Tensor out);

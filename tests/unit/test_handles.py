@@ -457,7 +457,8 @@ def sums_job(rank, group, transport, dtype):
         by_rank.combine(result(by_rank, received), opened)  # is left as it was
         assert "out" in refused(c.exchange_sums, y, places, *given, out=want[1:])
         assert "at most" in refused(c.exchange_sums, y, places, *given, tokens_per_rank=2)
-        assert "topk_ids" in refused(c.exchange_sums, y, places, given[0][0], given[1])
+        assert f"[M, {c.config.top_k}]" in refused(c.exchange_sums, y, places, given[0][0], given[1])
+        assert "topk_ids" in refused(c.exchange_sums, y, places, given[0][:, 1:], given[1])
         assert "topk_weights" in refused(c.exchange_sums, y, places, given[0], given[1][1:])
         assert "places" in refused(c.exchange_sums, y, places[1:], *given)
         assert "contiguous" in refused(c.exchange_sums, y, places.T.contiguous().T, *given)

@@ -231,7 +231,11 @@ def refused_job(rank, group):
             return str(found)
         raise AssertionError("it was accepted")
 
-    for more in ({"quantization": "fp8_block128", "hidden_size": 128}, {"layout": "expert_major"}):
+    for more in (
+        {"quantization": "fp8_block128", "hidden_size": 128},
+        {"layout": "expert_major"},
+        {"sums_only": True, "payload": torch.bfloat16, "expert_ids": "global"},
+    ):
         found = refused(ep.EpConfigError, functional.TrainingCommunicator, group, config(**more))
         assert "wanted" in found
     assert "gradient_dtype" in refused(

@@ -138,10 +138,10 @@ __device__ inline void receive_metadata(const View& v, const DispatchArgs& a, in
     }
 }
 
-// Whether a source has the same T as this rank; else nobody goes on.
-__device__ inline bool same_slots(const View& v, const Plan& plan, int source, uint32_t slots,
-                                  uint64_t epoch) {
-    if (slots == static_cast<uint32_t>(plan.slots)) return true;
+// A source must have the same T as this rank; else nobody goes on.
+__device__ inline void check_slots(const View& v, const Plan& plan, int source, uint32_t slots,
+                                   uint64_t epoch) {
+    if (slots == static_cast<uint32_t>(plan.slots)) return;
     ErrorWord error;
     error.status = Status::kSlotsDiffer;
     error.peer = source;
@@ -149,22 +149,17 @@ __device__ inline bool same_slots(const View& v, const Plan& plan, int source, u
     error.channel = v.channel;
     error.epoch_expected = error.epoch_seen = epoch;
     fail(v, error);
-    return false;
 }
 
 // Chunk 0 of every source covers its header: how many tokens it has in all, and whether it agrees on T.
-// `tokens_per_source` may be null. False after a failure.
-__device__ inline bool receive_headers(const View& v, const State& s, const Plan& plan,
+__device__ inline void receive_headers(const View& v, const State& s, const Plan& plan,
                                        int32_t* tokens_per_source, uint64_t epoch, int thread, int threads) {
-    bool agree = true;
     for (int source = thread; source < v.world; source += threads) {
         const auto header =
             *reinterpret_cast<const SourceHeader*>(inbox(v, source) + v.layout.header(v.channel, source));
-        if (tokens_per_source)
-            tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
-        if (!s.masked(source)) agree &= same_slots(v, plan, source, header.slots, epoch);
+        tokens_per_source[source] = s.masked(source) ? 0 : static_cast<int32_t>(header.tokens);
+        if (!s.masked(source)) check_slots(v, plan, source, header.slots, epoch);
     }
-    return agree;
 }
 
 // The part of a row that a chunk covers, in 16-byte words: whole groups of 8 (a block of fp8 scales).

@@ -82,7 +82,8 @@ __device__ bool wait_word(const View& v, uint64_t epoch, int source, int64_t at,
 }
 
 // T as a word of its own: ranks with different ones would wait for words that nobody sends. A thread asks a
-// source. Those with the least T find all the words that they wait for, so they come to ask and stop all. A
+// source. Those with the least T find all the words that they wait for, so they come to ask and stop all
+// (not where a larger T makes it an exchange of rows: nobody's words come then, and all time out). A
 // source that has gone on to the next exchange has asked before: it had the same T, else it would have
 // stopped.
 __device__ inline void send_slots(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
@@ -91,13 +92,13 @@ __device__ inline void send_slots(const View& v, const State& state, const Plan&
             ptx::store_flag(v.windows[d] + v.layout.slots_word(v.channel, v.rank),
                             make_ask(epoch, false, static_cast<uint32_t>(plan.slots)));
 }
-__device__ inline void check_slots(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
+__device__ inline void receive_slots(const View& v, const State& state, const Plan& plan, uint64_t epoch) {
     for (int source = threadIdx.x; source < v.world; source += kThreads) {
         uint64_t word = 0;
         if (!state.masked(source) &&
             wait_word<true>(v, epoch, source, v.layout.slots_word(v.channel, source), word) &&
             ask_is_of(word, epoch))
-            same_slots(v, plan, source, ask_low(word), epoch);
+            check_slots(v, plan, source, ask_low(word), epoch);
     }
 }
 
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         alive = __syncthreads_and(answered) != 0;
         if (alive && threadIdx.x < 32) flag_chunk_warp(v, state, Phase::kCombine, epoch, chunk, 0, to_all(v));
         // Behind the flag, for which peers wait.
-        if (alive && chunk == 0) check_slots(v, state, plan, epoch);
+        if (alive && chunk == 0) receive_slots(v, state, plan, epoch);
     }
     leave(v, alive && first != 0, [&](DeviceWord& w) {
         w.epoch = epoch;

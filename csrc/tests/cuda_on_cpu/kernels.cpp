@@ -38,16 +38,21 @@ struct Case {
     int64_t max_blocks;
     bool host;  // windows in host memory
     int stagger;
+    int direct =
+        0;  // so many ranks after each other write into each other's GPUs, all others through the host
+    uint64_t epoch = 0;  // before the first exchange
 };
 
 struct Member {
     Bytes window, copies;
+    bool has_window = false;  // in copies, for those who write into this GPU
     std::unique_ptr<Exchange> exchange;
     WindowLayout layout;
 
     // What a dispatch has received: rows of this rank's window, or of its copy of that.
     const char* rows(int64_t channel) {
         if (copies.empty()) return as<char>(window) + layout.row(channel, 0);
+        if (has_window) return as<char>(copies) + layout.row(channel, 0);
         return as<char>(copies) + channel * layout.copy_bytes() + layout.row(channel, 0) -
                layout.channel(channel);
     }
@@ -65,14 +70,24 @@ std::vector<Member> members(const Case& c, int64_t timeout_us, bool only_sums = 
         m.window = bytes(layout.total);
         windows.push_back(as<char>(m.window));
         if (c.host) m.copies = bytes(2 * layout.copy_bytes());
+        m.has_window = c.direct != 0;
+        if (c.direct) m.copies = bytes(layout.total);
     }
     std::vector<int32_t> owners;
     for (int e = 0; e < c.experts; ++e) owners.push_back(e % c.world);
     for (int r = 0; r < c.world; ++r) {
-        Settings s{shape,        r,       c.hidden, DType::kBF16, DType::kBF16, false, -1, 0, timeout_us,
-                   c.max_blocks, nullptr, {},       false,        c.stagger,    1.0,   0};
-        if (c.host) s.copies = as<char>(ranks[static_cast<size_t>(r)].copies);
-        ranks[static_cast<size_t>(r)].exchange = std::make_unique<Exchange>(s, owners, windows);
+        Settings s{shape,   r,          c.hidden,     DType::kBF16, DType::kBF16, false, -1,
+                   c.epoch, timeout_us, c.max_blocks, nullptr,      {},           false, c.stagger,
+                   1.0,     0};
+        std::vector<char*> written = windows;
+        if (c.host || c.direct) s.copies = as<char>(ranks[static_cast<size_t>(r)].copies);
+        for (int other = 0; c.direct && other < c.world; ++other)
+            if (other / c.direct == r / c.direct) {
+                s.direct.push_back(other);
+                if (other != r)
+                    written[static_cast<size_t>(other)] = as<char>(ranks[static_cast<size_t>(other)].copies);
+            }
+        ranks[static_cast<size_t>(r)].exchange = std::make_unique<Exchange>(s, owners, written);
     }
     return ranks;
 }
@@ -277,9 +292,10 @@ int run(const Case& c) {
         failed |= !text.empty();
         if (!text.empty()) std::printf("%s\n", text.c_str());
     }
-    std::printf("world %d, T %d, hidden %d, top-%d of %d, %d blocks%s%s: %s\n", c.world, c.tokens, c.hidden,
-                c.top_k, c.experts, static_cast<int>(c.max_blocks), c.host ? ", host" : "",
-                c.stagger ? ", staggered" : "", failed ? "FAILED" : "passed");
+    std::printf("world %d, T %d, hidden %d, top-%d of %d, %d blocks%s%s%s%s: %s\n", c.world, c.tokens,
+                c.hidden, c.top_k, c.experts, static_cast<int>(c.max_blocks), c.host ? ", host" : "",
+                c.stagger ? ", staggered" : "", c.direct ? ", mixed" : "", c.epoch ? ", late" : "",
+                failed ? "FAILED" : "passed");
     std::fflush(stdout);
     return failed;
 }
@@ -343,10 +359,19 @@ int faults() {
 int main() {
     using ep::cuda::Case;
     const Case cases[] = {
-        {1, 3, 64, 2, 3, 2, false, 0},    {2, 5, 64, 3, 8, 4, false, 0},   {2, 40, 264, 4, 9, 3, false, 0},
-        {3, 9, 128, 8, 16, 2, false, 0},  {2, 5, 64, 3, 8, 4, true, 0},    {3, 7, 64, 2, 7, 3, true, 0},
-        {4, 5, 64, 3, 8, 2, false, 2},    {2, 150, 32, 2, 5, 3, false, 0}, {2, 3, 128, 3, 8, 12, false, 0},
+        {1, 3, 64, 2, 3, 2, false, 0},
+        {2, 5, 64, 3, 8, 4, false, 0},
+        {2, 40, 264, 4, 9, 3, false, 0},
+        {3, 9, 128, 8, 16, 2, false, 0},
+        {2, 5, 64, 3, 8, 4, true, 0},
+        {3, 7, 64, 2, 7, 3, true, 0},
+        {4, 5, 64, 3, 8, 2, false, 2},
+        {2, 150, 32, 2, 5, 3, false, 0},
+        {2, 3, 128, 3, 8, 12, false, 0},
         {2, 1, 4096, 2, 5, 20, false, 0},  // rows that several blocks bring to their experts
+        {4, 5, 64, 3, 8, 4, false, 0, 2},
+        {3, 3, 128, 8, 16, 12, false, 0, 1},
+        {2, 5, 64, 3, 8, 4, false, 0, 0, 0x7FFFFFFF - 6},  // where words begin with their first epochs again
     };
     int failed = 0;
     for (const Case& c : cases) failed += ep::cuda::run(c);
