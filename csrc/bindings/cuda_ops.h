@@ -47,7 +47,8 @@ void cuda_combine(int64_t exchange, int64_t channel, Tensor y, std::optional<Ten
                   std::optional<Tensor> weights, std::optional<Tensor> sums, int64_t return_blocks,
                   std::vector<int64_t> plan, bool send, bool receive, Tensor out);
 // Words with weights and the combine of y, rows by expert, in one launch, by an exchange that never brings
-// anything else; without `receive` the combine's first half. False, and nothing was launched, where it takes two.
+// anything else; without `receive` the combine's first half. False, and nothing was launched, where it takes
+// two.
 bool cuda_exchange_sums(int64_t exchange, int64_t channel, Tensor ids, Tensor weights, Tensor y,
                         Tensor places, std::vector<int64_t> plan, int64_t ended, int64_t ended_channel,
                         bool receive, Tensor out);
