@@ -87,3 +87,7 @@ if __name__ == "__main__":
             task = exchanges.Task(device="cpu", transport=transport, timeout_s=20.0, cases=SELFTEST)
             answers[transport]["selftest"] = exchanges.run(lambda text: None, task)
     torch.save(answers, f"{FOLDER}/answer-{RANK}")
+    if JOB == "start":
+        # PyTorch's thread of the meeting that has just failed lets go of tensors, for which it wants the
+        # interpreter; if that is ending, the process is aborted (seen once).
+        time.sleep(1)
