@@ -291,7 +291,6 @@ class Communicator:
         EpArgumentError before anything is sent; EpTimeoutError; EpProtocolError if a peer closed the
         exchange.
         """
-        self._expect_rows("a combine")
         self._expect(handle, "received")
         out = self._check_out(handle.num_tokens, out)
         y = self._check_results(y, handle)
@@ -354,7 +353,6 @@ class Communicator:
     @_not_traced
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
         """First half of ``combine``. The received rows must not be read any more."""
-        self._expect_rows("a combine")
         self._expect(handle, "received")
         self._transport.combine_send(handle.channel, self._check_results(y, handle))
         handle.state = "returned"
@@ -508,9 +506,13 @@ class Communicator:
         num_tokens: torch.Tensor | None,
         channel: int,
     ) -> DispatchCall:
-        self._expect_rows("a dispatch")
         slots = self._check_slots(tokens_per_rank, channel)
         config = self.config
+        if config.sums_only:
+            raise EpArgumentError(
+                "a dispatch was asked for, but this communicator's configuration says sums_only: "
+                "exchange_sums was wanted"
+            )
         if isinstance(x, torch.Tensor) and x.dim() != 2:
             raise EpArgumentError(f"x is {list(x.shape)}; [M, {config.row_width}] was wanted")
         tokens = x.shape[0] if isinstance(x, torch.Tensor) else 0
@@ -584,14 +586,6 @@ class Communicator:
         self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
         return y.contiguous()
 
-    def _expect_rows(self, call: str) -> None:
-        self._usable()
-        if self.config.sums_only:
-            raise EpArgumentError(
-                f"{call} was asked for, but this communicator's configuration says sums_only: exchange_sums "
-                "was wanted"
-            )
-
     def _check_sums(
         self,
         y: torch.Tensor,
@@ -602,7 +596,7 @@ class Communicator:
         channel: int,
         ends: tuple[Communicator, Handle] | None,
     ) -> tuple[DispatchCall, torch.Tensor]:
-        self._usable()
+        slots = self._check_slots(tokens_per_rank, channel)
         config, rows = self.config, self._no_rows
         if rows is None:
             raise EpArgumentError(
@@ -613,7 +607,6 @@ class Communicator:
             other._expect(handle, "received")
             if handle.is_view:
                 raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")
-        slots = self._check_slots(tokens_per_rank, channel)
         if isinstance(ids, torch.Tensor) and ids.dim() != 2:
             raise EpArgumentError(f"topk_ids is {list(ids.shape)}; [M, {config.top_k}] was wanted")
         tokens = len(ids) if isinstance(ids, torch.Tensor) else 0

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <cstdint>
 
 #include "../../common/layout.h"
@@ -28,8 +29,7 @@ struct Divisor {
     int32_t shift = 0;
     static Divisor of(int64_t d) {
         if (d == 0) return {};
-        int32_t shift = 31;
-        while (int64_t{1} << (shift - 31) < d) ++shift;
+        const int32_t shift = 31 + std::bit_width(static_cast<uint64_t>(d - 1));
         return {static_cast<uint32_t>(((int64_t{1} << shift) + d - 1) / d), shift};
     }
 #if defined(__CUDACC__)
