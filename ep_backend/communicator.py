@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ep_backend import _native, env, rendezvous, tuned
+from ep_backend.arguments import Arguments, named
 from ep_backend.config import EpConfig, wrong_timeout
 from ep_backend.errors import EpArgumentError, EpConfigError, EpError
 from ep_backend.facts import neighbours, nodes, parts, unchecked
@@ -187,12 +188,9 @@ class Communicator:
         for sentence in self.decision.warnings if self.rank == 0 else ():
             warnings.warn(sentence, stacklevel=2)
         self.local_experts = tuple(e for e, rank in enumerate(expert_ranks) if rank == self.rank)
+        self._arguments = Arguments(config, self.world_size, len(self.local_experts), self.device)
         scale = self.decision.chunk_scale if config.chunk_scale is None else config.chunk_scale
         config = replace(config, num_sms=self.decision.sms, chunk_scale=scale)
-        self._no_rows: torch.Tensor | None = None  # where exchanges of sums are dispatches of rows
-        if config.sums_only:
-            shape = (config.max_tokens_per_rank, config.row_width)
-            self._no_rows = torch.zeros(shape, dtype=config.x_dtype, device=self.device)
         make = TRANSPORTS[self.decision.transport]
         self._transport = make(group, config, self.device, records, self.decision)
         self._handles: list[Handle | None] = [None] * config.num_channels
@@ -203,7 +201,7 @@ class Communicator:
         if wrong := env.wrong_values():  # also of variables that nothing here would read
             raise EpConfigError("; ".join(wrong))
         if not isinstance(self.config, EpConfig):
-            raise EpConfigError(f"config is {_named(self.config)}; an EpConfig was wanted")
+            raise EpConfigError(f"config is {named(self.config)}; an EpConfig was wanted")
         self.config.timeout()
         self.device = torch.device(device or "cpu")
         if self.device.type == "cuda":
@@ -273,7 +271,10 @@ class Communicator:
         On a GPU nothing can be raised about the ids without waiting for it: ids out of range count as none,
         and experts that stand twice in a token are not looked for.
         """
-        call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel)
+        self._usable()
+        call = self._arguments.dispatch(
+            x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel
+        )
         received = self._in_order(self._transport.dispatch(call))
         handle = self._opened(call)
         handle.num_rows, handle.state = received.rows.shape[0], "received"
@@ -292,8 +293,8 @@ class Communicator:
         exchange.
         """
         self._expect(handle, "received")
-        out = self._check_out(handle.num_tokens, out)
-        y = self._check_results(y, handle)
+        out = self._arguments.out(out, handle.num_tokens)
+        y = self._arguments.results(y, handle.tokens_per_rank, handle.num_rows)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
         self._transport.combine(handle.channel, y, out)
@@ -313,7 +314,10 @@ class Communicator:
     ) -> Handle:
         """First half of ``dispatch``: everything is on its way when it returns, nothing has been waited
         for."""
-        call = self._check_dispatch(x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel)
+        self._usable()
+        call = self._arguments.dispatch(
+            x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel
+        )
         self._transport.dispatch_send(call)
         return self._opened(call)
 
@@ -326,7 +330,7 @@ class Communicator:
         """
         self._expect(handle, "sent")
         if rows is not None:
-            self._check_rows(rows, handle)
+            self._arguments.rows(rows, handle.tokens_per_rank)
         received = self._transport.dispatch_recv(handle.channel, handle.tokens_per_rank, rows)
         if rows is not None and received.rows is not rows:
             received = replace(received, rows=rows.copy_(received.rows))
@@ -354,14 +358,15 @@ class Communicator:
     def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
         """First half of ``combine``. The received rows must not be read any more."""
         self._expect(handle, "received")
-        self._transport.combine_send(handle.channel, self._check_results(y, handle))
+        y = self._arguments.results(y, handle.tokens_per_rank, handle.num_rows)
+        self._transport.combine_send(handle.channel, y)
         handle.state = "returned"
 
     @_not_traced
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Second half of ``combine``: wait for the sums of all ranks and add them."""
         self._expect(handle, "returned")
-        out = self._check_out(handle.num_tokens, out)
+        out = self._arguments.out(out, handle.num_tokens)
         # A peer that closed the exchange ends it here too.
         handle.state, self._handles[handle.channel] = "combined", None
         self._transport.combine_recv(handle.channel, out)
@@ -390,8 +395,9 @@ class Communicator:
         a failure both must recover. All ranks give ``ends`` and ``places`` or none does, and ``y`` of the
         same dtype. The rest as for these two.
         """
-        call, y = self._check_sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel, ends)
-        out = self._check_out(len(call.x), out)
+        self._check_ends(ends)
+        call, y = self._arguments.sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel)
+        out = self._arguments.out(out, len(call.x))
         self._opened(call)
         self._handles[channel] = None
         self._exchange_sums(call, y, places, out, ends)
@@ -411,7 +417,8 @@ class Communicator:
     ) -> Handle:
         """First half of ``exchange_sums``, in which weights are waited for; ``combine_recv`` is the
         second."""
-        call, y = self._check_sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel, ends)
+        self._check_ends(ends)
+        call, y = self._arguments.sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel)
         self._exchange_sums(call, y, places, None, ends)
         handle = self._opened(call)
         handle.state = "returned"
@@ -485,7 +492,7 @@ class Communicator:
     def _expect(self, handle: Handle, *states: str) -> None:
         self._usable()
         if not isinstance(handle, Handle):
-            raise EpArgumentError(f"handle is {_named(handle)}; the Handle that dispatch returned was wanted")
+            raise EpArgumentError(f"handle is {named(handle)}; the Handle that dispatch returned was wanted")
         if handle.state in states and not any(mine is handle for mine in self._handles):
             raise EpArgumentError(
                 "the handle is of another communicator; one of this communicator was wanted"
@@ -495,75 +502,6 @@ class Communicator:
                 f"the handle's exchange is {handle.state!r}; {' or '.join(map(repr, states))} was wanted: "
                 "each dispatch is received once and then combined or released once"
             )
-
-    def _check_dispatch(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        tokens_per_rank: int | None,
-        num_tokens: torch.Tensor | None,
-        channel: int,
-    ) -> DispatchCall:
-        slots = self._check_slots(tokens_per_rank, channel)
-        config = self.config
-        if config.sums_only:
-            raise EpArgumentError(
-                "a dispatch was asked for, but this communicator's configuration says sums_only: "
-                "exchange_sums was wanted"
-            )
-        if isinstance(x, torch.Tensor) and x.dim() != 2:
-            raise EpArgumentError(f"x is {list(x.shape)}; [M, {config.row_width}] was wanted")
-        tokens = x.shape[0] if isinstance(x, torch.Tensor) else 0
-        self._check("x", x, (tokens, config.row_width), (config.payload,))
-        self._check_choices("x", tokens, slots, ids, weights)
-        if config.payload == torch.float8_e4m3fn:
-            scale_dtype, width = torch.float32, config.hidden_size // 128
-        else:
-            scale_dtype, width = torch.uint8, config.scale_bytes
-        if width:
-            if scales is None:
-                raise EpArgumentError(f"scales are missing; [{tokens}, {width}] {scale_dtype} was wanted")
-            self._check("scales", scales, (tokens, width), (scale_dtype,))
-            scales = scales.contiguous()
-        elif scales is not None:
-            raise EpArgumentError(
-                "scales were given, but this communicator's payload has none of the caller's"
-            )
-        if num_tokens is not None:
-            if self.device.type == "cpu":
-                raise EpArgumentError(
-                    "num_tokens is for CUDA graphs; on a CPU pass as many rows as there are tokens"
-                )
-            self._check("num_tokens", num_tokens, (1,), (torch.int32,))
-        return DispatchCall(
-            channel, x.contiguous(), scales, ids.contiguous(), weights.contiguous(), slots, num_tokens
-        )
-
-    def _check_slots(self, tokens_per_rank: int | None, channel: int) -> int:
-        """T."""
-        self._usable()
-        config = self.config
-        if not isinstance(channel, int) or not 0 <= channel < config.num_channels:
-            raise EpArgumentError(f"channel is {channel!r}; 0 to {config.num_channels - 1} was wanted")
-        most = config.max_tokens_per_rank
-        slots = most if tokens_per_rank is None else tokens_per_rank
-        if not isinstance(slots, int) or not 1 <= slots <= most:
-            raise EpArgumentError(f"tokens_per_rank is {slots!r}; a whole number from 1 to {most} was wanted")
-        return slots
-
-    def _check_choices(
-        self, name: str, tokens: int, slots: int, ids: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        """``name``: of the tensor that has one row for each of the ``tokens``."""
-        if tokens > slots:
-            raise EpArgumentError(
-                f"{name} has {tokens} tokens; at most tokens_per_rank = {slots} were wanted"
-            )
-        top_k = self.config.top_k
-        self._check("topk_ids", ids, (tokens, top_k), (torch.int32, torch.int64))
-        self._check("topk_weights", weights, (tokens, top_k), (torch.float32,))
 
     def _opened(self, call: DispatchCall) -> Handle:
         """The handle of the exchange that ``call`` has opened; it takes the place of one that was left
@@ -576,50 +514,14 @@ class Communicator:
         self._handles[call.channel] = handle
         return handle
 
-    def _check_results(self, y: torch.Tensor, handle: Handle) -> torch.Tensor:
-        config, capacity = self.config, self.world_size * handle.tokens_per_rank
-        lead = {
-            "rank_major": (capacity,),
-            "compact": (handle.num_rows,),
-            "expert_major": (len(self.local_experts), capacity),
-        }[config.layout]
-        self._check("y", y, (*lead, config.hidden_size), (config.result_dtype, torch.float32))
-        return y.contiguous()
-
-    def _check_sums(
-        self,
-        y: torch.Tensor,
-        places: torch.Tensor | None,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        tokens_per_rank: int | None,
-        channel: int,
-        ends: tuple[Communicator, Handle] | None,
-    ) -> tuple[DispatchCall, torch.Tensor]:
-        slots = self._check_slots(tokens_per_rank, channel)
-        config, rows = self.config, self._no_rows
-        if rows is None:
-            raise EpArgumentError(
-                "an exchange of sums was asked for; a communicator with sums_only was wanted"
-            )
+    def _check_ends(self, ends: tuple[Communicator, Handle] | None) -> None:
+        """Whether an exchange of sums can end the one that is given."""
+        self._usable()
         if ends is not None:
             other, handle = ends
             other._expect(handle, "received")
             if handle.is_view:
                 raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")
-        if isinstance(ids, torch.Tensor) and ids.dim() != 2:
-            raise EpArgumentError(f"topk_ids is {list(ids.shape)}; [M, {config.top_k}] was wanted")
-        tokens = len(ids) if isinstance(ids, torch.Tensor) else 0
-        self._check_choices("topk_ids", tokens, slots, ids, weights)
-        call = DispatchCall(channel, rows[:tokens], None, ids.contiguous(), weights.contiguous(), slots)
-        capacity = self.world_size * call.slots
-        shape = (len(self.local_experts), capacity, config.hidden_size)
-        self._check("y", y, shape, (config.result_dtype, torch.float32))
-        if places is not None:
-            self._check("places", places, (capacity, config.top_k), (torch.int32,))
-            if not places.is_contiguous():
-                raise EpArgumentError("places is not contiguous, as received_places gives it")
-        return call, y.contiguous()
 
     def _exchange_sums(
         self,
@@ -652,37 +554,3 @@ class Communicator:
             transport.combine_send(call.channel, sums)
         else:
             transport.combine(call.channel, sums, out)
-
-    def _check_rows(self, rows: torch.Tensor, handle: Handle) -> None:
-        config = self.config
-        if config.layout != "expert_major":
-            raise EpArgumentError("rows are for the layout expert_major: others decide themselves")
-        shape = (len(self.local_experts), self.world_size * handle.tokens_per_rank, config.row_width)
-        self._check("rows", rows, shape, (config.received_dtype,))
-        if not rows.is_contiguous():
-            raise EpArgumentError(f"rows have strides {tuple(rows.stride())}; a contiguous tensor was wanted")
-
-    def _check_out(self, tokens: int, out: torch.Tensor | None) -> torch.Tensor:
-        shape, dtype = (tokens, self.config.hidden_size), self.config.result_dtype
-        if out is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        self._check("out", out, shape, (dtype,))
-        if not out.is_contiguous():
-            raise EpArgumentError(f"out has strides {tuple(out.stride())}; a contiguous tensor was wanted")
-        return out
-
-    def _check(
-        self, name: str, t: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-    ) -> None:
-        types = " or ".join(dict.fromkeys(map(str, dtypes)))
-        wanted = f"{list(shape)} {types} on {self.device} was wanted"
-        if not isinstance(t, torch.Tensor):
-            raise EpArgumentError(f"{name} is {_named(t)}; a tensor {wanted}")
-        if t.layout != torch.strided:
-            raise EpArgumentError(f"{name} is {t.layout}; a dense tensor {wanted}")
-        if tuple(t.shape) != shape or t.dtype not in dtypes or t.device.type != self.device.type:
-            raise EpArgumentError(f"{name} is {list(t.shape)} {t.dtype} on {t.device}; {wanted}")
-
-
-def _named(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

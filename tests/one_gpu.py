@@ -17,6 +17,7 @@ import torch
 
 import ep_backend as ep
 from ep_backend import reference
+from ep_backend.arguments import Arguments
 from ep_backend.selftest import inputs
 from ep_backend.selftest.exchanges import on_cpu
 from ep_backend.transports.gpu import Windows, window_bytes
@@ -59,6 +60,7 @@ class LocalRank(ep.Communicator):
         self.config, self.rank, self.world_size = config, rank, len(windows)
         self.device = windows[rank].device
         self.local_experts = tuple(e for e, r in enumerate(config.expert_ranks(len(windows))) if r == rank)
+        self._arguments = Arguments(config, self.world_size, len(self.local_experts), self.device)
         self._transport = LocalTransport(config, rank, windows, plan, *more)
         self._handles = [None] * config.num_channels
         self._alive = True

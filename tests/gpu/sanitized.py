@@ -1,13 +1,16 @@
 """Small exchanges on one GPU for compute-sanitizer (test_sanitizers.py), compared with the reference.
 
-usage: sanitized.py own|bulk|mixed|staggered|short
+usage: sanitized.py own|bulk|mixed|staggered|sums|short
 
 own: as the kernels divide tokens themselves; bulk: by bulk copies; mixed: some ranks write into each other's
-GPU memory and others into memory of the host; staggered: rank after rank; short: combine is given
-memory that is too short for its result, which a memory checker must notice.
+GPU memory and others into memory of the host; staggered: rank after rank; sums: exchanges of sums, compared
+with combines; short: combine is given memory that is too short for its result, which a memory checker must
+notice.
 """
 
+import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,6 +19,7 @@ import torch
 from one_gpu import differences, local_ranks
 
 import ep_backend as ep
+from ep_backend.selftest import inputs
 
 PLANS = {"own": (), "bulk": (4, 1, 4, 1), "mixed": (), "staggered": ()}
 PARTS = {("mixed", 3): ((0, 2), (1,))}
@@ -64,6 +68,32 @@ def exchanges(plan):
     return done
 
 
+def exchanges_of_sums():
+    """Of one rank, which waits for nobody's weights; the number of exchanges, all of them right."""
+    done = 0
+    for name, hidden in itertools.product(("bf16", "fp32"), (256, 7168)):
+        rows = config(
+            1, layout="expert_major", expert_ids="global", hidden_size=hidden, num_sms=4, **PAYLOADS[name]
+        )
+        only = replace(rows, payload=torch.bfloat16, out_dtype=rows.result_dtype, sums_only=True)
+        with local_ranks(rows, 1) as (by_expert,), local_ranks(only, 1) as (comm,):
+            for slots, tokens in ((9, 9), (37, 20), (1, 0)):
+                call = inputs.make_call(rows, 1, 0, seed=slots, count=tokens, routing="sparse")
+                x, *given = (t.to(comm.device) for t in (call.x, call.topk_ids, call.topk_weights))
+                received, handle = by_expert.dispatch(x, *given, tokens_per_rank=slots)
+                places = by_expert.received_places(handle)
+                y = received.rows.clone()
+                want = by_expert.combine(y, handle)
+                _, handle = by_expert.dispatch(x, *given, tokens_per_rank=slots)
+                whole = comm.exchange_sums(y, places, *given, tokens_per_rank=slots, ends=(by_expert, handle))
+                opened = comm.exchange_sums_send(y, places, *given, tokens_per_rank=slots)
+                for got in (whole, comm.combine_recv(opened)):
+                    assert torch.equal(got, want), f"{name}, hidden {hidden}, T {slots}"
+                    done += 1
+                comm.check()
+    return done
+
+
 def too_short():
     """A result of 9 rows written over one that has room for 1: behind it is nobody's memory."""
     with local_ranks(config(1), 1) as (comm,):
@@ -81,4 +111,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "short":
         too_short()
     else:
-        print(f"{exchanges(sys.argv[1])} exchanges, all right")
+        done = exchanges_of_sums() if sys.argv[1] == "sums" else exchanges(sys.argv[1])
+        print(f"{done} exchanges, all right")

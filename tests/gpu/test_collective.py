@@ -1,12 +1,11 @@
 """Transport ``collective`` on GPUs, beside what test_gpus.py does with every transport: over NCCL, and over
 gloo by ranks that share a GPU."""
 
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
+import gpu_jobs
 import gpus
 import pytest
 import torch
@@ -15,39 +14,36 @@ from harness import fresh_ranks, ranks
 import ep_backend as ep
 from ep_backend.transports import collective_gpu
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # rank processes load this file alone
-import test_gpus
-
 pytestmark = pytest.mark.gpu
 
 
 def shared_gpu_job(rank, group, more, exchanges=(1, 3, 300, 40, 40, 7, 128)):
     """All ranks use the first GPU, so gloo carries the rows."""
-    return test_gpus.same_bits_job(rank, group, "collective", more, exchanges, gpu_of_rank=0)
+    return gpu_jobs.same_bits_job(rank, group, "collective", more, exchanges, gpu_of_rank=0)
 
 
-@pytest.mark.parametrize("layout", test_gpus.LAYOUTS)
-@pytest.mark.parametrize("name", test_gpus.CONFIGS)
+@pytest.mark.parametrize("layout", gpu_jobs.LAYOUTS)
+@pytest.mark.parametrize("name", gpu_jobs.CONFIGS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_collective_by_ranks_that_share_a_gpu(world, name, layout):
     gpus.needs(1)
-    more = {**test_gpus.CONFIGS[name], "layout": layout}
+    more = {**gpu_jobs.CONFIGS[name], "layout": layout}
     assert ranks(world).run(shared_gpu_job, more, timeout=120) == [[]] * world
 
 
 def counting_job(rank, group, more, gpu_of_rank):
     """Ids go first, and only rows behind them, however few."""
     with mock.patch.object(collective_gpu, "WORTH_COUNTING", 0):
-        return test_gpus.same_bits_job(rank, group, "collective", more, gpu_of_rank=gpu_of_rank)
+        return gpu_jobs.same_bits_job(rank, group, "collective", more, gpu_of_rank=gpu_of_rank)
 
 
 @pytest.mark.parametrize("over", ["nccl", "nccl between nodes", "gloo"])
-@pytest.mark.parametrize("layout", test_gpus.LAYOUTS)
+@pytest.mark.parametrize("layout", gpu_jobs.LAYOUTS)
 @pytest.mark.parametrize("name", ["bf16", "fp8", "opaque"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_collective_with_ids_first(world, name, layout, over):
     gpus.needs(1 if over == "gloo" else world)
-    more = {**test_gpus.CONFIGS[name], "layout": layout}
+    more = {**gpu_jobs.CONFIGS[name], "layout": layout}
     gpu = 0 if over == "gloo" else None
     group = gpus.nodes(world) if over == "nccl between nodes" else ranks(world)
     assert group.run(counting_job, more, gpu, timeout=120) == [[]] * world
@@ -57,7 +53,7 @@ def traffic_job(rank, group, worth):
     """Rows and bytes that one exchange sends; each rank's tokens go to rank 0."""
     torch.cuda.set_device(0)
     world = torch.distributed.get_world_size(group)
-    cfg = test_gpus.config({"payload": torch.bfloat16}, world, "collective")
+    cfg = gpu_jobs.config({"payload": torch.bfloat16}, world, "collective")
     with (
         mock.patch.object(collective_gpu, "WORTH_COUNTING", worth),
         ep.Communicator(group, cfg, device="cuda:0") as comm,
@@ -86,9 +82,9 @@ def collective_stall_job(rank, group, shared):
     """The last rank does not come to the second exchange."""
     device = gpus.take(0 if shared else rank)
     world = torch.distributed.get_world_size(group)
-    cfg = replace(test_gpus.config({"payload": torch.bfloat16}, world, "collective"), timeout_s=2.0)
+    cfg = replace(gpu_jobs.config({"payload": torch.bfloat16}, world, "collective"), timeout_s=2.0)
     comm = ep.Communicator(group, cfg, device=device)
-    x, ids, weights = (t.to(device) for t in test_gpus.inputs(cfg, rank, 20, 3)[:3])
+    x, ids, weights = (t.to(device) for t in gpu_jobs.inputs(cfg, rank, 20, 3)[:3])
 
     def exchange():
         received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=20)
@@ -125,10 +121,10 @@ def half_captured_job(rank, group):
     """An exchange that is open when a capture begins cannot be ended in it."""
     device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = test_gpus.config({"payload": torch.bfloat16}, world, "collective")
+    cfg = gpu_jobs.config({"payload": torch.bfloat16}, world, "collective")
     said = []
     with ep.Communicator(group, cfg, device=device) as comm:
-        x, ids, weights = (t.to(comm.device) for t in test_gpus.inputs(cfg, rank, 20, 3)[:3])
+        x, ids, weights = (t.to(comm.device) for t in gpu_jobs.inputs(cfg, rank, 20, 3)[:3])
         received, handle = comm.dispatch(x, ids, weights)
         y = torch.zeros_like(received.rows)
         with torch.cuda.graph(torch.cuda.CUDAGraph()):

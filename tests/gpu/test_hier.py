@@ -1,11 +1,10 @@
 """Transport ``hier`` between GPUs: made-up nodes, NCCL between them, and kernels of ours inside."""
 
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
+import gpu_jobs
 import gpus
 import pytest
 import torch
@@ -15,9 +14,6 @@ from nodes import crossings, make, run_steps_on
 
 import ep_backend as ep
 from ep_backend.transports import collective_gpu
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # rank processes load this file alone
-import test_gpus
 
 pytestmark = pytest.mark.gpu
 TWO_BY_TWO = ((0, 1), (2, 3))
@@ -43,12 +39,12 @@ def steps_job(rank, group, parts, *args):
         return run_steps_on(rank, group, *args, device="cuda")
 
 
-@pytest.mark.parametrize("layout", test_gpus.LAYOUTS)
-@pytest.mark.parametrize("name", test_gpus.CONFIGS)
+@pytest.mark.parametrize("layout", gpu_jobs.LAYOUTS)
+@pytest.mark.parametrize("name", gpu_jobs.CONFIGS)
 @pytest.mark.parametrize(("inside", "on"), [("peer", TURNS), ("host", TWO_BY_TWO), ("mixed", TWO_BY_TWO)])
 def test_same_bits_as_the_reference(inside, on, name, layout):
     gpus.needs(4)
-    cfg = config({**test_gpus.CONFIGS[name], "layout": layout})
+    cfg = config({**gpu_jobs.CONFIGS[name], "layout": layout})
     answers = gpus.nodes(4).run(steps_job, REACH[inside], on, cfg, STEPS, one_by_one(STEPS), timeout=120)
     check_steps(cfg, STEPS, answers, on, "cuda")
 

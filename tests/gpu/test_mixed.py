@@ -3,9 +3,7 @@
 On two GPUs there is one pair: it is joined, or it is not. Only four show both ways in one communicator.
 """
 
-import sys
-from pathlib import Path
-
+import gpu_jobs
 import gpus
 import pytest
 from harness import fresh_ranks, ranks
@@ -13,19 +11,16 @@ from harness import fresh_ranks, ranks
 import ep_backend as ep
 from ep_backend import communicator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # rank processes load this file alone
-import test_gpus
-
 pytestmark = pytest.mark.gpu
 PARTS = (((0, 1),), ((0,), (1,)), ((0, 1), (2, 3)), ((0, 1, 2), (3,)))
 
 
 def divided_job(rank, group, job, parts, *args):
-    """A job of test_gpus.py, with these parts in place of those of the machine."""
+    """A job of gpu_jobs.py, with these parts in place of those of the machine."""
     kept = communicator.parts
     communicator.parts = lambda records: parts
     try:
-        return getattr(test_gpus, job)(rank, group, *args)
+        return getattr(gpu_jobs, job)(rank, group, *args)
     finally:
         communicator.parts = kept
 
@@ -36,12 +31,12 @@ def world_of(parts):
     return world
 
 
-@pytest.mark.parametrize("layout", test_gpus.LAYOUTS)
+@pytest.mark.parametrize("layout", gpu_jobs.LAYOUTS)
 @pytest.mark.parametrize("name", ["bf16", "fp16 fp32-wire", "fp8", "opaque"])
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 def test_same_bits_as_the_cpu_transport(parts, name, layout):
     world = world_of(parts)
-    more = {**test_gpus.CONFIGS[name], "layout": layout}
+    more = {**gpu_jobs.CONFIGS[name], "layout": layout}
     answers = ranks(world).run(divided_job, "same_bits_job", parts, "mixed", more, timeout=120)
     assert answers == [[]] * world
 

@@ -50,7 +50,7 @@ def sanitize(checker, *command, ours=True):
 
 
 @pytest.mark.timeout(LIMIT_S + 30)
-@pytest.mark.parametrize("plan", ["own", "bulk", "mixed", "staggered"])
+@pytest.mark.parametrize("plan", ["own", "bulk", "mixed", "staggered", "sums"])
 @pytest.mark.parametrize("checker", ["memcheck", "racecheck"])
 def test_nothing_is_found(checker, plan):
     status, said = sanitize(checker, sys.executable, HERE / "sanitized.py", plan)
