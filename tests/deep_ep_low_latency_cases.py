@@ -147,6 +147,80 @@ def two_micro_batches(rank, group, device):
     buffer.destroy()
 
 
+def _layers(buffer, batches, most, overlapped):
+    """Some layers of two batches: one after the other, or as vLLM's two-batch overlap orders them: what one
+    batch has sent the other waits for, just before it sends itself."""
+    experts = EXPERTS_PER_RANK * buffer.group_size
+    factors = torch.arange(1.0, EXPERTS_PER_RANK + 1, device=batches[0].x.device)[:, None, None]
+    results, opened = [batch.x for batch in batches], []
+
+    def wait():
+        while opened:
+            opened.pop()()
+
+    def send(call, *given, **more):
+        wait()
+        *made, _, hook = call(*given, return_recv_hook=True, **more)
+        opened.append(hook)
+        if not overlapped:
+            wait()
+        return made
+
+    def dispatch(number):
+        x = results[number] / 2
+        return send(buffer.low_latency_dispatch, x, batches[number].ids, most, experts, use_fp8=False)
+
+    def combine(number, rows, _, handle):
+        y = (rows * factors).bfloat16()
+        given = (batches[number].ids, batches[number].weights, handle)
+        results[number] = send(buffer.low_latency_combine, y, *given)[0]
+
+    for _ in range(3):
+        if overlapped:
+            came = [dispatch(0), dispatch(1)]
+            combine(0, *came[0])
+            combine(1, *came[1])
+        else:
+            for number in range(2):
+                combine(number, *dispatch(number))
+    wait()
+    return results
+
+
+def layers_of_two_batches(rank, group, device, most):
+    """Two batches' layers overlapped, and on GPUs in a graph with other inputs: the bits of one batch after
+    the other."""
+    buffer, world, device = ready(rank, group, device, low_latency_mode=True)
+
+    def inputs(seed):
+        return [
+            make_inputs(rank, world, tokens, "uniform", 2 * seed + number, device)
+            for number, tokens in enumerate((2 + rank % 2, 2))
+        ]
+
+    def is_right(got, want):
+        return all(map(torch.equal, got, want))
+
+    batches = inputs(0)
+    want = _layers(buffer, batches, most, overlapped=False)
+    same = [is_right(_layers(buffer, batches, most, overlapped=True), want) for _ in range(3)]
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            outs = _layers(buffer, batches, most, overlapped=True)
+        for seed in range(1, 6):
+            fresh = inputs(seed)
+            want = _layers(buffer, fresh, most, overlapped=False)
+            for batch, other in zip(batches, fresh, strict=True):
+                for name, tensor in vars(batch).items():
+                    tensor.copy_(getattr(other, name))
+            graph.replay()
+            same.append(is_right(outs, want))
+    assert all(same), same
+    buffer.destroy()
+
+
 def hooks_of_all_kinds(rank, group, device):
     """A combine before its dispatch's hook, a third open hook, hooks that nobody calls, one that is called
     twice; and parts of a handle."""

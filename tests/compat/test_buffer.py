@@ -121,6 +121,11 @@ def test_two_micro_batches(world):
     ranks(world).run(low_latency.two_micro_batches, "cpu")
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_layers_of_two_batches(world):
+    ranks(world).run(low_latency.layers_of_two_batches, "cpu", 16)
+
+
 def test_hooks_of_all_kinds():
     for early, third, twice, lost in ranks(2).run(low_latency.hooks_of_all_kinds, "cpu"):
         assert "rows have not come" in early

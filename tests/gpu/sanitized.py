@@ -19,6 +19,7 @@ import torch
 from one_gpu import differences, local_ranks
 
 import ep_backend as ep
+from ep_backend import reference
 from ep_backend.selftest import inputs
 
 PLANS = {"own": (), "bulk": (4, 1, 4, 1), "mixed": (), "staggered": ()}
@@ -75,7 +76,8 @@ def exchanges_of_sums():
         rows = config(
             1, layout="expert_major", expert_ids="global", hidden_size=hidden, num_sms=4, **PAYLOADS[name]
         )
-        only = replace(rows, payload=torch.bfloat16, out_dtype=rows.result_dtype, sums_only=True)
+        as_sums = {"layout": "rank_major", "payload": torch.bfloat16, "out_dtype": rows.result_dtype}
+        only = replace(rows, **as_sums, sums_only=True)
         with local_ranks(rows, 1) as (by_expert,), local_ranks(only, 1) as (comm,):
             for slots, tokens in ((9, 9), (37, 20), (1, 0)):
                 call = inputs.make_call(rows, 1, 0, seed=slots, count=tokens, routing="sparse")
@@ -88,7 +90,8 @@ def exchanges_of_sums():
                 whole = comm.exchange_sums(y, places, *given, tokens_per_rank=slots, ends=(by_expert, handle))
                 opened = comm.exchange_sums_send(y, places, *given, tokens_per_rank=slots)
                 for got in (whole, comm.combine_recv(opened)):
-                    assert torch.equal(got, want), f"{name}, hidden {hidden}, T {slots}"
+                    different = reference.difference("sums", got.cpu(), want.cpu())
+                    assert not different, f"{name}, hidden {hidden}, T {slots}: {different}"
                     done += 1
                 comm.check()
     return done

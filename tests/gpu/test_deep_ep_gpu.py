@@ -53,6 +53,11 @@ def test_details(world, job):
     ranks(world).run(job, "cuda", timeout=PATIENCE_S)
 
 
+@pytest.mark.parametrize("most", [16, 512])
+def test_layers_of_two_batches(world, most):
+    ranks(world).run(low_latency.layers_of_two_batches, "cuda", most, timeout=PATIENCE_S)
+
+
 def test_the_same_bits_every_time(world):
     ranks(world).run(cases.many_repetitions, "cuda", 500, timeout=PATIENCE_S)
 

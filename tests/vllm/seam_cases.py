@@ -141,6 +141,45 @@ def test_platform_s_communicator_is_wrapped_when_selected(config):
     assert issubclass(wrapped, resolve_obj_by_qualname(STOCK_COMMUNICATOR))
 
 
+class _Builder:
+    supports_update_block_table = True
+    requires_block_table_width = False
+
+    def __init__(self, *_):
+        pass
+
+
+def _updates_block_tables(builders):
+    """Whether the builders of an attention group, made now, may take over what another has built."""
+    from vllm.v1.worker.utils import AttentionGroup
+
+    backend = SimpleNamespace(get_builder_cls=lambda: _Builder)
+    group = AttentionGroup(backend, ["layer"], None, 0)
+    group.create_metadata_builders(None, CPU, num_metadata_builders=builders)
+    return [builder.supports_update_block_table for builder in group.metadata_builders]
+
+
+def test_overlapping_halves_get_metadata_of_their_own(monkeypatch):
+    def come_by(backend, ubatching=True):
+        parallel = SimpleNamespace(all2all_backend=backend, use_ubatching=ubatching)
+        engine = SimpleNamespace(parallel_config=parallel)
+        monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: engine)
+        current_platform.get_device_communicator_cls()
+
+    monkeypatch.delenv("EP_BACKEND_PROVIDE_DEEP_EP", raising=False)
+    come_by(NAME, ubatching=False)
+    come_by("deepep_low_latency")
+    assert _updates_block_tables(2) == [True, True], "vLLM does so"
+    monkeypatch.setenv("EP_BACKEND_PROVIDE_DEEP_EP", "1")
+    come_by("allgather_reducescatter")
+    assert _updates_block_tables(2) == [True, True]
+    come_by("deepep_low_latency")
+    assert _updates_block_tables(2) == [False, False]
+    assert _updates_block_tables(1) == [True]
+    come_by(NAME)
+    assert _updates_block_tables(2) == [False, False]
+
+
 def test_manager_is_replaced_in_the_cpu_communicator(config, group):
     from ep_backend_vllm.manager import EpManager
     from vllm.utils.import_utils import resolve_obj_by_qualname

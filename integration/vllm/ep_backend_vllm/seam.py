@@ -7,6 +7,7 @@ fused-MoE layers or device code.
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
@@ -35,6 +36,15 @@ def mark(obj: Any) -> Any:
 
 def selected(vllm_config: Any) -> bool:
     return vllm_config is not None and vllm_config.parallel_config.all2all_backend == NAME
+
+
+def overlaps(vllm_config: Any) -> bool:
+    """Whether an engine's batches are halves that overlap, by our exchange or by DeepEP's interface to it."""
+    if vllm_config is None or not vllm_config.parallel_config.use_ubatching:
+        return False
+    stands_in = os.environ.get("EP_BACKEND_PROVIDE_DEEP_EP") == "1"
+    backend = vllm_config.parallel_config.all2all_backend
+    return selected(vllm_config) or (stands_in and backend.startswith("deepep"))
 
 
 def accept_name() -> None:
@@ -117,7 +127,8 @@ def accept_sequence_parallel_moe() -> None:
 
 
 def wrap_device_communicator() -> None:
-    """Put our all-to-all manager into whatever device communicator the platform uses."""
+    """Put our all-to-all manager into whatever device communicator the platform uses. Every worker comes by
+    here early, so this is also where halves that overlap are seen to."""
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
@@ -129,8 +140,12 @@ def wrap_device_communicator() -> None:
     def get_device_communicator_cls(cls: Any) -> str:
         from vllm.config import get_current_vllm_config_or_none
 
-        base = original(cls)
-        if not selected(get_current_vllm_config_or_none()):
+        base, vllm_config = original(cls), get_current_vllm_config_or_none()
+        if overlaps(vllm_config):
+            from . import overlap
+
+            overlap.build_metadata_for_each_half()
+        if not selected(vllm_config):
             return base
         from . import communicator
 
