@@ -107,11 +107,16 @@ def test_float32_tokens_of_one_gpu_equal_transformers(tmp_path, reference):
 
 
 @pytest.mark.engine_long
-def test_bfloat16_tokens_differ_only_at_near_ties(tmp_path, reference):
+@pytest.mark.parametrize(
+    "name", ["full decode graphs", "two-batch overlap", "two-batch overlap, full decode graphs"]
+)
+def test_bfloat16_tokens_differ_only_at_near_ties(tmp_path, reference, name):
+    """With another attention backend than float32 has."""
     want = reference("bfloat16")
     prompts = [record["prompt"] for record in want]
-    got, log = generate(tmp_path, prompts, **on_gpus(extra=compiled(0, "FULL_DECODE_ONLY")))
+    got, log = generate(tmp_path, prompts, **on_gpus(**CASES[name]))
     assert went_through_ep_backend(log, WORLD)
+    assert ("computed as two batches" in log) == ("overlap" in name)
     assert differences_bf16(got, want) == []
 
 
