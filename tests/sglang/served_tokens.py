@@ -26,8 +26,8 @@ FP8_LIMIT = 0.4
 """The same with fp8 experts, 0.18 and 0.73: every row that was rounded otherwise is quantised otherwise."""
 TRAINED_LIMIT = 0.8
 """The same with the trained model, 0.68 (if all that fp8 checkpoints quantise is quantised) and 1.29: most of
-its eight likeliest tokens are unlikely ones. Its greedy tokens stay the same but when combine is halved. Two
-H200 gave 0.90 for one prompt of deepep normal and auto, with equal tokens: that fails, and why is not known."""
+its eight likeliest tokens are unlikely ones. Its greedy tokens stay the same but when combine is halved. On
+H200 one prompt gives 0.90 with deepep normal and auto, and equal tokens: that fails, and why is not known."""
 TRAINED_EQUAL = 0.75
 """Of the trained model's prompts, the part whose tokens must all be those of stock."""
 LOG_LINES = 40
