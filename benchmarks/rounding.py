@@ -6,13 +6,15 @@ A right exchange may round elsewhere than the engine's default does: the weighte
 are rounded one by one and added in bf16, or weighted after they were rounded, in float32 (low latency). The
 model is computed with either, in bf16 and with linear layers and experts in block fp8, by two ranks; greedy
 tokens and log-probabilities are compared. So a difference in an engine can be told from an error, of which
-results that are halved are one.
+results that are halved are one. For first tokens a rank's sums are also rounded at random, up or down, the
+more often the nearer that is: what any other place or order of rounding may do.
 """
 
 import argparse
 import json
 import platform
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from ep_backend.cli.provenance import provenance
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny_moe"
 NEW_TOKENS, LIKELIEST, RANKS = 64, 8, 2
+AT_RANDOM = 60  # times
 BLOCK, E4M3_MAX = 128, 448.0
 
 
@@ -45,11 +48,19 @@ def weights_in_fp8(weight):
     return out
 
 
+def rounded_at_random(x, generator):
+    """bfloat16; ``x``: float32."""
+    bits = x.view(torch.int32)
+    more = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32)
+    return (bits + more & ~0xFFFF).view(torch.float32).bfloat16()
+
+
 class Numbers:
     """What all layers look up."""
 
     fp8 = False
     sums = "default"
+    random = torch.Generator()
 
 
 class Linear(torch.nn.Module):
@@ -99,6 +110,8 @@ class Experts(torch.nn.Module):
             for part in (results * weights[..., None]).bfloat16().unbind(1):
                 total = total + part
             return total
+        if self._numbers.sums == "at random":
+            return rounded_at_random((results * weights[..., None]).sum(1), self._numbers.random)
         total = (results.bfloat16().float() * weights[..., None]).sum(1)
         return (total / 2 if self._numbers.sums == "halved" else total).bfloat16()
 
@@ -115,10 +128,10 @@ def load(numbers):
 
 
 @torch.no_grad()
-def greedy(model, ids):
+def greedy(model, ids, steps=NEW_TOKENS):
     """Tokens, gaps between the two best logits, log-probabilities of all tokens at the first step."""
     tokens, gaps, first = [], [], None
-    for _ in range(NEW_TOKENS):
+    for _ in range(steps):
         logits = model(input_ids=torch.tensor([ids + tokens]), use_cache=False).logits[0, -1].float()
         best, second = logits.topk(2).values.tolist()
         first = logits.log_softmax(-1) if first is None else first
@@ -127,12 +140,28 @@ def greedy(model, ids):
     return tokens, gaps, first
 
 
+def first_apart(first, wanted):
+    """Differences of the log-probabilities of the likeliest tokens."""
+    likeliest = wanted.topk(LIKELIEST).indices
+    return (first[likeliest] - wanted[likeliest]).abs()
+
+
+def compared_at_random(model, asked, want, numbers):
+    """For each time: the mean difference of first log-probabilities of every prompt."""
+    times = []
+    for seed in range(AT_RANDOM):
+        numbers.random.manual_seed(seed)
+        firsts = [greedy(model, ids, steps=1)[2] for ids in asked]
+        apart = [first_apart(first, wanted[2]) for first, wanted in zip(firsts, want, strict=True)]
+        times.append([round(float(each.mean()), 3) for each in apart])
+    return times
+
+
 def compared(got, want):
     """Of one prompt."""
     (tokens, _, first), (wanted, gaps, wanted_first) = got, want
     step = next((n for n, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]), None)
-    likeliest = wanted_first.topk(LIKELIEST).indices
-    apart = (first[likeliest] - wanted_first[likeliest]).abs()
+    apart = first_apart(first, wanted_first)
     return {
         "differs_from_token": step,
         "gap_there": None if step is None else round(gaps[step], 3),
@@ -163,6 +192,15 @@ def main():
             print(
                 f"{name}, {numbers.sums}: {equal} of {len(each)} equal, gap {gap}, apart {apart}", flush=True
             )
+        numbers.sums = "at random"
+        times = compared_at_random(model, asked, want, numbers)
+        results.append({"format": name, "sums": numbers.sums, "first_log_probabilities_apart_means": times})
+        of_all = sorted(statistics.fmean(each) for each in times)
+        print(
+            f"{name}, at random: apart {min(map(min, times))} to {max(map(max, times))}, "
+            f"mean of all prompts {of_all[0]:.3f} to {of_all[-1]:.3f}",
+            flush=True,
+        )
     if args.json:
         document = {
             **provenance(),

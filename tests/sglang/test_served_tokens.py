@@ -11,8 +11,8 @@ def answer(**changes):
     return Answer(**{"tokens": list(range(NEW_TOKENS)), "likely": likely, **changes})
 
 
-def wrong(ours, limit=LIMIT):
-    return differences({"group": [answer(), ours]}, {"group": [answer(), answer()]}, limit)
+def wrong(ours, limit=LIMIT, **how):
+    return differences({"group": [answer(), ours]}, {"group": [answer(), answer()]}, limit, **how)
 
 
 def shifted(steps, by):
@@ -32,6 +32,16 @@ def test_other_probabilities_of_the_first_token_or_of_later_ones():
     later = range(1, NEW_TOKENS)
     assert wrong(answer(likely=shifted(later, 0.9 * LIMIT))) == []
     assert "group, prompt 1" in wrong(answer(likely=shifted(later, -1.1 * LIMIT)))[0]
+
+
+def test_a_mean_over_prompts():
+    """One of the two is as stock's."""
+
+    def found(by):
+        return wrong(answer(likely=shifted([0], by * LIMIT)), mean=True)
+
+    assert found(1.9) == []
+    assert found(2.1) == ["group: log-probabilities differ by 0.158, later by 0.000"]
 
 
 def test_a_likely_token_that_is_not_among_ours_counts():
