@@ -170,7 +170,7 @@ class Arguments:
 
 def _contiguous(name: str, t: torch.Tensor) -> None:
     if not t.is_contiguous():
-        raise EpArgumentError(f"{name} has strides {tuple(t.stride())}; a contiguous tensor was wanted")
+        raise EpArgumentError(f"{name} of strides {tuple(t.stride())}; a contiguous tensor was wanted")
 
 
 def named(value: object) -> str:

@@ -395,8 +395,9 @@ class Communicator:
         a failure both must recover. All ranks give ``ends`` and ``places`` or none does, and ``y`` of the
         same dtype. The rest as for these two.
         """
-        self._check_ends(ends)
+        self._usable()
         call, y = self._arguments.sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel)
+        _check_ends(ends)
         out = self._arguments.out(out, len(call.x))
         self._opened(call)
         self._handles[channel] = None
@@ -417,8 +418,9 @@ class Communicator:
     ) -> Handle:
         """First half of ``exchange_sums``, in which weights are waited for; ``combine_recv`` is the
         second."""
-        self._check_ends(ends)
+        self._usable()
         call, y = self._arguments.sums(y, places, topk_ids, topk_weights, tokens_per_rank, channel)
+        _check_ends(ends)
         self._exchange_sums(call, y, places, None, ends)
         handle = self._opened(call)
         handle.state = "returned"
@@ -514,15 +516,6 @@ class Communicator:
         self._handles[call.channel] = handle
         return handle
 
-    def _check_ends(self, ends: tuple[Communicator, Handle] | None) -> None:
-        """Whether an exchange of sums can end the one that is given."""
-        self._usable()
-        if ends is not None:
-            other, handle = ends
-            other._expect(handle, "received")
-            if handle.is_view:
-                raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")
-
     def _exchange_sums(
         self,
         call: DispatchCall,
@@ -554,3 +547,12 @@ class Communicator:
             transport.combine_send(call.channel, sums)
         else:
             transport.combine(call.channel, sums, out)
+
+
+def _check_ends(ends: tuple[Communicator, Handle] | None) -> None:
+    """Whether an exchange of sums can end the one that is given."""
+    if ends is not None:
+        other, handle = ends
+        other._expect(handle, "received")
+        if handle.is_view:
+            raise EpArgumentError("the exchange that ends must have rows of their own, expert-major")

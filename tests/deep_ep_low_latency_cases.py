@@ -148,8 +148,8 @@ def two_micro_batches(rank, group, device):
 
 
 def _layers(buffer, batches, most, overlapped):
-    """Some layers of two batches: one after the other, or as vLLM's two-batch overlap orders them: what one
-    batch has sent the other waits for, just before it sends itself."""
+    """Layers of two batches of at most ``most`` tokens per rank, one after the other, or as vLLM's two-batch
+    overlap orders them: what one batch has sent the other waits for, just before it sends itself."""
     experts = EXPERTS_PER_RANK * buffer.group_size
     factors = torch.arange(1.0, EXPERTS_PER_RANK + 1, device=batches[0].x.device)[:, None, None]
     results, opened = [batch.x for batch in batches], []

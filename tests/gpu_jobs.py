@@ -50,6 +50,12 @@ def inputs(cfg, rank, count, seed):
     return x, ids, weights, scales
 
 
+def of_sums(cfg):
+    """What exchanges sums of the rows that ``cfg`` brings, in whatever layout."""
+    more = {"layout": "rank_major", "payload": torch.bfloat16, "out_dtype": cfg.result_dtype}
+    return replace(cfg, **more, sums_only=True)
+
+
 def live(cfg, received):
     return (received.topk_ids != cfg.pad_id).any(1)
 

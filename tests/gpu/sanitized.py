@@ -10,12 +10,12 @@ notice.
 
 import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from gpu_jobs import of_sums
 from one_gpu import differences, local_ranks
 
 import ep_backend as ep
@@ -76,9 +76,7 @@ def exchanges_of_sums():
         rows = config(
             1, layout="expert_major", expert_ids="global", hidden_size=hidden, num_sms=4, **PAYLOADS[name]
         )
-        as_sums = {"layout": "rank_major", "payload": torch.bfloat16, "out_dtype": rows.result_dtype}
-        only = replace(rows, **as_sums, sums_only=True)
-        with local_ranks(rows, 1) as (by_expert,), local_ranks(only, 1) as (comm,):
+        with local_ranks(rows, 1) as (by_expert,), local_ranks(of_sums(rows), 1) as (comm,):
             for slots, tokens in ((9, 9), (37, 20), (1, 0)):
                 call = inputs.make_call(rows, 1, 0, seed=slots, count=tokens, routing="sparse")
                 x, *given = (t.to(comm.device) for t in (call.x, call.topk_ids, call.topk_weights))

@@ -5,18 +5,13 @@ from dataclasses import replace
 import gpus
 import pytest
 import torch
-from gpu_jobs import OF_WINDOWS, TRANSPORTS, config, inputs, results
+from gpu_jobs import OF_WINDOWS, TRANSPORTS, config, inputs, of_sums, results
 from harness import fresh_ranks, ranks
 
 import ep_backend as ep
 from ep_backend.selftest.exchanges import on_cpu
 
 pytestmark = pytest.mark.gpu
-
-
-def of_sums(cfg):
-    """What exchanges sums of the rows that ``cfg`` brings."""
-    return replace(cfg, payload=torch.bfloat16, out_dtype=cfg.result_dtype, sums_only=True)
 
 
 def sums_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 7, 40)):

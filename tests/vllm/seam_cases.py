@@ -11,7 +11,7 @@ import pkgutil
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import get_args
 
 import ep_backend_vllm
@@ -141,43 +141,53 @@ def test_platform_s_communicator_is_wrapped_when_selected(config):
     assert issubclass(wrapped, resolve_obj_by_qualname(STOCK_COMMUNICATOR))
 
 
-class _Builder:
-    supports_update_block_table = True
-    requires_block_table_width = False
-
-    def __init__(self, *_):
-        pass
-
-
-def _updates_block_tables(builders):
-    """Whether the builders of an attention group, made now, may take over what another has built."""
-    from vllm.v1.worker.utils import AttentionGroup
-
-    backend = SimpleNamespace(get_builder_cls=lambda: _Builder)
-    group = AttentionGroup(backend, ["layer"], None, 0)
-    group.create_metadata_builders(None, CPU, num_metadata_builders=builders)
-    return [builder.supports_update_block_table for builder in group.metadata_builders]
-
-
 def test_overlapping_halves_get_metadata_of_their_own(monkeypatch):
-    def come_by(backend, ubatching=True):
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
+    from vllm.v1.worker import utils
+
+    class Builder:
+        supports_update_block_table = True
+        requires_block_table_width = False
+
+        def __init__(self, *_):
+            pass
+
+    # What vLLM asks before it gives a half what another has built.
+    assert "builder.supports_update_block_table" in _source_of("v1/worker/gpu_model_runner.py")
+    assert not AttentionMetadataBuilder.supports_update_block_table
+    create = utils.AttentionGroup.create_metadata_builders
+    monkeypatch.setattr(utils.AttentionGroup, "create_metadata_builders", create)
+
+    def take_over(backend, ubatching=True):
+        """Whether the builders of a worker's attention group may take over what another has built."""
         parallel = SimpleNamespace(all2all_backend=backend, use_ubatching=ubatching)
         engine = SimpleNamespace(parallel_config=parallel)
         monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: engine)
         current_platform.get_device_communicator_cls()
+        made = SimpleNamespace(get_builder_cls=lambda: Builder)
+        group = utils.AttentionGroup(made, ["layer"], None, 0)
+        group.create_metadata_builders(engine, CPU, num_metadata_builders=2)
+        (answer,) = {builder.supports_update_block_table for builder in group.metadata_builders}
+        return answer
 
-    monkeypatch.delenv("EP_BACKEND_PROVIDE_DEEP_EP", raising=False)
-    come_by(NAME, ubatching=False)
-    come_by("deepep_low_latency")
-    assert _updates_block_tables(2) == [True, True], "vLLM does so"
-    monkeypatch.setenv("EP_BACKEND_PROVIDE_DEEP_EP", "1")
-    come_by("allgather_reducescatter")
-    assert _updates_block_tables(2) == [True, True]
-    come_by("deepep_low_latency")
-    assert _updates_block_tables(2) == [False, False]
-    assert _updates_block_tables(1) == [True]
-    come_by(NAME)
-    assert _updates_block_tables(2) == [False, False]
+    stand_in = ModuleType("ep_backend.compat.deep_ep")
+    monkeypatch.setitem(sys.modules, "ep_backend.compat.deep_ep", stand_in)
+    monkeypatch.setitem(sys.modules, "deep_ep", ModuleType("deep_ep"))  # DeepEP itself
+    assert take_over("deepep_low_latency")
+    assert take_over(NAME, ubatching=False)
+    assert utils.AttentionGroup.create_metadata_builders is create
+    monkeypatch.setitem(sys.modules, "deep_ep", stand_in)
+    assert take_over("allgather_reducescatter")
+    assert not take_over("deepep_low_latency")
+    assert not take_over(NAME)
+    assert take_over(NAME, ubatching=False)
+    assert take_over("allgather_reducescatter")
+
+
+def _source_of(file):
+    import vllm
+
+    return (Path(vllm.__file__).parent / file).read_text()
 
 
 def test_manager_is_replaced_in_the_cpu_communicator(config, group):

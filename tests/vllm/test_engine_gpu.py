@@ -111,7 +111,7 @@ def test_float32_tokens_of_one_gpu_equal_transformers(tmp_path, reference):
     "name", ["full decode graphs", "two-batch overlap", "two-batch overlap, full decode graphs"]
 )
 def test_bfloat16_tokens_differ_only_at_near_ties(tmp_path, reference, name):
-    """With another attention backend than float32 has."""
+    """With FlashAttention, which float32 has not: see ep_backend_vllm/overlap.py."""
     want = reference("bfloat16")
     prompts = [record["prompt"] for record in want]
     got, log = generate(tmp_path, prompts, **on_gpus(**CASES[name]))

@@ -1,5 +1,5 @@
 """The four places of vLLM that `register` touches. Each passes through unchanged for every other backend
-name.
+name, but where DeepEP's modes on ep_backend overlap batches.
 
 vLLM has no registry for all-to-all backends, so the names are extended in place. Nothing here imports the
 fused-MoE layers or device code.
@@ -7,7 +7,6 @@ fused-MoE layers or device code.
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
@@ -40,11 +39,12 @@ def selected(vllm_config: Any) -> bool:
 
 def overlaps(vllm_config: Any) -> bool:
     """Whether an engine's batches are halves that overlap, by our exchange or by DeepEP's interface to it."""
-    if vllm_config is None or not vllm_config.parallel_config.use_ubatching:
+    if vllm_config is None:
         return False
-    stands_in = os.environ.get("EP_BACKEND_PROVIDE_DEEP_EP") == "1"
-    backend = vllm_config.parallel_config.all2all_backend
-    return selected(vllm_config) or (stands_in and backend.startswith("deepep"))
+    parallel, stand_in = vllm_config.parallel_config, sys.modules.get("ep_backend.compat.deep_ep")
+    stands_in = stand_in is not None and sys.modules.get("deep_ep") is stand_in
+    ours = selected(vllm_config) or (stands_in and parallel.all2all_backend.startswith("deepep"))
+    return ours and bool(parallel.use_ubatching)
 
 
 def accept_name() -> None:
