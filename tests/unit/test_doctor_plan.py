@@ -61,7 +61,7 @@ def test_every_measurement_of_peer_and_host_is_within_30_percent():
 
 def test_how_far_the_formulas_are_from_measurements_as_the_pages_say():
     """docs/doctor.md, "Expected times"; docs/planning.md, "How good it is"."""
-    assert max(abs(error) for error, all_sms, _ in errors(H200) if all_sms) < 0.13
+    assert max(abs(error) for error, all_sms, _ in errors(H200) if all_sms) < 0.17
     assert max(abs(error) for error, all_sms, _ in errors(H200) if not all_sms) < 0.2
     assert max(abs(error) for error, _, _ in host_errors(HOST)) < 0.13
 
