@@ -1,124 +1,22 @@
 """The probe, on this machine and on made-up ones. It never raises and never hangs."""
 
-import ctypes
 import os
 import subprocess
 import sys
 import time
-import types
 
 import pytest
+from probing import CLUSTER, PRODUCT, FakeError, fake_nvml, made_up
 
-from ep_backend import __version__, checks, nvml, surroundings
-from ep_backend.checks import Direction
+from ep_backend import __version__, checks, nvml
 from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record, probe
 from ep_backend.select import decide
 
-PRODUCT = "NVIDIA Test"
-
-
-class FakeError(Exception):
-    def __init__(self, value):
-        super().__init__(f"error {value}")
-        self.value = value
-
-
-class FabricInfo(ctypes.Structure):
-    """nvmlGpuFabricInfo_v2_t, as the module makes it: not filled yet."""
-
-    _fields_ = (
-        ("version", ctypes.c_uint),
-        ("clusterUuid", ctypes.c_uint8 * 16),
-        ("status", ctypes.c_uint),
-        ("cliqueId", ctypes.c_uint32),
-        ("state", ctypes.c_uint8),
-    )
-
-
-def fake_nvml(count=2, *, start=None, status=0, state=1, peer=2, hang_s=0.0, broken=(), fabric=None):
-    """A stand-in for the module pynvml. ``broken``: functions that answer "not supported".
-
-    ``fabric``: (state, status, cluster, clique) of every GPU.
-    """
-    module = types.ModuleType("pynvml")
-    module.NVMLError = FakeError
-    module.NVML_ERROR_LIBRARY_NOT_FOUND, module.NVML_ERROR_DRIVER_NOT_LOADED = 12, 9
-    module.NVML_ERROR_NOT_SUPPORTED, module.NVML_ERROR_INVALID_ARGUMENT = 3, 2
-    module.NVML_NVLINK_MAX_LINKS, module.NVML_P2P_CAPS_INDEX_NVLINK, module.NVML_P2P_STATUS_OK = 3, 2, 0
-
-    def init():
-        time.sleep(hang_s)
-        if start is not None:
-            raise FakeError(start)
-
-    def link_state(handle, link):
-        if link == 0:
-            raise FakeError(3)
-        return state
-
-    def fabric_info(handle, pointer):
-        """As the real one, which hands on what it is given: NVML crashes on anything but a pointer."""
-        info = pointer._obj
-        if fabric is None:
-            raise FakeError(3)
-        info.state, info.status, cluster, info.cliqueId = fabric
-        info.clusterUuid[:] = cluster
-        return 0
-
-    module.NVML_P2P_CAPS_INDEX_READ = (0,)  # a mistake of the real module
-    module.c_nvmlGpuFabricInfoV_t = FabricInfo
-    answers = {
-        "nvmlInit": init,
-        "nvmlShutdown": lambda: None,
-        "nvmlSystemGetCudaDriverVersion_v2": lambda: 13020,
-        "nvmlSystemGetDriverVersion": lambda: b"580.65.06",
-        "nvmlDeviceGetCount": lambda: count,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}a",
-        "nvmlDeviceGetName": lambda handle: PRODUCT,
-        "nvmlDeviceGetPciInfo": lambda handle: types.SimpleNamespace(
-            busId=f"0000000{handle}:01:00.0".encode()
-        ),
-        "nvmlDeviceGetMigMode": lambda handle: (0, 0),
-        "nvmlDeviceGetNvLinkState": link_state,
-        "nvmlDeviceGetNvLinkRemoteDeviceType": lambda handle, link: peer,
-        "nvmlDeviceGetP2PStatus": lambda a, b, index: status if index in (0, 1, 2) else 5,
-        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=141 << 30),
-        "nvmlDeviceGetBAR1MemoryInfo": lambda handle: types.SimpleNamespace(bar1Total=256 << 20),
-        "nvmlDeviceGetMaxPcieLinkGeneration": lambda handle: 5,
-        "nvmlDeviceGetMaxPcieLinkWidth": lambda handle: 16,
-        "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 8,
-        "nvmlDeviceGetVirtualizationMode": lambda handle: 1,
-        "nvmlDeviceGetGpuFabricInfoV": fabric_info,
-        "nvmlDeviceGetTopologyCommonAncestor": lambda a, b: 40,
-    }
-
-    def refuse(*arguments):
-        raise FakeError(3)
-
-    for name, answer in answers.items():
-        setattr(module, name, refuse if name in broken else answer)
-    return module
-
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Run the probe over a made-up NVML and file tree, with a torch that is built for CUDA."""
-    monkeypatch.setattr(
-        "ep_backend.probe._versions", lambda root, environ, problems: {"versions": {"torch": "2.13.0"}}
-    )
-
-    def run(module=None, environ=None, device=None, deadline_s=5.0, files=None, **more):
-        monkeypatch.setitem(sys.modules, "pynvml", module)
-        for name, text in (files or {}).items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        more = {"checks": "never", **more}
-        return probe(device, environ=environ or {}, deadline_s=deadline_s, root=tmp_path, **more)
-
-    return run
+    return made_up(monkeypatch, tmp_path)
 
 
 def test_this_machine():
@@ -167,9 +65,6 @@ def test_gpus_and_links(machine):
     assert decide([record]).profile == "nvswitch"
 
 
-CLUSTER = list(range(16))
-
-
 @pytest.mark.parametrize(
     ("fabric", "state", "cluster", "clique"),
     [
@@ -207,18 +102,6 @@ def test_nvlink_that_does_not_work(machine):
     assert record.links[0].nvlink is False
     assert (record.gpus[0].nvlinks, record.gpus[0].nvlink_peer) == (0, "")
     assert decide([record]).profile is None
-
-
-def test_gpus_without_links_have_no_nvlink_even_where_nvml_does_not_say(machine, tried):
-    """Some boards refuse the question about pairs; without a link there is nothing to ask."""
-    asked = tried(checks.Results())
-    module = fake_nvml(broken=("nvmlDeviceGetP2PStatus", "nvmlDeviceGetNvLinkState"))
-    record = machine(module, checks="auto")
-    assert record.links[0].nvlink is False
-    assert asked[0]["among"] == ["GPU-0a", "GPU-1a"], "so peer access is tried out"
-    one_has_links = fake_nvml(broken=("nvmlDeviceGetP2PStatus",))
-    one_has_links.nvmlDeviceGetNvLinkState = lambda handle, link: handle
-    assert machine(one_has_links).links[0].nvlink is False
 
 
 @pytest.mark.parametrize("error", [999, 4, None])
@@ -436,205 +319,3 @@ def test_a_part_that_breaks_does_not_take_the_others_along(machine, monkeypatch)
     assert record.cpus == 0
     assert len(record.gpus) == 2
     assert any(problem.startswith("host: ZeroDivisionError") for problem in record.problems)
-
-
-# --- peer access ---
-
-
-def direction(a, b, works, **more):
-    return Direction(source=f"GPU-{a}a", target=f"GPU-{b}a", works=works, **more)
-
-
-@pytest.fixture
-def tried(monkeypatch):
-    """`checks.results` replaced: what it is asked for, and what it answers."""
-    asked = []
-
-    def answer(results):
-        def fake(gpus, links, driver, boot_id, **more):
-            asked.append({"driver": driver, "boot_id": boot_id, **more})
-            return results
-
-        monkeypatch.setattr(checks, "results", fake)
-        return asked
-
-    return answer
-
-
-def pcie(count=2):
-    return fake_nvml(count, status=5, state=0)
-
-
-def test_pcie_machines_try_out_what_they_use(machine, tried):
-    asked = tried(checks.Results(directions=(direction(0, 1, True), direction(1, 0, True))))
-    record = machine(
-        pcie(), checks="auto", checks_deadline_s=7, files={"proc/sys/kernel/random/boot_id": "b"}
-    )
-    (call,) = asked
-    assert (call["among"], call["fresh"], call["deadline_s"]) == (["GPU-0a", "GPU-1a"], False, 7)
-    assert (call["driver"], call["boot_id"]) == ("580.65.06", "b")
-    assert record.links[0].peer_works is True
-    assert len(record.directions) == 2
-    assert decide([record]).profile == "pcie_p2p"
-
-
-@pytest.mark.parametrize(
-    ("directions", "works", "profile"),
-    [
-        ((direction(0, 1, True), direction(1, 0, False)), False, "pcie_blackwell"),
-        ((direction(0, 1, None), direction(1, 0, False)), False, "pcie_blackwell"),
-        ((direction(0, 1, True), direction(1, 0, None)), None, None),
-        ((direction(0, 1, True),), None, None),
-        ((), None, None),
-    ],
-)
-def test_both_ways_must_work(machine, tried, directions, works, profile):
-    tried(checks.Results(directions=directions, problems=("a problem",)))
-    record = machine(pcie(), checks="auto")
-    assert record.links[0].peer_works is works
-    assert "a problem" in record.problems
-    assert decide([record]).profile == profile
-
-
-def test_nvlink_everywhere_starts_nothing_and_takes_what_is_known(machine, tried):
-    asked = tried(checks.Results(directions=(direction(0, 1, True), direction(1, 0, False))))
-    record = machine(fake_nvml(), checks="auto")
-    assert (asked[0]["among"], asked[0]["fresh"]) == ((), False)
-    decision = decide([record])
-    assert (decision.profile, decision.transport) == ("nvswitch", "host")
-    assert "data check of peer access failed between GPU-0a and GPU-1a" in decision.reason
-
-
-def test_unknown_links_start_nothing(machine, tried):
-    asked = tried(checks.Results())
-    machine(fake_nvml(broken=("nvmlDeviceGetP2PStatus",)), checks="auto")
-    assert asked[0]["among"] == ()
-
-
-def test_a_rank_with_a_device_tries_out_the_gpus_of_its_group(machine, tried):
-    asked = tried(checks.Results())
-    machine(pcie(4), checks="auto", device="cuda:1")
-    machine(pcie(4), checks="auto", device="cuda:1", neighbours=("GPU-1a", "GPU-3a"))
-    machine(pcie(4), {"CUDA_VISIBLE_DEVICES": "GPU-2a"}, checks="auto", neighbours=("GPU-3a",))
-    machine(pcie(4), {"CUDA_VISIBLE_DEVICES": "3,GPU-2a"}, checks="auto")
-    assert [call["among"] for call in asked] == [
-        (), ["GPU-1a", "GPU-3a"], ["GPU-2a", "GPU-3a"], ["GPU-3a", "GPU-2a"],
-    ]  # fmt: skip
-
-
-def test_fresh_and_never(machine, tried):
-    asked = tried(checks.Results())
-    machine(fake_nvml(), checks="fresh")
-    assert (asked[0]["among"], asked[0]["fabric"], asked[0]["fresh"]) == (None, None, True)
-    machine(pcie(), checks="never")
-    assert len(asked) == 1
-    machine(fake_nvml(hang_s=30), checks="auto", deadline_s=0.2, files={"dev/nvidia0": ""})
-    assert len(asked) == 1, "a driver that hangs is asked nothing more"
-
-
-def test_a_fabric_counts_when_its_handles_work(machine, tried):
-    module = fake_nvml(fabric=(3, 0, CLUSTER, 5))
-    for works, profile in ((True, "nvl72"), (False, "nvswitch"), (None, "nvswitch")):
-        asked = tried(checks.Results(fabric_works=works))
-        record = machine(module, checks="auto", device="cuda:0")
-        assert asked[-1]["fabric"] == ["GPU-0a"]
-        assert (record.fabric_works, decide([record]).profile) == (works, profile)
-
-
-@pytest.mark.parametrize("module", [fake_nvml, lambda: fake_nvml(fabric=(3, 0, CLUSTER, 5)), pcie])
-def test_the_users_veto(machine, tried, module):
-    good = checks.Results(directions=(direction(0, 1, True), direction(1, 0, True)), fabric_works=True)
-    asked = tried(good)
-    veto = {"EP_BACKEND_PEER_ACCESS": "0"}
-    record = machine(module(), veto, checks="auto")
-    assert asked == []
-    assert (record.links[0].nvlink, record.links[0].peer_works, record.fabric_works) == (False, False, False)
-    assert record.environment == veto
-    decision = decide([record])
-    assert (decision.profile, decision.transport) == ("pcie_blackwell", "host")
-    record = machine(module(), veto, checks="fresh")
-    assert record.directions == good.directions, "what was measured is shown all the same"
-    assert decide([record]) == decision
-
-
-def test_a_veto_that_cannot_be_read_is_a_problem(machine, tried):
-    tried(checks.Results())
-    record = machine(fake_nvml(), {"EP_BACKEND_PEER_ACCESS": "no"}, checks="auto")
-    assert any("wanted one of auto, 0" in problem for problem in record.problems)
-    assert record.links[0].nvlink is True
-
-
-def test_directions_of_gpus_that_are_not_here_change_nothing(machine, tried):
-    elsewhere = Direction(source="GPU-0a", target="GPU-gone", works=False, store_bytes_per_s=1.0)
-    tried(checks.Results(directions=(elsewhere,)))
-    assert machine(pcie(), checks="auto").links[0].peer_works is None
-
-
-def test_slow_peer_access_is_spoken_of(machine, tried):
-    slow = {"store_bytes_per_s": 3.6e9}
-    tried(checks.Results(directions=(direction(0, 1, True, **slow), direction(1, 0, True, **slow))))
-    record = machine(pcie(), checks="auto")
-    assert sum("stage peer access through the host" in problem for problem in record.problems) == 2
-
-
-# --- what the files say ---
-
-DEVICE = "sys/bus/pci/devices/0000:01:00.0"
-
-
-@pytest.mark.parametrize(
-    ("files", "kind"),
-    [
-        ({f"{DEVICE}/iommu_group/type": "DMA\n"}, "translated"),
-        ({f"{DEVICE}/iommu_group/type": "DMA-FQ\n"}, "translated"),
-        ({f"{DEVICE}/iommu_group/type": "identity\n"}, "passthrough"),
-        ({f"{DEVICE}/iommu_group/type": "unheard of\n"}, ""),
-        ({f"{DEVICE}/vendor": "0x10de"}, "off"),
-        ({}, ""),
-    ],
-)
-def test_iommu(machine, files, kind):
-    assert machine(fake_nvml(1), files=files).iommu == kind
-
-
-def test_one_translated_gpu_counts(tmp_path):
-    for bus_id, kind in (("0000:01:00.0", "identity"), ("0000:02:00.0", "DMA")):
-        path = tmp_path / "sys/bus/pci/devices" / bus_id / "iommu_group" / "type"
-        path.parent.mkdir(parents=True)
-        path.write_text(kind)
-    assert surroundings.iommu(tmp_path, ["00000000:01:00.0", "00000000:02:00.0"]) == "translated"
-
-
-@pytest.mark.parametrize(("text", "node"), [("1\n", 1), ("-1\n", None), ("x", None)])
-def test_numa_node(machine, text, node):
-    assert machine(fake_nvml(1), files={f"{DEVICE}/numa_node": text}).gpus[0].numa_node == node
-
-
-@pytest.mark.parametrize(
-    ("files", "environ", "kind"),
-    [
-        ({".dockerenv": ""}, {}, "docker"),
-        ({".dockerenv": ""}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "kubernetes"),
-        ({"run/.containerenv": ""}, {}, "podman"),
-        ({"proc/1/cgroup": "0::/kubepods/besteffort/pod1"}, {}, "kubernetes"),
-        ({"proc/1/cgroup": "4:cpu:/docker/123"}, {}, "docker"),
-        ({"proc/1/cgroup": "0::/lxc/box"}, {}, "other"),
-        ({"proc/1/cgroup": "0::/init.scope"}, {}, ""),
-        ({}, {}, ""),
-    ],
-)
-def test_container(machine, files, environ, kind):
-    assert machine(files=files, environ=environ).container == kind
-
-
-@pytest.mark.parametrize(
-    ("text", "cpus"),
-    [("0-3,8\n", {0, 1, 2, 3, 8}), ("5\n", {5}), ("\n", set()), ("some\n", set()), (None, set())],
-)
-def test_cpus_next_to_a_gpu(tmp_path, text, cpus):
-    place = tmp_path / "sys/bus/pci/devices/0000:1b:00.0"
-    place.mkdir(parents=True)
-    if text is not None:
-        (place / "local_cpulist").write_text(text)
-    for bus_id in ("0000:1b:00.0", "00000000:1B:00.0"):
-        assert surroundings.local_cpus(tmp_path, bus_id) == cpus
