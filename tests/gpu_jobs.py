@@ -113,23 +113,25 @@ def same_bits_job(rank, group, transport, more, exchanges=(1, 3, 300, 40, 40, 7,
     return wrong
 
 
-def graph_job(rank, group, transport):
-    """One captured exchange, replayed with other tokens and another count, between eager ones."""
+def wrong_replays(rank, group, transport, layout, answers, part):
+    """One captured exchange, replayed with other tokens and another count, between eager ones.
+
+    ``answers(comm)``: a function of what was received, for ``combine``. ``part(x, ids, weights, here)``: what
+    a rank's answers add up to, float32; ``here``: which choices are of its experts.
+    """
     device = gpus.take(rank)
     world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16}, world, transport)
+    cfg = config({"payload": torch.bfloat16, "layout": layout}, world, transport)
     wrong = []
     with ep.Communicator(group, cfg, device=device) as comm:
-        slots = 24
+        slots, answer = 24, answers(comm)
         x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, slots, 0)[:3])
         count = torch.tensor([slots], dtype=torch.int32, device=comm.device)
         out = torch.empty(slots, cfg.hidden_size, dtype=cfg.result_dtype, device=comm.device)
 
         def exchange():
             received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=slots, num_tokens=count)
-            factor = received.topk_weights.sum(1, keepdim=True)
-            y = torch.where(live(cfg, received)[:, None], received.rows.float() * factor, torch.nan)
-            comm.combine(y, handle, out=out)
+            comm.combine(answer(received), handle, out=out)
 
         exchange()
         torch.cuda.synchronize()
@@ -147,14 +149,32 @@ def graph_job(rank, group, transport):
             want = torch.zeros(slots, cfg.hidden_size, device=comm.device)
             for r in range(world):
                 here = (owners[ids.clamp(min=0)] == r) & (ids >= 0)
-                part = (x.float() * (weights * here).sum(1, keepdim=True)).to(cfg.sum_dtype).float()
-                want += torch.where(here.any(1, keepdim=True), part, 0.0)
+                rounded = part(x, ids, weights, here).to(cfg.sum_dtype).float()
+                want += torch.where(here.any(1, keepdim=True), rounded, 0.0)
             want = want.to(cfg.result_dtype)
             want[now:] = -1
             if not torch.equal(out, want):
                 wrong.append((replay, now))
         comm.check()
     return wrong
+
+
+def graph_job(rank, group, transport):
+    """Each rank answers with the row times its weights there."""
+
+    def answers(comm):
+        def answer(received):
+            factor = received.topk_weights.sum(1, keepdim=True)
+            return torch.where(
+                live(comm.config, received)[:, None], received.rows.float() * factor, torch.nan
+            )
+
+        return answer
+
+    def part(x, ids, weights, here):
+        return x.float() * (weights * here).sum(1, keepdim=True)
+
+    return wrong_replays(rank, group, transport, "rank_major", answers, part)
 
 
 def closing_job(rank, group, transport):

@@ -19,6 +19,7 @@ from gpu_jobs import (
     live,
     loop_job,
     same_bits_job,
+    wrong_replays,
 )
 from harness import fresh_ranks, ranks
 
@@ -80,52 +81,27 @@ def test_graph_replays_with_other_counts(world, transport):
 
 
 def expert_major_graph_job(rank, group, transport):
-    """The same in the expert-major layout: each expert answers with its number times the row."""
-    device = gpus.take(rank)
-    world = torch.distributed.get_world_size(group)
-    cfg = config({"payload": torch.bfloat16, "layout": "expert_major"}, world, transport)
-    wrong = []
-    with ep.Communicator(group, cfg, device=device) as comm:
-        slots = 24
-        x, ids, weights = (t.to(comm.device) for t in inputs(cfg, rank, slots, 0)[:3])
-        count = torch.tensor([slots], dtype=torch.int32, device=comm.device)
-        out = torch.empty(slots, cfg.hidden_size, dtype=cfg.result_dtype, device=comm.device)
-        place = torch.arange(world * slots, device=comm.device)
+    """Each expert answers with its number times the row."""
+
+    def answers(comm):
         factors = torch.tensor([e + 1.0 for e in comm.local_experts], device=comm.device)
 
-        def exchange():
-            received, handle = comm.dispatch(x, ids, weights, tokens_per_rank=slots, num_tokens=count)
+        def answer(received):
+            place = torch.arange(received.rows.shape[1], device=comm.device)
             filled = place[None, :] < received.rows_per_expert[:, None]
             y = received.rows.float() * factors[:, None, None]
-            comm.combine(torch.where(filled[..., None], y, torch.nan), handle, out=out)
+            return torch.where(filled[..., None], y, torch.nan)
 
-        exchange()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            exchange()
-        owners = torch.tensor(cfg.expert_ranks(world), device=comm.device)
-        for replay in range(20):
-            now = (replay * 7 + rank * 5) % (slots + 1)
-            for old, new in zip((x, ids, weights), inputs(cfg, rank, slots, 100 + replay)[:3], strict=True):
-                old.copy_(new)
-            count.fill_(now)
-            out.fill_(-1)
-            exchange() if replay % 5 == 4 else graph.replay()
-            want = torch.zeros(slots, cfg.hidden_size, device=comm.device)
-            for r in range(world):
-                here = (owners[ids.clamp(min=0)] == r) & (ids >= 0)
-                part = torch.zeros_like(want)
-                for k in range(cfg.top_k):
-                    y = x.float() * (ids[:, k, None] + 1.0)
-                    part = torch.where(here[:, k, None], reference.fma(weights[:, k, None], y, part), part)
-                want += torch.where(here.any(1, keepdim=True), part.to(cfg.sum_dtype).float(), 0.0)
-            want = want.to(cfg.result_dtype)
-            want[now:] = -1
-            if not torch.equal(out, want):
-                wrong.append((replay, now))
-        comm.check()
-    return wrong
+        return answer
+
+    def part(x, ids, weights, here):
+        total = torch.zeros(x.shape, device=x.device)
+        for k in range(ids.shape[1]):
+            y = x.float() * (ids[:, k, None] + 1.0)
+            total = torch.where(here[:, k, None], reference.fma(weights[:, k, None], y, total), total)
+        return total
+
+    return wrong_replays(rank, group, transport, "expert_major", answers, part)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
