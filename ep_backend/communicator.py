@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -240,6 +240,11 @@ class Communicator:
         return self._transport.capturable and self.config.layout != "compact"
 
     @property
+    def maskable(self) -> bool:
+        """Whether ranks can be masked: not where torch.distributed carries the rows (collective, hier)."""
+        return self._transport.maskable
+
+    @property
     def window_bytes(self) -> int:
         """Bytes of this rank's windows, all channels together."""
         return self._transport.window_bytes
@@ -444,8 +449,8 @@ class Communicator:
     def recover(self) -> None:
         """Go on after a timeout, on all ranks together; open exchanges are lost.
 
-        Every rank of the group must call it. Raises EpError if one does not come within the timeout or is
-        dead: then a new communicator is needed.
+        Every rank of the group must call it that is not masked. Raises EpError if one does not come within
+        the timeout or is dead: then a new communicator is needed, or `mask_ranks`.
         """
         self._usable()
         self._transport.recover()
@@ -453,6 +458,25 @@ class Communicator:
             if handle is not None:
                 handle.state = "closed"
         self._handles = [None] * self.config.num_channels
+
+    @_not_traced
+    def mask_ranks(self, ranks: Iterable[int]) -> None:
+        """From the next exchange on, leave ``ranks`` out: nothing is sent to them or awaited from them, and
+        ``combine`` adds up without their experts. They take the place of those of an earlier call.
+
+        All others call it, each at the same point between two exchanges; after an error they `recover`, on
+        CPUs only. While ranks are masked every ``tokens_per_rank`` is the one of the exchange before on the
+        channel: rows of a rank that lives after all would fall on those of others. A rank that has missed
+        exchanges comes back by `recover` on all ranks, when nobody is masked any more. Raises EpError with
+        transports collective and hier, EpArgumentError for this rank itself and numbers of no rank.
+        """
+        self._usable()
+        masked = sorted(set(ranks))
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        if wrong := [rank for rank in masked if rank not in others]:
+            raise EpArgumentError(f"rank {wrong[0]!r} cannot be masked; any of {others} were wanted")
+        self._transport.mask_ranks(masked)
+        self._arguments.slots_stay = bool(masked)
 
     @_not_traced
     def set_timeout(self, seconds: float) -> None:
@@ -514,6 +538,7 @@ class Communicator:
         is_view = self.config.layout == "rank_major" and self._transport.gives_views
         handle = Handle(call.channel, call.slots, call.x.shape[0], is_view=is_view)
         self._handles[call.channel] = handle
+        self._arguments.last_slots[call.channel] = call.slots
         return handle
 
     def _exchange_sums(

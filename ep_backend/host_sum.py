@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ep_backend import _native, rendezvous
 from ep_backend._native import ops
-from ep_backend.errors import EpArgumentError, EpProtocolError, EpTimeoutError
+from ep_backend.errors import EpArgumentError, EpError, EpProtocolError, EpTimeoutError
 from ep_backend.transports.shm import WindowShare
 
 SPIN_US = 5000
@@ -60,8 +60,11 @@ class HostSum:
         same on all ranks) by its sum over the ranks.
 
         Raises EpTimeoutError, which names the rank that did not come, and EpProtocolError if a rank brought
-        another count; both stay. EpArgumentError for anything else than such a tensor.
+        another count; both stay. EpArgumentError for anything else than such a tensor, EpError after
+        ``destroy``.
         """
+        if not self._free.alive:
+            raise EpError("the host sum has been destroyed")
         if not self.takes(values):
             raise EpArgumentError(
                 f"a host sum takes at most {self.capacity} contiguous int32 numbers on the CPU, this is "
@@ -88,5 +91,5 @@ class HostSum:
         )
 
     def destroy(self) -> None:
-        """Not collective. Nothing may be summed afterwards."""
+        """Not collective. May be called twice."""
         self._free()

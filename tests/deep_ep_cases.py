@@ -378,7 +378,7 @@ def refusals(rank, group, device):
         "many experts": lambda: ll(ids=mine.ids.repeat(1, 5)),
         "biases": lambda: buffer.combine(got, handle, bias=[None] * 3),
         "other out": lambda: buffer.low_latency_combine(*back, out=mine.x[:2]),
-        "mask": lambda: buffer.low_latency_update_mask_buffer(0, True),
+        "mask": lambda: buffer.low_latency_update_mask_buffer(rank, True),
         "memory": lambda: buffer.get_local_buffer_tensor(torch.float32, torch.Size([1 << 20])),
     }
     said = {}
@@ -404,11 +404,19 @@ def refusals(rank, group, device):
         calls["larger before a hook"], said["larger before a hook"] = None, str(error)
     hook()
     buffer.destroy()
-    try:
-        buffer.dispatch(mine.x, handle=handle)
-    except RuntimeError as error:
-        calls["destroyed"], said["destroyed"] = None, str(error)
-    return sorted(calls), said
+    destroyed = {
+        "destroyed, with a handle": lambda: buffer.dispatch(mine.x, handle=handle),
+        "destroyed, normal": lambda: buffer.dispatch(
+            mine.x, **layout, topk_idx=mine.ids, topk_weights=mine.weights
+        ),
+        "destroyed, low latency": lambda: ll(),
+    }
+    for name, call in destroyed.items():
+        try:
+            call()
+        except RuntimeError as error:
+            said[name] = str(error)
+    return sorted([*calls, *destroyed]), said
 
 
 def captured(rank, group, device):

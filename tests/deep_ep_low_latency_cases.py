@@ -1,6 +1,8 @@
 """The jobs of deep_ep_cases.py for low-latency mode: deepseek-ai/DeepEP's tests/test_low_latency.py."""
 
+import pytest
 import torch
+import torch.distributed as dist
 from deep_ep_cases import (
     EXPERTS_PER_RANK,
     HIDDEN,
@@ -12,6 +14,8 @@ from deep_ep_cases import (
     ready,
     summed_over_ranks,
 )
+
+from ep_backend import EpArgumentError, EpTimeoutError
 
 BF16_DIFF, FP8_DIFF = 1e-5, 9e-4  # of a combine
 FORMATS = {
@@ -109,6 +113,48 @@ def low_latency_mode(rank, group, device, tokens, routing, seed, form, hooks):
     for number in range(len(kept) // 3):
         for repetition in (1, 2):
             assert torch.equal(kept[number], kept[number + repetition * (len(kept) // 3)])
+    buffer.destroy()
+
+
+def masked_ranks(rank, group, device, answers):
+    """The last rank is masked by the others, stays away, and comes back. ``answers``: whether it is masked
+    before a call waits for it, or has been waited for in vain."""
+    buffer, world, device = ready(rank, group, device, low_latency_mode=True)
+    experts, gone = EXPERTS_PER_RANK * world, world - 1
+    inputs = all_inputs(world, [5 + r for r in range(world)], "uniform", 4, device)
+    mine, status = inputs[rank], torch.empty(world, dtype=torch.int32, device=device)
+
+    def call(present):
+        rows, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, 16, experts, use_fp8=False)
+        for e in range(EXPERTS_PER_RANK):
+            chosen = [(s.ids == rank * EXPERTS_PER_RANK + e).any(1) for s in inputs]
+            want = torch.cat([inputs[r].x[chosen[r]] for r in present])
+            assert int(counts[e]) == len(want)
+            assert torch.equal(rows[e, : len(want)], want)
+        out, _, _ = buffer.low_latency_combine(rows, mine.ids, mine.weights, handle)
+        here = torch.isin(mine.ids // EXPERTS_PER_RANK, torch.tensor(present, device=device))
+        assert diff(mine.x.float() * (mine.weights * here).sum(1, keepdim=True), out) < BF16_DIFF
+
+    call(range(world))
+    if rank != gone:
+        if not answers:
+            with pytest.raises(EpTimeoutError):
+                call(range(world))
+        buffer.low_latency_update_mask_buffer(gone, True)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0] * gone + [1]
+        for _ in range(3):
+            call(range(gone))
+        with pytest.raises(EpArgumentError, match="while ranks are masked 16 was wanted"):
+            buffer.low_latency_dispatch(mine.x, mine.ids, 15, experts, use_fp8=False)
+        with pytest.raises(EpArgumentError, match="another shape"):
+            buffer.low_latency_dispatch(mine.x, mine.ids, 16, experts, use_fp8=True)
+    dist.barrier(group)
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * world
+    for _ in range(3):
+        call(range(world))
     buffer.destroy()
 
 

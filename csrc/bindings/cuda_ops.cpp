@@ -130,6 +130,9 @@ void cuda_exchange_recover(int64_t exchange, int64_t epoch) {
 void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us) {
     at(exchange).set_timeout(timeout_us);
 }
+void cuda_exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks) {
+    at(exchange).mask_ranks(ranks);
+}
 
 std::string gpu_bus_id(int64_t device) {
     char id[32] = "";

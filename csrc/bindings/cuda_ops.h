@@ -36,6 +36,7 @@ std::vector<int64_t> cuda_exchange_error(int64_t exchange);
 int64_t cuda_exchange_max_epoch(int64_t exchange);
 void cuda_exchange_recover(int64_t exchange, int64_t epoch);
 void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us);
+void cuda_exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks);
 
 // plan: {T} or {T, tokens per chunk, segments, warps per token[, 1: by bulk copies, needs segments = 1]}.
 void cuda_dispatch(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,

@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("exchange_error(int exchange) -> int[]");
     m.def("exchange_recover(int exchange, int timeout_us) -> int[]");
     m.def("exchange_set_timeout(int exchange, int timeout_us) -> ()");
+    m.def("exchange_mask_ranks(int exchange, int[] ranks) -> ()");
     m.def("exchange_stop(int exchange, int channel, int status) -> ()");
     m.def("exchange_close(int exchange, int channel) -> int");
 
@@ -62,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("exchange_error", TORCH_BOX(&ep::ops::exchange_error));
     m.impl("exchange_recover", TORCH_BOX(&ep::ops::exchange_recover));
     m.impl("exchange_set_timeout", TORCH_BOX(&ep::ops::exchange_set_timeout));
+    m.impl("exchange_mask_ranks", TORCH_BOX(&ep::ops::exchange_mask_ranks));
     m.impl("exchange_stop", TORCH_BOX(&ep::ops::exchange_stop));
     m.impl("exchange_close", TORCH_BOX(&ep::ops::exchange_close));
     m.impl("dispatch_wait", TORCH_BOX(&ep::ops::dispatch_wait));

@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def("cuda_exchange_max_epoch(int exchange) -> int");
     m.def("cuda_exchange_recover(int exchange, int epoch) -> ()");
     m.def("cuda_exchange_set_timeout(int exchange, int timeout_us) -> ()");
+    m.def("cuda_exchange_mask_ranks(int exchange, int[] ranks) -> ()");
     m.def(
         "cuda_dispatch(int exchange, int channel, Tensor x, Tensor? scales, Tensor ids, Tensor weights, "
         "Tensor? num_tokens, int[] plan, bool send, bool receive, Tensor(a!) out_ids, Tensor(b!) "
@@ -74,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("cuda_exchange_max_epoch", TORCH_BOX(&ep::ops::cuda_exchange_max_epoch));
     m.impl("cuda_exchange_recover", TORCH_BOX(&ep::ops::cuda_exchange_recover));
     m.impl("cuda_exchange_set_timeout", TORCH_BOX(&ep::ops::cuda_exchange_set_timeout));
+    m.impl("cuda_exchange_mask_ranks", TORCH_BOX(&ep::ops::cuda_exchange_mask_ranks));
     m.impl("cuda_close", TORCH_BOX(&ep::ops::cuda_close));
     m.impl("cuda_plan_chunks", TORCH_BOX(&ep::ops::cuda_plan_chunks));
     m.impl("gpu_pair_attributes", TORCH_BOX(&ep::ops::gpu_pair_attributes));

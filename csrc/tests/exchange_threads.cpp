@@ -185,7 +185,7 @@ void masked_rank() {
         ranks.run([&](int64_t rank) {
             for (int64_t n = 0; n < 5; ++n) Part(ranks, rank, n).all();
             if (rank == gone) return;
-            ranks[rank].mask_rank(gone);
+            ranks[rank].mask_ranks({gone});
             for (int64_t n = 5; n < 30; ++n) Part(ranks, rank, n, 0, uint64_t{1} << gone).all();
         });
     }

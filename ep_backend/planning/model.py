@@ -70,7 +70,7 @@ def read(text: str) -> Model:
         known = ", ".join(models.ARCHITECTURES)
         near = env.nearest(name, models.ARCHITECTURES)
         raise EpConfigError(
-            f"--model {text}: neither a known model{near} ({known}) nor a folder or file with a config.json"
+            f"--model {text}: no known model{near} ({known}), and no folder or file with a config.json"
         )
     try:
         if path.stat().st_size > _LARGEST_FILE:

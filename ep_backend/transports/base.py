@@ -64,6 +64,7 @@ class Transport(ABC):
     name: str
     window_bytes: int
     gives_views = True  # received rank-major rows are memory that later exchanges write again
+    maskable = False  # ``mask_ranks`` works
     capturable = False  # CUDA graphs can hold its exchanges, if the layout needs no wait for the GPU
     nodes: Sequence[Sequence[int]] | None = None  # as ``Communicator.nodes``
 
@@ -87,6 +88,13 @@ class Transport(ABC):
     def set_timeout(self, seconds: float) -> None: ...
     @abstractmethod
     def destroy(self) -> None: ...
+
+    def mask_ranks(self, ranks: Sequence[int]) -> None:
+        """As ``Communicator.mask_ranks``; `recover` is then of all others."""
+        raise EpError(
+            f"transport {self.name} cannot mask ranks; a new process group and communicator without them "
+            "were wanted"
+        )
 
     def received_places(self, channel: int, slots: int) -> torch.Tensor | None:
         """As ``Communicator.received_places``."""

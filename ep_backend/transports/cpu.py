@@ -24,6 +24,7 @@ class CpuTransport(Transport):
     """
 
     name = "cpu"
+    maskable = True
 
     def __init__(
         self, group: dist.ProcessGroup | None, config: EpConfig, ranks: Sequence[int] | None = None
@@ -85,6 +86,9 @@ class CpuTransport(Transport):
                 "this rank stays stopped: call recover() again on all ranks, or make a new communicator "
                 "without the dead"
             )
+
+    def mask_ranks(self, ranks: Sequence[int]) -> None:
+        ops.exchange_mask_ranks(self._exchange.handle, ranks)
 
     def set_timeout(self, seconds: float) -> None:
         self._timeout_s = seconds

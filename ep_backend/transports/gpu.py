@@ -79,6 +79,8 @@ class GpuTransport(Transport):
 
     capturable = True
     recoverable = True
+    maskable = True
+    _masked: tuple[int, ...] = ()
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
     _stagger = 0  # ranks of a group in the staggered order; 0: each row to all its ranks in turn
 
@@ -244,12 +246,26 @@ class GpuTransport(Transport):
         """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared."""
         if self._meeting is None:
             raise EpError(f"transport {self.name} cannot recover; a new communicator was wanted")
+        if self._masked:
+            raise EpError(
+                "on GPUs all ranks recover together; a new process group and communicator without the masked "
+                f"rank {', '.join(map(str, self._masked))} were wanted"
+            )
         torch.cuda.synchronize(self._device)
         self._meeting.recover()
         epochs = rendezvous.gather(self._group, ops.cuda_exchange_max_epoch(self._exchange))
         ops.cuda_exchange_recover(self._exchange, max(epochs) + 1)
         # Nobody sends before everybody has forgotten the old failure.
         rendezvous.gather(self._group, None)
+
+    def mask_ranks(self, ranks: Sequence[int]) -> None:
+        """Holds for graphs that were captured before, too. Waits until the GPU is idle. Kernels go on reading
+        the abort words of masked ranks, which ones that live may write."""
+        if not self.maskable:
+            super().mask_ranks(ranks)
+        torch.cuda.synchronize(self._device)
+        ops.cuda_exchange_mask_ranks(self._exchange, ranks)
+        self._masked = tuple(ranks)
 
     def set_timeout(self, seconds: float) -> None:
         """Holds for graphs that were captured before, too. Waits until the GPU is idle."""

@@ -44,6 +44,10 @@ def _on_two_machines(rank, group):
     assert low_latency.diff(mine.x.float() * mine.weights.sum(1, keepdim=True), out) < low_latency.BF16_DIFF
     with pytest.raises(ep.EpArgumentError, match="hier has none"):
         handle[0]
+    with pytest.raises(ep.EpError, match="transport hier cannot mask ranks"):
+        buffer.low_latency_update_mask_buffer((rank + 1) % world, True)
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_dispatch(mine.x, mine.ids, 8, cases.EXPERTS_PER_RANK * world, use_fp8=False)
     buffer.destroy()
 
 
@@ -150,6 +154,12 @@ def test_over_torch_distributed():
         group.run(low_latency.low_latency_mode, "cpu", [7, 12], "holes", 1, "fp8", True)
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_masked_ranks(answers):
+    with fresh_ranks(3, {"EP_BACKEND_TIMEOUT_S": "4"}) as group:
+        group.run(low_latency.masked_ranks, "cpu", answers)
+
+
 def test_between_machines():
     with fresh_ranks(4, {"EP_BACKEND_TRANSPORT": "hier"}) as group:
         group.run(on_two_machines)
@@ -166,10 +176,11 @@ def test_what_a_graph_holds_stays():
 def test_what_is_refused_says_what_was_wanted():
     for names, said in ranks(2).run(cases.refusals, "cpu"):
         assert sorted(said) == names
-        assert "EpTimeoutError" in said["mask"]
+        assert "one of [" in said["mask"]
         assert "call dispatch" in said["internode"]
         assert "before the hook" in said["larger before a hook"]
-        assert "has been destroyed" in said["destroyed"]
+        for name in ("destroyed, with a handle", "destroyed, normal", "destroyed, low latency"):
+            assert said[name] == "the Buffer has been destroyed"
         assert "x has 5 tokens" in said["too many"]
         assert "at most 16 were wanted" in said["many experts"]
         assert "[*, *] torch.bfloat16 was wanted" in said["dtype"]

@@ -98,6 +98,42 @@ def test_death_in_mid_loop(exchanges):
         assert seconds < DEADLINE_S + MARGIN_S
 
 
+def go_on_without(rank, group, victim, layout):
+    """A death, and exchanges of the others afterwards."""
+    comm = make(group, layout=layout, channels=2)
+    for n in range(4):
+        exchange(comm, n, channel=n % 2)
+    comm.set_timeout(DEADLINE_S)
+    dist.barrier(group)
+    caught(comm, lambda: exchange(comm, 4, at=lambda p: stop("dies") if rank == victim else None))
+    refused(comm.recover)
+    comm.set_timeout(30)
+    comm.mask_ranks([victim])
+    comm.recover()
+    for n in range(5, 25):
+        exchange(comm, n, channel=n % 2, without=[victim])
+    with pytest.raises(AssertionError, match="not equal"):
+        exchange(comm, 22)  # as if nobody were missing
+    x, ids, weights = torch.ones(1, 64), torch.tensor([[0, 1]]), torch.ones(1, 2)
+    with pytest.raises(ep.EpArgumentError, match="while ranks are masked 8 was wanted"):
+        comm.dispatch(x, ids, weights, tokens_per_rank=4)
+    for wrong in (rank, 3, -1, "1"):
+        with pytest.raises(ep.EpArgumentError, match="cannot be masked"):
+            comm.mask_ranks([wrong])
+    exchange(comm, 26, without=[victim])
+    comm.destroy()
+    return True
+
+
+@pytest.mark.parametrize(("victim", "layout"), [(0, "rank_major"), (1, "compact"), (2, "expert_major")])
+def test_the_others_go_on_without_a_dead_rank(victim, layout):
+    with fresh_ranks(3) as group:
+        group.start(go_on_without, victim, layout)
+        outcomes = group.outcomes(120)
+    assert outcomes[victim].exitcode == -signal.SIGKILL
+    assert [outcomes[rank].value for rank in range(3) if rank != victim] == [True, True]
+
+
 def stall(rank, group, victim, layout):
     """At each point in turn: stall, find out, recover too early, go on, recover, and be right again."""
     comm = make(group, layout=layout, channels=2)

@@ -206,6 +206,7 @@ def use_after_destroy_job(rank, group, transport):
         c.check,
         c.recover,
         lambda: c.set_timeout(1.0),
+        lambda: c.mask_ranks([1 - rank]),
     ):
         with pytest.raises(ep.EpError, match="destroyed"):
             action()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import fresh_ranks, ranks
 
-from ep_backend import EpArgumentError, EpProtocolError, EpTimeoutError
+from ep_backend import EpArgumentError, EpError, EpProtocolError, EpTimeoutError
 from ep_backend.host_sum import HostSum
 
 CAPACITY = 24
@@ -29,6 +29,8 @@ def sums_job(rank, group, rounds):
         if not torch.equal(values, want):
             wrong.append(number)
     host_sum.destroy()
+    with pytest.raises(EpError, match="destroyed"):
+        host_sum.all_reduce(torch.zeros(1, dtype=torch.int32))
     return wrong
 
 

@@ -137,6 +137,8 @@ def bad_ids_job(rank, group, on):
                 comm.dispatch(x, bad, weights)
         with pytest.raises(ep.EpError, match="cannot recover"):
             comm.recover()
+        with pytest.raises(ep.EpError, match="cannot mask ranks"):
+            comm.mask_ranks([1 - rank % 2])
         times = (received.topk_ids >= 0).sum(1, keepdim=True)
         return comm.combine(torch.where(times > 0, received.rows * times, 0.0), handle)
 

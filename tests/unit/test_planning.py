@@ -540,7 +540,7 @@ def test_what_is_left_is_said_and_each_basis_names_its_link_and_tokens(run):
         (("--model", "qwen3-30b-a3b,layers=0"), "--model qwen3-30b-a3b,layers=0: 'layers=0' is no option"),
         (("--model", "qwen3-30b-a3b,fp8"), "here fp8 is a dtype: --dtype fp8"),
         (("--profile", "auto"), "here a profile is named: nvl72"),
-        (("--model", "/nonesuch"), "neither a known model"),
+        (("--model", "/nonesuch"), "no known model"),
         (("--profile", "dgy"), "there is no hardware profile"),
         (("--profile", "./own.toml"), "--profile ./own.toml: a file is not taken here"),
         (("--gpus", "1"), "whole number from 2 on"),

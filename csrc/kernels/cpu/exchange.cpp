@@ -39,6 +39,11 @@ int64_t Exchange::tokens_of(int64_t channel, int64_t source) const {
     return reinterpret_cast<const SourceHeader*>(own() + layout_.header(channel, source))->tokens;
 }
 
+void Exchange::mask_ranks(const std::vector<int64_t>& ranks) {
+    masked_ = RankMask{};
+    for (const int64_t r : ranks) masked_.set(r);
+}
+
 uint64_t Exchange::max_epoch() const {
     uint64_t epoch = channels_[0].epoch;
     for (const Channel& ch : channels_)

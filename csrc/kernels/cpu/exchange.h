@@ -101,8 +101,8 @@ class Exchange {
     // this rank stays stopped and may call again.
     std::vector<int64_t> recover(int64_t timeout_us);
     void set_timeout(int64_t us) { settings_.timeout_us = us; }
-    // Waits and sends leave this rank out from now on.
-    void mask_rank(int64_t rank) { masked_.set(rank); }
+    // Waits and sends leave these ranks out from now on, and no others.
+    void mask_ranks(const std::vector<int64_t>& ranks);
 
   private:
     enum class Stage { kIdle, kSent, kReceived, kReturned };

@@ -454,4 +454,10 @@ void Exchange::set_timeout(int64_t us) {
     check(cudaMemcpy(&views_[0].error->timeout_ns, &ns, sizeof ns, cudaMemcpyHostToDevice), "cudaMemcpy");
 }
 
+void Exchange::mask_ranks(const std::vector<int64_t>& ranks) {
+    uint64_t words[kMaskWords] = {};
+    for (const int64_t r : ranks) words[r / 64] |= uint64_t{1} << (r % 64);
+    check(cudaMemcpy(views_[0].mask, words, sizeof words, cudaMemcpyHostToDevice), "cudaMemcpy");
+}
+
 }  // namespace ep::cuda

@@ -80,6 +80,9 @@ class Exchange {
     // After all ranks have stopped and their streams are idle: every channel goes on behind `epoch`.
     void recover(uint64_t epoch);
     void set_timeout(int64_t us);
+    // Waits and sends of later kernels, in captured graphs too, leave these ranks out, and no others. Only
+    // while no kernel runs.
+    void mask_ranks(const std::vector<int64_t>& ranks);
     const Settings& settings() const { return settings_; }
     int device() const { return device_index_; }
     // Blocks of a kernel that may come before the dispatch ahead of it has ended; see launch_sort.

@@ -125,7 +125,7 @@ struct View {
     uint32_t* routes;            // [max_tokens, kRouteWords]: ranks that each own token went to
     const uint8_t* expert_rank;  // null: contiguous placement
     const int16_t* expert_local;
-    const uint64_t* mask;  // ranks that waits and sends leave out
+    uint64_t* mask;  // ranks that waits and sends leave out
     const Early* early;
     int32_t rank, world, top_k, channel;
     int32_t experts, experts_base,

@@ -301,9 +301,11 @@ int run(const Case& c) {
 }
 
 // Rank 0 dispatches `first` slots and rank 1 `second`, or exchanges sums of them; rank 2 does not come, if
-// there is one. What stopped each.
-std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int second, bool only_sums) {
+// there is one, and may be masked. What stopped each.
+std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int second, bool only_sums,
+                               bool masked = false) {
     std::vector<Member> all = members(c, timeout_us, only_sums);
+    for (size_t r = 0; r < 2 && masked; ++r) all[r].exchange->mask_ranks({2});
     std::vector<std::thread> ranks;
     for (size_t r = 0; r < 2; ++r)
         ranks.emplace_back([&, r] {
@@ -349,6 +351,11 @@ int faults() {
             right &= e.status == Status::kTimeout || e.status == Status::kAborted;
         check(right, only_sums ? "a rank that does not come to sums is named"
                                : "a rank that does not come is named");
+        right = true;
+        for (const ErrorWord& e : stopped({3, 8, 64, 3, 8, 4, false, 0}, 20'000'000, 8, 8, only_sums, true))
+            right &= e.status == Status::kOk;
+        check(right,
+              only_sums ? "a masked rank is not waited for in sums" : "a masked rank is not waited for");
     }
     return failed;
 }

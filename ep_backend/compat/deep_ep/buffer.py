@@ -18,7 +18,6 @@ from ep_backend.compat.deep_ep.checks import (
     check_rows,
     check_whole,
     no_cost_stats,
-    no_masks,
 )
 from ep_backend.compat.deep_ep.config import USUAL_SMS, Config, UsualConfig, aligned
 from ep_backend.compat.deep_ep.low_latency import (
@@ -32,7 +31,7 @@ from ep_backend.compat.deep_ep.normal import DispatchHandle, Normal, token_in_ra
 from ep_backend.compat.deep_ep.pool import Agreement, Pool
 from ep_backend.compat.deep_ep.utils import EventHandle, EventOverlap, Streams
 from ep_backend.config import MAX_TOP_K, SCALE_BLOCK, EpConfig
-from ep_backend.errors import EpArgumentError
+from ep_backend.errors import EpArgumentError, EpError
 from ep_backend.transports.gpu import window_bytes
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -46,8 +45,9 @@ class Buffer:
     collective and takes longer, and must not be inside a CUDA graph. ``num_nvl_bytes``, ``num_rdma_bytes``:
     the size of what `get_local_buffer_tensor` gives, nothing else. ``low_latency_mode``: both modes work
     either way. ``num_qps_per_rank``, ``allow_nvlink_for_low_latency_mode``, ``allow_mnnvl``, ``use_fabric``:
-    no meaning. ``explicitly_destroy``: as in DeepEP. ``enable_shrink``: no meaning; masking is refused, see
-    `low_latency_update_mask_buffer`. ``comm``: refused, MPI is not used.
+    no meaning. ``explicitly_destroy``: as in DeepEP. ``enable_shrink``: no meaning; a rank that does not
+    answer is named by EpTimeoutError, not masked, see `low_latency_update_mask_buffer`. ``comm``: refused,
+    MPI is not used.
     """
 
     num_sms: int = USUAL_SMS
@@ -465,19 +465,40 @@ class Buffer:
         return self._low_latency.combine_buffer(_shape(handle))
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Ranks cannot be masked: raises EpArgumentError with the alternative, unless ``mask`` is False."""
-        if not 0 <= rank_to_mask < self.group_size:
-            raise EpArgumentError(f"rank_to_mask is {rank_to_mask}; 0 to {self.group_size - 1} was wanted")
-        if mask:
-            no_masks()
+        """From the next low-latency call on, leave ``rank_to_mask`` out, or with ``mask`` False no more:
+        nothing is sent to it or awaited from it, and its experts' results are missing in the sums.
+
+        All other ranks do so between the same two calls, for the same ranks. After a call that has failed,
+        the next one then goes on without them, on CPUs; on GPUs, where ranks recover together only, it raises
+        EpError, so mask a rank there before a call waits for it. Calls must be like ones before: new shapes
+        and formats are for all ranks. Waits until the GPU is idle. Raises EpArgumentError for this rank
+        itself and numbers of no rank, EpError where rows travel by torch.distributed (between machines).
+        """
+        rank_to_mask = check_whole("rank_to_mask", rank_to_mask)
+        masked = self._low_latency.masked - {rank_to_mask}
+        if mask and (rank_to_mask == self.rank or rank_to_mask >= self.group_size):
+            others = [rank for rank in range(self.group_size) if rank != self.rank]
+            raise EpArgumentError(f"rank_to_mask is {rank_to_mask}; one of {others} was wanted")
+        self._low_latency.mask(masked | {rank_to_mask} if mask else masked)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Fill ``mask_status``, [ranks] int32, with 0: nobody is masked."""
+        """Fill ``mask_status``, [ranks] int32: 1 for each rank that is masked here, else 0."""
         check("mask_status", mask_status, (self.group_size,), (torch.int32,))
         mask_status.zero_()
+        for rank in self._low_latency.masked:
+            mask_status[rank] = 1
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Nothing: nobody is masked."""
+        """Mask nobody any more. All ranks call it together, those that were masked, too: they meet, so that
+        one which has missed calls can go on. Nothing where nobody can be masked. Raises EpError if one does
+        not come within the timeout."""
+        masked = self._low_latency.masked
+        self._low_latency.mask(frozenset())
+        try:
+            self._low_latency.recover()
+        except EpError:
+            self._low_latency.mask(masked)
+            raise
 
     def _hook(self, half: Callable[[], None] | None, x: torch.Tensor) -> Callable[[], None] | None:
         if half is None:

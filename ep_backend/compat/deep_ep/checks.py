@@ -93,10 +93,3 @@ def no_cost_stats(name: str) -> NoReturn:
         f"{name} is not supported: a rank that does not answer is named by EpTimeoutError, and a profiler's "
         "trace shows the waits"
     )
-
-
-def no_masks() -> NoReturn:
-    raise EpArgumentError(
-        "ranks cannot be masked: one that does not answer raises EpTimeoutError on the others, which names "
-        "it; make a process group and a Buffer without it then"
-    )

@@ -59,6 +59,13 @@ class Member:
         self._hooks.pop(self._channel, None)
         return self._channel
 
+    def recover(self) -> None:
+        """`Communicator.recover`. Ranks that have missed calls take the same turns as the others again; hooks
+        of calls before are over."""
+        self.communicator.recover()
+        self._channel = 0
+        self._hooks.clear()
+
     def hook(self, channel: int, finish: Callable[[], Any]) -> Callable[[], None]:
         """``finish`` as the hook of the call that has just been made on ``channel``."""
 
@@ -106,12 +113,12 @@ class Pool:
         self._share = Share()
         self._alive = True
 
-    def get(self, device: torch.device, tokens: int, **fields: Any) -> Member:
+    def get(self, device: torch.device, tokens: int, *, new: bool = True, **fields: Any) -> Member:
         """A communicator for ``tokens`` per rank at least, equal on all ranks. ``fields``: of EpConfig;
-        ``num_sms`` may be `Usual`.
+        ``num_sms`` may be `Usual`. ``new``: whether it may be one that has to be made.
 
-        Collective when new or too small. Raises EpConfigError, EpArgumentError for too many tokens, EpError
-        after ``destroy``.
+        Collective when new or too small. Raises EpConfigError, EpArgumentError for too many tokens or if it
+        may not be made, EpError after ``destroy``.
         """
         if not self._alive:
             raise EpError("the Buffer has been destroyed")
@@ -121,6 +128,11 @@ class Pool:
             )
         key = (device, tuple(sorted(fields.items(), key=lambda item: item[0])))
         member = self._members.get(key)
+        if not new and (member is None or member.communicator.config.max_tokens_per_rank < tokens):
+            raise EpArgumentError(
+                "a call of another shape or format came while ranks are masked; one like a call before was "
+                "wanted, for all ranks make communicators together"
+            )
         if member is not None and member.communicator.config.max_tokens_per_rank < tokens:
             self._give_up(key)
             member = None
@@ -186,10 +198,13 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._rank, self._world = group, dist.get_rank(group), dist.get_world_size(group)
         self._sum: HostSum | None = None
-        self._asked = False
+        self._asked, self._alive = False, True
 
     def reach(self, tokens: int, counts: Sequence[int] = ()) -> tuple[int, list[int]]:
-        """The largest ``tokens`` of a rank, and the sums of ``counts`` over ranks. Collective."""
+        """The largest ``tokens`` of a rank, and the sums of ``counts`` over ranks. Collective. Raises EpError
+        after ``destroy``."""
+        if not self._alive:
+            raise EpError("the Buffer has been destroyed")
         if not self._asked:
             self._asked = True
             try:
@@ -208,5 +223,6 @@ class Agreement:
         return max(told[: self._world]), told[self._world :]
 
     def destroy(self) -> None:
+        self._alive = False
         if self._sum is not None:
             self._sum.destroy()
