@@ -53,6 +53,10 @@ def test_details(world, job):
     ranks(world).run(job, "cuda", timeout=PATIENCE_S)
 
 
+def test_a_masked_rank(world):
+    ranks(world).run(low_latency.masked_ranks, "cuda", True, timeout=PATIENCE_S)
+
+
 @pytest.mark.parametrize("most", [16, 512])
 def test_layers_of_two_batches(world, most):
     ranks(world).run(low_latency.layers_of_two_batches, "cuda", most, timeout=PATIENCE_S)
