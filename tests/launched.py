@@ -22,8 +22,11 @@ def speak(note):
 
 
 def stop_one(note, how, victim):
-    """Rank ``victim`` fails; the others wait for it."""
+    """Rank ``victim`` fails once all ranks are there; the others wait for it."""
     rank = dist.get_rank()
+    dist.barrier()
+    if rank == victim:
+        time.sleep(0.3)  # until the others have left the barrier
     note(f"{how} soon")
     if rank == victim:
         if how == "raise":
