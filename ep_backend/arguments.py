@@ -143,8 +143,7 @@ class Arguments:
         slots = most if tokens_per_rank is None else tokens_per_rank
         if not isinstance(slots, int) or not 1 <= slots <= most:
             raise EpArgumentError(f"tokens_per_rank is {slots!r}; a whole number from 1 to {most} was wanted")
-        before = self.last_slots.get(channel, slots)
-        if self.slots_stay and slots != before:
+        if self.slots_stay and slots != (before := self.last_slots.get(channel, slots)):
             raise EpArgumentError(
                 f"tokens_per_rank is {slots}; while ranks are masked {before} was wanted, as in the exchange "
                 "before"

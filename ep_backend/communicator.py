@@ -240,9 +240,10 @@ class Communicator:
         return self._transport.capturable and self.config.layout != "compact"
 
     @property
-    def maskable(self) -> bool:
-        """Whether ranks can be masked: not where torch.distributed carries the rows (collective, hier)."""
-        return self._transport.maskable
+    def recoverable(self) -> bool:
+        """Whether `recover` and `mask_ranks` work: not where torch.distributed carries the rows (collective,
+        hier)."""
+        return self._transport.recoverable
 
     @property
     def window_bytes(self) -> int:
@@ -471,7 +472,7 @@ class Communicator:
         transports collective and hier, EpArgumentError for this rank itself and numbers of no rank.
         """
         self._usable()
-        masked = sorted(set(ranks))
+        masked = list(ranks)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         if wrong := [rank for rank in masked if rank not in others]:
             raise EpArgumentError(f"rank {wrong[0]!r} cannot be masked; any of {others} were wanted")

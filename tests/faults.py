@@ -57,7 +57,7 @@ def exchange(comm, number, *, channel=0, tokens=None, at=lambda point: None, wit
         torch.cuda.synchronize(comm.device)
         comm.check()  # else the next call would raise what went wrong in this one
     owners = torch.tensor(config.expert_ranks(comm.world_size), device=comm.device)[ids]
-    alive = torch.isin(owners, torch.tensor(without, device=comm.device), invert=True)
+    alive = torch.isin(owners, torch.tensor(without, dtype=torch.int64, device=comm.device), invert=True)
     torch.testing.assert_close(out, x * alive.sum(1, keepdim=True), rtol=0, atol=0)
 
 

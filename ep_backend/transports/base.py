@@ -64,7 +64,7 @@ class Transport(ABC):
     name: str
     window_bytes: int
     gives_views = True  # received rank-major rows are memory that later exchanges write again
-    maskable = False  # ``mask_ranks`` works
+    recoverable = False  # ``recover`` and ``mask_ranks`` work
     capturable = False  # CUDA graphs can hold its exchanges, if the layout needs no wait for the GPU
     nodes: Sequence[Sequence[int]] | None = None  # as ``Communicator.nodes``
 

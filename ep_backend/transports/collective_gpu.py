@@ -95,7 +95,6 @@ class GpuCollectiveTransport(GpuTransport):
 
     name = CollectiveTransport.name
     recoverable = False
-    maskable = False
     dispatch, combine = Transport.dispatch, Transport.combine  # one half after the other
     exchange_sums = Transport.exchange_sums
 

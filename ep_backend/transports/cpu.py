@@ -24,7 +24,7 @@ class CpuTransport(Transport):
     """
 
     name = "cpu"
-    maskable = True
+    recoverable = True
 
     def __init__(
         self, group: dist.ProcessGroup | None, config: EpConfig, ranks: Sequence[int] | None = None

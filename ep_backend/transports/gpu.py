@@ -79,7 +79,6 @@ class GpuTransport(Transport):
 
     capturable = True
     recoverable = True
-    maskable = True
     _masked: tuple[int, ...] = ()
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
     _stagger = 0  # ranks of a group in the staggered order; 0: each row to all its ranks in turn
@@ -248,8 +247,8 @@ class GpuTransport(Transport):
             raise EpError(f"transport {self.name} cannot recover; a new communicator was wanted")
         if self._masked:
             raise EpError(
-                "on GPUs all ranks recover together; a new process group and communicator without the masked "
-                f"rank {', '.join(map(str, self._masked))} were wanted"
+                f"on GPUs all ranks recover together, but ranks {self._masked} are masked; a new process "
+                "group and communicator without them were wanted"
             )
         torch.cuda.synchronize(self._device)
         self._meeting.recover()
@@ -261,7 +260,7 @@ class GpuTransport(Transport):
     def mask_ranks(self, ranks: Sequence[int]) -> None:
         """Holds for graphs that were captured before, too. Waits until the GPU is idle. Kernels go on reading
         the abort words of masked ranks, which ones that live may write."""
-        if not self.maskable:
+        if self._meeting is None:
             super().mask_ranks(ranks)
         torch.cuda.synchronize(self._device)
         ops.cuda_exchange_mask_ranks(self._exchange, ranks)

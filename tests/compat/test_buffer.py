@@ -21,6 +21,7 @@ from ep_backend.compat.deep_ep.low_latency import quantize_rounded
 from ep_backend.compat.deep_ep.pool import Pool, Usual
 from ep_backend.reference import quantize_fp8
 from ep_backend.select import Decision
+from ep_backend.transports.gpu import Share
 from ep_backend.tuning import command
 
 WORLDS = (2, 4)
@@ -54,7 +55,7 @@ def _on_two_machines(rank, group):
 def held_by_a_graph(rank, group):
     """A communicator that a CUDA graph would replay, outgrown by a later call."""
     fields = {"num_experts": 4, "top_k": 1, "hidden_size": 8, "payload": torch.bfloat16}
-    pool = Pool(group)
+    pool = Pool(group, Share())
     held = pool.get(torch.device("cpu"), 4, **fields)
     held.captured = True
     grown = pool.get(torch.device("cpu"), 100, **fields)
@@ -239,7 +240,7 @@ def numbers_of_a_pool(rank, group):
             sms = {"sms": num_sms} if num_sms else decided
             return Decision(profile=None, transport="cpu", env=(), reason="made up", **sms)
 
-        members = Pool(group)
+        members = Pool(group, Share())
         with mock.patch("ep_backend.communicator.decide", decide):
             member = members.get(torch.device("cpu"), 4, num_sms=num_sms, **fields)
             assert members.get(torch.device("cpu"), 4, num_sms=num_sms, **fields) is member
@@ -269,7 +270,7 @@ def tuned_shapes(rank, group):
         buffer.dispatch(x, topk_idx=mine.ids, topk_weights=mine.weights, **layout)
     for fp8 in (False, True):
         buffer.low_latency_dispatch(mine.x, mine.ids, 16, experts, use_fp8=fp8)
-    members = list(buffer._pool._members.values())
+    members = [member for pool in buffer._pools for member in pool._members.values()]
     buffer.destroy()
     return [tuned.Shape.of(member.communicator.config, world) for member in members]
 

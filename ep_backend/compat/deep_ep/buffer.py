@@ -31,8 +31,8 @@ from ep_backend.compat.deep_ep.normal import DispatchHandle, Normal, token_in_ra
 from ep_backend.compat.deep_ep.pool import Agreement, Pool
 from ep_backend.compat.deep_ep.utils import EventHandle, EventOverlap, Streams
 from ep_backend.config import MAX_TOP_K, SCALE_BLOCK, EpConfig
-from ep_backend.errors import EpArgumentError, EpError
-from ep_backend.transports.gpu import window_bytes
+from ep_backend.errors import EpArgumentError
+from ep_backend.transports.gpu import Share, window_bytes
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Biases = torch.Tensor | Sequence[torch.Tensor | None] | None
@@ -84,9 +84,11 @@ class Buffer:
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
-        self._pool, self._agreement, self._streams = Pool(group), Agreement(group), Streams()
-        self._normal = Normal(self._pool, self._agreement, self.rank, self.group_size)
-        self._low_latency = LowLatency(self._pool, self.rank, self.group_size)
+        self._agreement, self._streams, share = Agreement(group), Streams(), Share()
+        # One for each mode: ranks are masked in low latency alone.
+        self._pools = Pool(group, share), Pool(group, share)
+        self._normal = Normal(self._pools[0], self._agreement, self.rank, self.group_size)
+        self._low_latency = LowLatency(self._pools[1], self.rank, self.group_size)
         self._memory: dict[bool, torch.Tensor] = {}
 
     def destroy(self) -> None:
@@ -94,7 +96,8 @@ class Buffer:
         with the object. Later calls raise EpError."""
         if not self.explicitly_destroy:
             raise EpArgumentError("destroy() is for a Buffer that was made with explicitly_destroy=True")
-        self._pool.destroy()
+        for pool in self._pools:
+            pool.destroy()
         self._agreement.destroy()
         self._low_latency.destroy()
         self._memory.clear()
@@ -475,30 +478,23 @@ class Buffer:
         itself and numbers of no rank, EpError where rows travel by torch.distributed (between machines).
         """
         rank_to_mask = check_whole("rank_to_mask", rank_to_mask)
-        masked = self._low_latency.masked - {rank_to_mask}
-        if mask and (rank_to_mask == self.rank or rank_to_mask >= self.group_size):
+        if rank_to_mask >= self.group_size or (mask and rank_to_mask == self.rank):
             others = [rank for rank in range(self.group_size) if rank != self.rank]
             raise EpArgumentError(f"rank_to_mask is {rank_to_mask}; one of {others} was wanted")
-        self._low_latency.mask(masked | {rank_to_mask} if mask else masked)
+        pool, one = self._low_latency.pool, {rank_to_mask}
+        pool.mask(pool.masked | one if mask else pool.masked - one)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Fill ``mask_status``, [ranks] int32: 1 for each rank that is masked here, else 0."""
         check("mask_status", mask_status, (self.group_size,), (torch.int32,))
-        mask_status.zero_()
-        for rank in self._low_latency.masked:
-            mask_status[rank] = 1
+        masked = self._low_latency.pool.masked
+        mask_status.copy_(torch.tensor([rank in masked for rank in range(self.group_size)]))
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Mask nobody any more. All ranks call it together, those that were masked, too: they meet, so that
         one which has missed calls can go on. Nothing where nobody can be masked. Raises EpError if one does
         not come within the timeout."""
-        masked = self._low_latency.masked
-        self._low_latency.mask(frozenset())
-        try:
-            self._low_latency.recover()
-        except EpError:
-            self._low_latency.mask(masked)
-            raise
+        self._low_latency.pool.unmask()
 
     def _hook(self, half: Callable[[], None] | None, x: torch.Tensor) -> Callable[[], None] | None:
         if half is None:

@@ -17,7 +17,7 @@ import torch
 from ep_backend.communicator import Communicator, Handle
 from ep_backend.compat.deep_ep.pool import Member, Pool, Usual
 from ep_backend.config import SCALE_BLOCK
-from ep_backend.errors import EpArgumentError, EpError
+from ep_backend.errors import EpArgumentError
 from ep_backend.transports.gpu import sms
 
 CHANNELS = 2
@@ -135,39 +135,8 @@ class LowLatency:
     """Dispatch and combine of low-latency mode; arguments are checked by ``Buffer``."""
 
     def __init__(self, pool: Pool, rank: int, world: int) -> None:
-        self._pool, self._rank, self._world = pool, rank, world
+        self.pool, self._rank, self._world = pool, rank, world
         self._combine_buffers: dict[Shape, torch.Tensor] = {}
-        self._members: list[Member] = []
-        self.masked: frozenset[int] = frozenset()
-
-    def mask(self, ranks: frozenset[int]) -> None:
-        """Leave ``ranks`` out, and no others: `Communicator.mask_ranks` of all communicators of this mode."""
-        if ranks == self.masked:
-            return
-        for member in self._living():
-            member.communicator.mask_ranks(ranks)
-        self.masked = ranks
-
-    def recover(self) -> None:
-        """All that are not masked, together: `Member.recover` of all communicators of this mode that can
-        mask ranks."""
-        for member in self._living():
-            if member.communicator.maskable:
-                member.recover()
-
-    def _living(self) -> list[Member]:
-        self._members = [member for member in self._members if member.alive]
-        return self._members
-
-    def _member(self, shape: Shape, fields: dict[str, Any]) -> Member:
-        """The communicator for a call. After a call that failed, and with ranks masked since, all others come
-        here, and recover: one may have failed in a dispatch, another in the combine behind it."""
-        if self.masked and any(_stopped(member.communicator) for member in self._living()):
-            self.recover()
-        member = self._pool.get(shape.device, shape.tokens, new=not self.masked, **fields)
-        if not any(member is known for known in self._members):
-            self._members.append(member)
-        return member
 
     def dispatch(
         self,
@@ -183,7 +152,7 @@ class LowLatency:
     ) -> tuple[tuple[Any, torch.Tensor, LowLatencyHandle], Callable[[], None] | None]:
         """As ``Buffer.low_latency_dispatch``: rows, counts and handle; the second half if ``in_halves``."""
         fields = dispatch_fields(shape, use_fp8, round_scale)
-        member = self._member(shape, fields)
+        member = self.pool.get(shape.device, shape.tokens, **fields)
         communicator = member.communicator
         scales = None
         if round_scale:
@@ -243,7 +212,7 @@ class LowLatency:
         if dispatched.exchange is None:
             raise EpArgumentError("the rows have not come: call the hook of their dispatch first")
         shape = dispatched.shape
-        member = self._member(shape, combine_fields(shape))
+        member = self.pool.get(shape.device, shape.tokens, **combine_fields(shape))
         communicator, channel = member.communicator, member.next_channel()
         if member.captured:  # so the graph may hold the other one, too
             dispatched.exchange[0].captured = True
@@ -268,14 +237,6 @@ class LowLatency:
             size = (shape.num_experts // self._world, self._world * shape.tokens, shape.hidden)
             self._combine_buffers[shape] = torch.empty(size, dtype=torch.bfloat16, device=shape.device)
         return self._combine_buffers[shape]
-
-
-def _stopped(communicator: Communicator) -> bool:
-    try:
-        communicator.check()
-    except EpError:
-        return True
-    return False
 
 
 def quantize_rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,6 +59,15 @@ class Member:
         self._hooks.pop(self._channel, None)
         return self._channel
 
+    @property
+    def stopped(self) -> bool:
+        """Whether an exchange has failed, so that none can be made."""
+        try:
+            self.communicator.check()
+        except EpError:
+            return True
+        return False
+
     def recover(self) -> None:
         """`Communicator.recover`. Ranks that have missed calls take the same turns as the others again; hooks
         of calls before are over."""
@@ -102,38 +111,43 @@ class Pool:
     """Communicators over ``group``, one per shape and format, made when a call first needs one.
 
     All ranks make the same calls in the same order, so all make and enlarge the same communicators at the
-    same time. They take turns on a GPU, so they share the places there; those that a CUDA graph holds stay
-    until ``destroy``.
+    same time. They take turns on a GPU, with those of other pools of the same ``share``, so they share the
+    places there; those that a CUDA graph holds stay until ``destroy``.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, share: Share) -> None:
+        self.group, self._share = group, share
         self._members: dict[Any, Member] = {}
         self._outgrown: list[Member] = []
-        self._share = Share()
         self._alive = True
+        self.masked: frozenset[int] = frozenset()
 
-    def get(self, device: torch.device, tokens: int, *, new: bool = True, **fields: Any) -> Member:
+    def get(self, device: torch.device, tokens: int, **fields: Any) -> Member:
         """A communicator for ``tokens`` per rank at least, equal on all ranks. ``fields``: of EpConfig;
-        ``num_sms`` may be `Usual`. ``new``: whether it may be one that has to be made.
+        ``num_sms`` may be `Usual`.
 
-        Collective when new or too small. Raises EpConfigError, EpArgumentError for too many tokens or if it
-        may not be made, EpError after ``destroy``.
+        Collective when new or too small, and over the ranks that are not masked after a failure. Raises
+        EpConfigError, EpArgumentError for too many tokens or if it is new while ranks are masked, EpError
+        after ``destroy``.
         """
         if not self._alive:
             raise EpError("the Buffer has been destroyed")
+        if self.masked and any(member.stopped for member in self._all()):
+            # One rank may have failed in a dispatch, another in the combine behind it.
+            self._recover()
         if tokens > MAX_TOKENS:
             raise EpArgumentError(
                 f"a rank brings {tokens} tokens; at most {MAX_TOKENS} were wanted: divide the call"
             )
         key = (device, tuple(sorted(fields.items(), key=lambda item: item[0])))
         member = self._members.get(key)
-        if not new and (member is None or member.communicator.config.max_tokens_per_rank < tokens):
+        small = member is not None and member.communicator.config.max_tokens_per_rank < tokens
+        if self.masked and (member is None or small):
             raise EpArgumentError(
                 "a call of another shape or format came while ranks are masked; one like a call before was "
                 "wanted, for all ranks make communicators together"
             )
-        if member is not None and member.communicator.config.max_tokens_per_rank < tokens:
+        if small:
             self._give_up(key)
             member = None
         if member is None:
@@ -157,10 +171,36 @@ class Pool:
             member.captured = True
         return member
 
+    def mask(self, ranks: frozenset[int]) -> None:
+        """`Communicator.mask_ranks` of all communicators."""
+        if ranks != self.masked:
+            for member in self._all():
+                member.communicator.mask_ranks(ranks)
+            self.masked = ranks
+
+    def unmask(self) -> None:
+        """All ranks meet, and mask nobody any more. Nothing where nobody can be masked. Raises EpError, and
+        masks the same ranks as before, if one does not come."""
+        masked = self.masked
+        self.mask(frozenset())
+        try:
+            self._recover()
+        except EpError:
+            self.mask(masked)
+            raise
+
+    def _recover(self) -> None:
+        for member in self._all():
+            if member.communicator.recoverable:
+                member.recover()
+
+    def _all(self) -> tuple[Member, ...]:
+        return (*self._members.values(), *self._outgrown)
+
     def destroy(self) -> None:
         """Give everything back. Not collective."""
         self._alive = False
-        for member in (*self._members.values(), *self._outgrown):
+        for member in self._all():
             member.alive = False
             member.communicator.destroy()
         self._members.clear()
