@@ -15,18 +15,17 @@ docs/training.md has the rules that all ranks must keep.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._library.effects import EffectType
 
+from ep_backend.compiling import keep_order
 from ep_backend.errors import EpArgumentError
 from ep_backend.training import TrainingCommunicator, communicator
 from ep_backend.transports.base import Received
-
-# Inductor of PyTorch 2.14.1 was seen to call exchanges in another order on one rank than on the other.
-_COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
 
 __all__ = ["Exchange", "TrainingCommunicator", "combine", "dispatch"]
 
@@ -67,10 +66,10 @@ def dispatch(
         raise EpArgumentError(
             f"communicator is a {type(communicator).__name__}; a TrainingCommunicator was wanted"
         )
-    if torch.compiler.is_compiling() and not _COMPILES:
+    if torch.compiler.is_compiling() and not _compiles():
         raise EpArgumentError(
-            f"exchanges cannot be compiled with PyTorch {torch.__version__}, which does not keep their "
-            "order; 2.11 and 2.13 were seen to. Keep them out: torch.compiler.disable"
+            f"exchanges cannot be compiled with PyTorch {torch.__version__}, where ep_backend does not know "
+            "how to keep their order; 2.11 to 2.14 were seen to. Keep them out: torch.compiler.disable"
         )
     config = communicator.config
     slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
@@ -107,6 +106,21 @@ def combine(communicator: TrainingCommunicator, y: Tensor, exchange: Exchange) -
         exchange.channel,
         communicator.config.result_dtype,
     )
+
+
+@torch.compiler.assume_constant_result
+def _compiles() -> bool:
+    """Whether Inductor keeps the order of exchanges: it does from here on, where it can be made to."""
+    return _keep_order()
+
+
+@cache
+def _keep_order() -> bool:
+    try:
+        keep_order([operator._opoverload for operator in _OPERATORS])
+    except (ImportError, AttributeError):  # of what PyTorch does not promise to keep
+        return False
+    return True
 
 
 # The operators. What their shape functions need is among their arguments, so that a compiled graph is guarded
@@ -269,5 +283,6 @@ _dispatch.register_autograd(_gradients_of_dispatch, setup_context=_keep_for_disp
 _combine.register_autograd(_gradients_of_combine, setup_context=_keep_for_combine)
 for _operator in (_combine_backward, _dispatch_backward, _weights_backward):
     _operator.register_autograd(_no_second_derivative)
-for _operator in (_dispatch, _combine, _combine_backward, _dispatch_backward, _weights_backward):
+_OPERATORS = (_dispatch, _combine, _combine_backward, _dispatch_backward, _weights_backward)
+for _operator in _OPERATORS:
     _operator.register_effect(EffectType.ORDERED)

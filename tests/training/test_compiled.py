@@ -1,11 +1,15 @@
 """Exchanges with gradients inside torch.compile: one graph, the same results and gradients as without."""
 
+import re
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from gradients import config, leaves, make_inputs
+from gradients import config, layers_job, leaves, make_inputs
 from harness import ranks
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
+from torch.compiler import assume_constant_result
 
 from ep_backend import functional
 
@@ -97,6 +101,26 @@ def test_order_of_a_compiled_graph():
     assert backward == [name for each in reversed(wanted) for name in back[each]]
 
 
+def inductor_job(rank, group):
+    """Names of the operators in Inductor's code of a forward and of a backward pass, in their order: of
+    layers that it orders otherwise, for less memory, unless it is told what is behind what."""
+    case = {"tokens": (300,), "hidden_size": 256, "max_tokens_per_rank": 300, "layout": "compact"}
+    case |= {"transport": "cpu"}
+    with (
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
+        _, codes = run_and_get_code(layers_job, rank, group, case, compiled="inductor")
+    return [re.findall(r"ep_backend\.training_(\w+)\.default\(", code) for code in codes]
+
+
+def test_order_of_inductor():
+    """If one rank's were another, each would wait for the other in another exchange."""
+    forward, backward = ranks(1).run(inductor_job, timeout=COMPILE_S)[0]
+    assert forward == ["dispatch", "combine"] * 2
+    assert backward == ["combine_backward", "dispatch_backward", "weights_backward"] * 2
+
+
 def operators_job(rank, group, layout):
     """torch's own checks of an operator: its schema is true, its shape function tells the shapes."""
     checks = ("test_schema", "test_faketensor")
@@ -134,7 +158,7 @@ def refused_job(rank, group):
     """As with a release of torch that does not keep the order of exchanges."""
     cfg = config(layout="rank_major", num_channels=2)
     inputs, matrices = make_inputs(cfg, (4,), 1)
-    kept, functional._COMPILES = functional._COMPILES, False
+    kept, functional._compiles = functional._compiles, assume_constant_result(lambda: False)
     said = ""
     try:
         with functional.TrainingCommunicator(group, cfg) as c:
@@ -147,7 +171,7 @@ def refused_job(rank, group):
             broken = torch.compile(model, backend="eager")(c, x, ids, weights, mine)
             same = torch.equal(broken, model(c, x, ids, weights, mine))
     finally:
-        functional._COMPILES = kept
+        functional._compiles = kept
     return said, same
 
 
