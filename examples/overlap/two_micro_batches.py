@@ -4,8 +4,9 @@
     python examples/overlap/two_micro_batches.py --device cuda --streams 2 --trace traces
 
 The same layers are run without overlap (each micro-batch dispatches, computes and combines before anything
-else happens) and with it (a channel for each micro-batch, exchanges in halves, the other one's computation
-between the halves). Both must return the same bits. README.md says what the numbers mean.
+else happens) and with it (a channel for each micro-batch; on one stream exchanges in halves with the other
+one's computation between them, on two streams whole ones beside it). Both must return the same bits.
+README.md says what the numbers mean.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,8 +30,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ep_backend import Communicator, EpConfig, Handle
 from ep_backend.bench.arguments import whole
+from ep_backend.bench.engines.base import gpus
 from ep_backend.bench.engines.trace import COMMUNICATION, covered
-from ep_backend.bench.report import median, slowest
+from ep_backend.bench.report import machine, median, python_version, slowest
+from ep_backend.cli.provenance import provenance
 from ep_backend.launch import processes
 
 COMPUTING = ("dense", "experts")
@@ -65,13 +69,18 @@ SHAPES = {
 }
 
 
-def order(layers: int, mode: str) -> Iterator[tuple[str, int]]:
+def order(layers: int, mode: str, streams: int) -> Iterator[tuple[str, int]]:
     """What happens, in order: actions, and the number of the micro-batch that each is for."""
     a, b = 0, 1
     for layer in range(layers):
         if mode == MODES[0]:
             for batch in (a, b):
                 yield from ((action, batch) for action in ("dense", "dispatch", "experts", "combine"))
+            continue
+        if streams == 2:  # whole exchanges run beside the computation that is called next
+            for first, second in (("dense", "dispatch"), ("experts", "combine")):
+                for batch in (a, b):
+                    yield from ((first, batch), (second, batch))
             continue
         yield "dense", a  # on their way: B's results of the layer before
         if layer:
@@ -86,7 +95,7 @@ def order(layers: int, mode: str) -> Iterator[tuple[str, int]]:
         yield "experts", b  # A's results
         yield "combine_recv", a
         yield "combine_send", b
-    if mode == MODES[1]:
+    if mode == MODES[1] and streams == 1:
         yield "combine_recv", b
 
 
@@ -203,7 +212,7 @@ class Rank:
         for batch in self._batches:
             with batch.on(self._streams.get(COMPUTING[0])):
                 batch.begin()
-        for action, number in order(self._options.layers, mode):
+        for action, number in order(self._options.layers, mode, self._options.streams):
             batch = self._batches[number]
             arguments = (self._layers,) if action in COMPUTING else ()
             # On a stream of their own, A's exchanges would overlap with B's computation in any order.
@@ -397,7 +406,10 @@ def main() -> int:
     found = outcomes[0].value
     print(report(found))
     if file is not None:
-        file.write_text(json.dumps(found, indent=2) + "\n")
+        made = {**provenance(), "command": shlex.join(["python", *sys.argv])}
+        made["machine"] = {**machine(options.device), "gpus": gpus(options.device)}
+        made["versions"] = {"torch": torch.__version__, "python": python_version()}
+        file.write_text(json.dumps({**made, **found}, indent=2) + "\n")
     return 0 if found["equal"] else 1
 
 

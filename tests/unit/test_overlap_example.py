@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_result_that_differs_is_told():
 @pytest.mark.parametrize("layers", [1, 3])
 def test_order(layers):
     """Each micro-batch has the same done to it; with overlap, the other one's rows are on their way."""
-    plain, overlapped = (list(example().order(layers, mode)) for mode in example().MODES)
+    plain, overlapped = (list(example().order(layers, mode, 1)) for mode in example().MODES)
     under_way = set()
     hidden = 0
     for action, batch in overlapped:
@@ -79,6 +80,17 @@ def test_order(layers):
             action.removesuffix("_recv") for action, of in overlapped if of == batch and "send" not in action
         ]
         assert done == [action for action, of in plain if of == batch]
+
+
+def test_order_on_two_streams():
+    """Whole exchanges, each with computation of the other micro-batch called behind it."""
+    plain, overlapped = (list(example().order(3, mode, 2)) for mode in example().MODES)
+    for batch in range(2):
+        done, wanted = ([action for action, of in each if of == batch] for each in (overlapped, plain))
+        assert done == wanted
+    for (action, batch), (behind, other) in pairwise(overlapped):
+        assert (action in example().COMPUTING) != (behind in example().COMPUTING)
+        assert action in example().COMPUTING or batch != other
 
 
 def test_exposed_time_of_a_gpus_trace():
