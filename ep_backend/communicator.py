@@ -465,8 +465,8 @@ class Communicator:
         """From the next exchange on, leave ``ranks`` out: nothing is sent to them or awaited from them, and
         ``combine`` adds up without their experts. They take the place of those of an earlier call.
 
-        All others call it, each at the same point between two exchanges; after an error they `recover`, on
-        CPUs only. While ranks are masked every ``tokens_per_rank`` is the one of the exchange before on the
+        All others call it, each at the same point between two exchanges; after an error they `recover`
+        behind it. While ranks are masked every ``tokens_per_rank`` is the one of the exchange before on the
         channel: rows of a rank that lives after all would fall on those of others. A rank that has missed
         exchanges comes back by `recover` on all ranks, when nobody is masked any more. Raises EpError with
         transports collective and hier, EpArgumentError for this rank itself and numbers of no rank.

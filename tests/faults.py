@@ -61,6 +61,17 @@ def exchange(comm, number, *, channel=0, tokens=None, at=lambda point: None, wit
     torch.testing.assert_close(out, x * alive.sum(1, keepdim=True), rtol=0, atol=0)
 
 
+def go_on_without(comm, gone):
+    """The ranks that are left mask ``gone``, meet, and exchange on."""
+    comm.set_timeout(30)
+    comm.mask_ranks([gone])
+    comm.recover()
+    for n in range(5, 25):
+        exchange(comm, n, channel=n % comm.config.num_channels, without=[gone])
+    with pytest.raises(AssertionError, match="not equal"):
+        exchange(comm, 22)  # as if nobody were missing
+
+
 def stop(how):
     """End or stop this process, from inside: at exactly this place."""
     os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)

@@ -89,8 +89,12 @@ std::vector<int64_t> exchange_error(int64_t exchange) {
     return fields;
 }
 
-std::vector<int64_t> exchange_recover(int64_t exchange, int64_t timeout_us) {
-    return at(exchange).recover(timeout_us);
+std::vector<int64_t> exchange_recover(int64_t exchange, int64_t timeout_us, int64_t epoch) {
+    return at(exchange).recover(timeout_us, static_cast<uint64_t>(epoch));
+}
+
+int64_t exchange_max_epoch(int64_t exchange) {
+    return static_cast<int64_t>(at(exchange).max_epoch());
 }
 void exchange_set_timeout(int64_t exchange, int64_t timeout_us) {
     at(exchange).set_timeout(timeout_us);

@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
         "int timeout_us, int[] expert_rank, int[] windows) -> int");
     m.def("exchange_destroy(int exchange) -> ()");
     m.def("exchange_error(int exchange) -> int[]");
-    m.def("exchange_recover(int exchange, int timeout_us) -> int[]");
+    m.def("exchange_recover(int exchange, int timeout_us, int epoch) -> int[]");
+    m.def("exchange_max_epoch(int exchange) -> int");
     m.def("exchange_set_timeout(int exchange, int timeout_us) -> ()");
     m.def("exchange_mask_ranks(int exchange, int[] ranks) -> ()");
     m.def("exchange_stop(int exchange, int channel, int status) -> ()");
@@ -62,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("exchange_destroy", TORCH_BOX(&ep::ops::exchange_destroy));
     m.impl("exchange_error", TORCH_BOX(&ep::ops::exchange_error));
     m.impl("exchange_recover", TORCH_BOX(&ep::ops::exchange_recover));
+    m.impl("exchange_max_epoch", TORCH_BOX(&ep::ops::exchange_max_epoch));
     m.impl("exchange_set_timeout", TORCH_BOX(&ep::ops::exchange_set_timeout));
     m.impl("exchange_mask_ranks", TORCH_BOX(&ep::ops::exchange_mask_ranks));
     m.impl("exchange_stop", TORCH_BOX(&ep::ops::exchange_stop));

@@ -26,8 +26,9 @@ int64_t exchange_create(std::vector<int64_t> shape, int64_t rank, int64_t hidden
 void exchange_destroy(int64_t exchange);
 // The fields of ErrorWord in order, then the rank of the last kPeerClosed.
 std::vector<int64_t> exchange_error(int64_t exchange);
-// The ranks that did not come; none: recovered.
-std::vector<int64_t> exchange_recover(int64_t exchange, int64_t timeout_us);
+// The ranks that did not come; none: recovered, behind `epoch` of every rank.
+std::vector<int64_t> exchange_recover(int64_t exchange, int64_t timeout_us, int64_t epoch);
+int64_t exchange_max_epoch(int64_t exchange);
 void exchange_set_timeout(int64_t exchange, int64_t timeout_us);
 void exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks);
 void exchange_stop(int64_t exchange, int64_t channel, int64_t status);

@@ -17,6 +17,10 @@ int code(Status s) {
     return static_cast<int>(s);
 }
 
+std::vector<int64_t> meet(Exchange& exchange, int64_t timeout_us) {
+    return exchange.recover(timeout_us, exchange.max_epoch());
+}
+
 void exchanges(const Setup& setup, int64_t count) {
     Ranks ranks(setup);
     ranks.run([&](int64_t rank) {
@@ -172,7 +176,7 @@ void epochs_wrap() {
             // An exchange that is closed, and a recovery, beside the wrap.
             check_equal(code(Part(ranks, rank, 3).send()), 0, "dispatch_send");
             Part(ranks, rank, 4).all();
-            check(ranks[rank].recover(60'000'000).empty(), "recover");
+            check(meet(ranks[rank], 60'000'000).empty(), "recover");
             for (int64_t n = 5; n < 20; ++n) Part(ranks, rank, n).all();
         });
     }
@@ -261,7 +265,7 @@ void stopped_rank() {
                     check_equal(code(ranks[rank].error().cause), code(Status::kTimeout), "cause");
                 }
                 ranks[rank].set_timeout(s.timeout_us);
-                check(ranks[rank].recover(60'000'000).empty(), "recover");
+                check(meet(ranks[rank], 60'000'000).empty(), "recover");
                 ++n;
             }
         for (int i = 0; i < 20; ++i, ++n) Part(ranks, rank, n, n % 2).all();
@@ -277,11 +281,11 @@ void late_to_recover() {
         for (int64_t n = 0; n < 4; ++n) Part(ranks, rank, n).all();
         for (int64_t late = 0; late < s.world; ++late) {
             // One that came first and gave up is not there, though its word is.
-            if (rank == late) check(!ranks[rank].recover(10'000).empty(), "recovered alone");
+            if (rank == late) check(!meet(ranks[rank], 10'000).empty(), "recovered alone");
             everybody.arrive_and_wait();
             if (rank != late)
                 for (int attempt = 0; attempt < 2; ++attempt) {
-                    const std::vector<int64_t> absent = ranks[rank].recover(50'000);
+                    const std::vector<int64_t> absent = meet(ranks[rank], 50'000);
                     check(!absent.empty(), "recovered without a rank");
                     check_equal(code(ranks[rank].error().status), code(Status::kRecovering), "sticky status");
                     check_equal(code(Part(ranks, rank, 9).send()), code(Status::kRecovering),
@@ -289,8 +293,8 @@ void late_to_recover() {
                 }
             everybody.arrive_and_wait();
             // In another order, some ranks give up once more on the way.
-            const bool through = rank == (late + 1) % s.world && ranks[rank].recover(1'000).empty();
-            check(through || ranks[rank].recover(60'000'000).empty(), "recover when all came");
+            const bool through = rank == (late + 1) % s.world && meet(ranks[rank], 1'000).empty();
+            check(through || meet(ranks[rank], 60'000'000).empty(), "recover when all came");
             everybody.arrive_and_wait();
             for (int64_t n = 10; n < 14; ++n) Part(ranks, rank, n).all();
         }
@@ -353,7 +357,7 @@ void recover_at_random() {
                 }
                 continue;
             }
-            while (!ranks[rank].recover(patient ? 300'000 : 500 + random.below(8000)).empty()) {
+            while (!meet(ranks[rank], patient ? 300'000 : 500 + random.below(8000)).empty()) {
                 if (done.load() == s.world) return;
                 check(Clock::now() < end, "the ranks do not recover together");
             }
@@ -377,7 +381,7 @@ void slots_differ() {
         const Status status = ranks[rank].dispatch_wait(0);
         check_equal(code(status), code(Status::kSlotsDiffer), "status when T differs");
         check_equal(ranks[rank].error().peer, rank == 1 ? 0 : 1, "blamed rank");
-        check(ranks[rank].recover(60'000'000).empty(), "recover");
+        check(meet(ranks[rank], 60'000'000).empty(), "recover");
         Part(ranks, rank, 3).all();
     });
 }

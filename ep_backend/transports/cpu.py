@@ -76,9 +76,12 @@ class CpuTransport(Transport):
         ops.exchange_stop(self._exchange.handle, channel, status)
 
     def recover(self) -> None:
-        """All ranks meet, so none writes any more; then all go on behind the highest epoch. Nothing is
-        cleared."""
-        absent = ops.exchange_recover(self._exchange.handle, round(self._timeout_s * 1e6))
+        self.meet(ops.exchange_max_epoch(self._exchange.handle))
+
+    def meet(self, epoch: int) -> int:
+        """All ranks that are not masked meet, so none writes any more; then all go on behind the highest
+        epoch that one gave, which is returned. Nothing is cleared. Raises EpError."""
+        absent = ops.exchange_recover(self._exchange.handle, round(self._timeout_s * 1e6), epoch)
         if absent:
             names = ", ".join(str(self._exchange.names[r]) for r in absent)
             raise EpError(
@@ -86,6 +89,7 @@ class CpuTransport(Transport):
                 "this rank stays stopped: call recover() again on all ranks, or make a new communicator "
                 "without the dead"
             )
+        return int(ops.exchange_max_epoch(self._exchange.handle))
 
     def mask_ranks(self, ranks: Sequence[int]) -> None:
         ops.exchange_mask_ranks(self._exchange.handle, ranks)

@@ -79,7 +79,7 @@ class GpuTransport(Transport):
 
     capturable = True
     recoverable = True
-    _masked: tuple[int, ...] = ()
+    _recovering = False  # not all ranks have come to recover() yet
     _plan: tuple[int, ...] = ()  # how a call's tokens are divided among blocks: chosen for each call
     _stagger = 0  # ranks of a group in the staggered order; 0: each row to all its ranks in turn
 
@@ -90,7 +90,7 @@ class GpuTransport(Transport):
         device: torch.device,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        self._config, self._group, self._device = config, group, device
+        self._config, self._device = config, device
         self._names = range(dist.get_world_size(group)) if ranks is None else ranks
         self._rank, self._world = self._names.index(dist.get_rank(group)), len(self._names)
         self.window_bytes = window_bytes(config, self._world)
@@ -233,6 +233,9 @@ class GpuTransport(Transport):
             ops.cuda_close(self._exchange, channel, send)
 
     def check(self) -> None:
+        if self._recovering:
+            assert self._meeting is not None
+            self._meeting.check()
         word = ops.cuda_exchange_error(self._exchange)
         if word[0] == _native.OK:
             return
@@ -245,26 +248,20 @@ class GpuTransport(Transport):
         """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared."""
         if self._meeting is None:
             raise EpError(f"transport {self.name} cannot recover; a new communicator was wanted")
-        if self._masked:
-            raise EpError(
-                f"on GPUs all ranks recover together, but ranks {self._masked} are masked; a new process "
-                "group and communicator without them were wanted"
-            )
+        self._recovering = True
         torch.cuda.synchronize(self._device)
-        self._meeting.recover()
-        epochs = rendezvous.gather(self._group, ops.cuda_exchange_max_epoch(self._exchange))
-        ops.cuda_exchange_recover(self._exchange, max(epochs) + 1)
-        # Nobody sends before everybody has forgotten the old failure.
-        rendezvous.gather(self._group, None)
+        epoch = self._meeting.meet(ops.cuda_exchange_max_epoch(self._exchange))
+        ops.cuda_exchange_recover(self._exchange, epoch)
+        self._recovering = False
 
     def mask_ranks(self, ranks: Sequence[int]) -> None:
-        """Holds for graphs that were captured before, too. Waits until the GPU is idle. Kernels go on reading
-        the abort words of masked ranks, which ones that live may write."""
+        """Holds for graphs that were captured before, too. Waits until the GPU is idle."""
         if self._meeting is None:
             super().mask_ranks(ranks)
+            return
         torch.cuda.synchronize(self._device)
         ops.cuda_exchange_mask_ranks(self._exchange, ranks)
-        self._masked = tuple(ranks)
+        self._meeting.mask_ranks(ranks)
 
     def set_timeout(self, seconds: float) -> None:
         """Holds for graphs that were captured before, too. Waits until the GPU is idle."""

@@ -5,7 +5,7 @@ import deep_ep_low_latency_cases as low_latency
 import elastic_cases
 import gpus
 import pytest
-from harness import ranks
+from harness import fresh_ranks, ranks
 
 pytestmark = pytest.mark.gpu
 PATIENCE_S = 300
@@ -53,8 +53,10 @@ def test_details(world, job):
     ranks(world).run(job, "cuda", timeout=PATIENCE_S)
 
 
-def test_a_masked_rank(world):
-    ranks(world).run(low_latency.masked_ranks, "cuda", True, timeout=PATIENCE_S)
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_masked_rank(world, answers):
+    with fresh_ranks(world, {"EP_BACKEND_TIMEOUT_S": "10"}) as group:
+        group.run(low_latency.masked_ranks, "cuda", answers, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("most", [16, 512])

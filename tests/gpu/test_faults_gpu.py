@@ -18,6 +18,7 @@ from faults import (
     caught,
     check_refusals,
     exchange,
+    go_on_without,
     make,
     refused,
     refused_start,
@@ -58,7 +59,11 @@ def die_at(rank, group, transport, layout, point):
             os.kill(os.getpid(), signal.SIGKILL)
 
     found = caught(comm, lambda: exchange(comm, 4, at=at))
-    return found, refused(comm.recover), end(comm)
+    absent = refused(comm.recover)
+    with pytest.raises(ep.EpError, match="not all ranks came"):
+        exchange(comm, 5)
+    go_on_without(comm, VICTIM)
+    return found, absent, end(comm)
 
 
 def nothing_is_left(group, windows):
@@ -91,7 +96,7 @@ def test_a_rank_is_killed_in_an_exchange(world, layout, point, transport):
 
 
 def replay(rank, group, transport, folder):
-    """Replays of many exchanges, one behind the other, until a peer is missing."""
+    """Replays of many exchanges, one behind the other, until a peer is missing; then without it."""
     comm = start(rank, group, transport)
     x = torch.ones(8, 64, device=comm.device)
     ids = torch.tensor([[0, 5]] * 8, device=comm.device)
@@ -119,8 +124,15 @@ def replay(rank, group, transport, folder):
             torch.cuda.synchronize()
             comm.check()
     except ep.EpTimeoutError as error:
-        return str(error), error.peer, time.monotonic() - last, end(comm)
-    raise AssertionError("a rank was killed and nobody noticed")
+        found = str(error), error.peer, time.monotonic() - last
+    else:
+        raise AssertionError("a rank was killed and nobody noticed")
+    go_on_without(comm, VICTIM)
+    out.fill_(-1)
+    graph.replay()
+    torch.cuda.synchronize()
+    comm.check()
+    return *found, bool((out == 0).all()), end(comm)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -140,8 +152,9 @@ def test_a_rank_is_killed_while_a_graph_is_replayed(world, transport, tmp_path):
         outcomes = group.outcomes(DEADLINE_S + 30)
         for rank in set(range(world)) - {VICTIM}:
             assert outcomes[rank].ok, outcomes[rank]
-            text, peer, waited, left = outcomes[rank].value
+            text, peer, waited, right, left = outcomes[rank].value
             assert peer == VICTIM, text
+            assert right
             assert waited < DEADLINE_S + MARGIN_S
             assert left == 0
         nothing_is_left(group, windows)

@@ -58,11 +58,11 @@ def test_closing_reaches_all_nodes():
     check_steps(cfg, steps, answers, TURNS, "cuda")
 
 
-def traffic_job(rank, group, on, cfg, one):
-    """Rows that this rank sends to other nodes, both ways, where ids go first."""
+def traffic_job(rank, group, on, cfg, one, worth):
+    """Rows that this rank sends to other nodes, both ways, where ids go first: with ``worth`` bytes saved."""
     device = gpus.take(rank)
     with (
-        mock.patch.object(collective_gpu, "WORTH_COUNTING", 0),
+        mock.patch.object(collective_gpu, "WORTH_COUNTING", worth),
         make(rank, group, on, cfg, device=device) as comm,
     ):
         call = make_call(cfg, comm.world_size, rank, one)
@@ -72,12 +72,23 @@ def traffic_job(rank, group, on, cfg, one):
         return comm._transport.traffic.dispatched_rows, comm._transport.traffic.combined_rows
 
 
-@pytest.mark.parametrize("on", [TWO_BY_TWO, TURNS, ((0,), (1,), (2,), (3,))])
-def test_a_token_crosses_the_network_once_per_node(on):
+SMALL = {"top_k": 6}, [3, 16, 0, 7], 0
+LARGE = (
+    {"top_k": 1, "hidden_size": 4096, "max_tokens_per_rank": 1024},
+    [1024] * 4,
+    collective_gpu.WORTH_COUNTING,
+)
+
+
+@pytest.mark.parametrize(
+    ("on", "size"),
+    [(TWO_BY_TWO, SMALL), (TURNS, SMALL), (((0,), (1,), (2,), (3,)), SMALL), (TWO_BY_TWO, LARGE)],
+)
+def test_a_token_crosses_the_network_once_per_node(on, size):
     gpus.needs(4)
-    cfg = config({"top_k": 6})
-    one = step([3, 16, 0, 7], seed=5)
-    sent = gpus.nodes(4).run(traffic_job, on, cfg, one, timeout=60)
+    more, tokens, worth = size
+    cfg, one = config(more), step(tokens, seed=5)
+    sent = gpus.nodes(4).run(traffic_job, on, cfg, one, worth, timeout=60)
     rows = crossings(cfg, [make_call(cfg, 4, rank, one) for rank in range(4)], on)
     assert rows > 0
     assert [sum(way) for way in zip(*sent, strict=True)] == [rows, rows]

@@ -55,12 +55,12 @@ uint64_t Exchange::max_epoch() const {
 // epoch is the highest that it has said or seen. It leaves when all have agreed on the same one. A rank that
 // has said so writes nothing else until it leaves, even if it gave up in between: an old word of a meeting
 // that failed is still true.
-std::vector<int64_t> Exchange::recover(int64_t timeout_us) {
+std::vector<int64_t> Exchange::recover(int64_t timeout_us, uint64_t epoch) {
     if (error_.status == Status::kOk) {
         error_.status = Status::kRecovering;
         error_.reporter = static_cast<int32_t>(settings_.rank);
     }
-    uint64_t epoch = next_epoch(max_epoch());
+    epoch = next_epoch(epoch);
     Meeting said = Meeting::kNone;
     const auto start = Clock::now();
     for (int64_t round = 0;; ++round) {

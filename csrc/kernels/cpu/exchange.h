@@ -96,10 +96,11 @@ class Exchange {
 
     const ErrorWord& error() const { return error_; }
     int32_t closed_by() const { return closed_by_; }  // who made the last combine_recv return kPeerClosed
-    // All ranks meet, so none of them still writes; then every channel goes on behind the highest epoch of
-    // all ranks, and nothing in a window is cleared. Returns the ranks that did not come in time: none, or
-    // this rank stays stopped and may call again.
-    std::vector<int64_t> recover(int64_t timeout_us);
+    // All ranks that are not masked meet, so none of them still writes; then every channel goes on behind the
+    // highest `epoch` that one of them gave, and nothing in a window is cleared. Returns the ranks that did
+    // not come in time: none, or this rank stays stopped and may call again.
+    std::vector<int64_t> recover(int64_t timeout_us, uint64_t epoch);
+    uint64_t max_epoch() const;
     void set_timeout(int64_t us) { settings_.timeout_us = us; }
     // Waits and sends leave these ranks out from now on, and no others.
     void mask_ranks(const std::vector<int64_t>& ranks);
@@ -121,7 +122,6 @@ class Exchange {
     void encode_row(const DispatchInput& in, int64_t token, char* row, char* scales) const;
     Status wait_flags(int64_t channel, Phase phase, uint32_t* lows);
     Status check_headers(int64_t channel);
-    uint64_t max_epoch() const;
     bool told_to_stop(int64_t channel, Phase phase, int64_t waited_us);
     Status fail(ErrorWord word);
     void combine_flags(int64_t channel, uint32_t count);

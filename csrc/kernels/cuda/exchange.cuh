@@ -196,6 +196,7 @@ static __device__ __noinline__ bool may_wait_on(const View& v, Phase phase, uint
         if (r == v.rank) continue;
         const uint64_t abort = ptx::load_relaxed(inbox(v, r) + v.layout.abort_word(r));
         if (word_low(abort) == 0 || epoch_distance(word_epoch(abort), v.error->floor) < 0) continue;
+        if (v.mask[r / 64] >> (r % 64) & 1) continue;  // it lives, and nobody answers it
         read_abort_word(abort, r, error);
         fail(v, error);
         return false;

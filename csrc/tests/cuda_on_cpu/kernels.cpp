@@ -301,11 +301,19 @@ int run(const Case& c) {
 }
 
 // Rank 0 dispatches `first` slots and rank 1 `second`, or exchanges sums of them; rank 2 does not come, if
-// there is one, and may be masked. What stopped each.
+// there is one, and may be masked; then it has told them to stop, as one does that nobody answers. What
+// stopped each.
 std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int second, bool only_sums,
                                bool masked = false) {
     std::vector<Member> all = members(c, timeout_us, only_sums);
-    for (size_t r = 0; r < 2 && masked; ++r) all[r].exchange->mask_ranks({2});
+    ErrorWord blame;
+    blame.status = Status::kTimeout;
+    blame.peer = 0;
+    blame.epoch_expected = c.epoch + 1;
+    for (size_t r = 0; r < 2 && masked; ++r) {
+        all[r].exchange->mask_ranks({2});
+        store_release(as<char>(all[r].window) + all[r].layout.abort_word(2), abort_word_of(blame));
+    }
     std::vector<std::thread> ranks;
     for (size_t r = 0; r < 2; ++r)
         ranks.emplace_back([&, r] {

@@ -472,9 +472,8 @@ class Buffer:
         nothing is sent to it or awaited from it, and its experts' results are missing in the sums.
 
         All other ranks do so between the same two calls, for the same ranks. After a call that has failed,
-        the next one then goes on without them, on CPUs; on GPUs, where ranks recover together only, it raises
-        EpError, so mask a rank there before a call waits for it. Calls must be like ones before: new shapes
-        and formats are for all ranks. Waits until the GPU is idle. Raises EpArgumentError for this rank
+        the next one then goes on without them. Calls must be like ones before: new shapes and formats are for
+        all ranks. Waits until the GPU is idle. Raises EpArgumentError for this rank
         itself and numbers of no rank, EpError where rows travel by torch.distributed (between machines).
         """
         rank_to_mask = check_whole("rank_to_mask", rank_to_mask)
