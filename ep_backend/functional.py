@@ -69,7 +69,7 @@ def dispatch(
     if torch.compiler.is_compiling() and not _compiles():
         raise EpArgumentError(
             f"exchanges cannot be compiled with PyTorch {torch.__version__}, where ep_backend does not know "
-            "how to keep their order; 2.11 to 2.14 were seen to. Keep them out: torch.compiler.disable"
+            "how to keep their order; 2.11, 2.13 and 2.14 were seen to. Keep them out: torch.compiler.disable"
         )
     config = communicator.config
     slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
