@@ -1,7 +1,7 @@
 """Exchanges in graphs that Inductor compiles, in their order.
 
-Inductor (of PyTorch 2.11, 2.13 and 2.14) notes which operator with effects comes behind which under the name of
-a buffer, and looks for the name of an operation (pytorch/pytorch#188301). So it may move one in front of
+Inductor (of PyTorch 2.11, 2.13 and 2.14) notes which operator with effects comes behind which under the name
+of a buffer, and looks for the name of an operation (pytorch/pytorch#188301). So it may move one in front of
 another, and where ranks' sizes differ, on one rank alone: then each waits for the other in another exchange.
 Here the same is noted under the name that is looked for.
 """
