@@ -1,8 +1,11 @@
 // What the CUDA kernels do, on a CPU: see emulator.h. The ranks are threads. Bulk copies are not emulated.
+#include <chrono>
 #include <cstdio>
 #include <random>
 #include <string>
+#include <thread>
 
+#include "../../common/memory_order.h"
 #include "../../kernels/cuda/exchange.h"
 #include "../../kernels/cuda/layouts.h"
 
@@ -317,6 +320,8 @@ std::vector<ErrorWord> stopped(const Case& c, int64_t timeout_us, int first, int
     std::vector<std::thread> ranks;
     for (size_t r = 0; r < 2; ++r)
         ranks.emplace_back([&, r] {
+            // So that rank 0 waits, and looks for who tells it to stop.
+            if (masked && r == 1) std::this_thread::sleep_for(std::chrono::milliseconds(200));
             const int slots = r == 0 ? first : second;
             Tokens t = make(c, static_cast<int>(r), slots, 1);
             Arrived arrived;
