@@ -11,12 +11,14 @@ nodes=("ep-$$-0" "ep-$$-1")
 
 clean_up() {
   local running
-  running=$(jobs -p) # one process at most
-  [[ -z $running ]] || kill "$running" 2>/dev/null || true
+  mapfile -t running < <(jobs -p)
+  [[ ${#running[@]} == 0 ]] || kill "${running[@]}" 2>/dev/null || true
   wait
   for node in "${nodes[@]}"; do ip netns delete "$node" 2>/dev/null || true; done
 }
 trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 for node in "${nodes[@]}"; do ip netns add "$node"; done
 ip link add ep0 netns "${nodes[0]}" type veth peer name ep0 netns "${nodes[1]}"
@@ -33,5 +35,7 @@ run() {
     --node-rank "$1" --master-addr 10.99.0.1 --master-port 29500 -m ep_backend.cli "${@:2}"
 }
 (run 1 "$@") &
-(run 0 "$@")
-wait $!
+other=$!
+(run 0 "$@") &
+wait $! # not in the foreground: a trap would wait for its end
+wait $other

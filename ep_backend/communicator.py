@@ -466,8 +466,10 @@ class Communicator:
         ``combine`` adds up without their experts. They take the place of those of an earlier call.
 
         All others call it, each at the same point between two exchanges; after an error they `recover`
-        behind it. While ranks are masked every ``tokens_per_rank`` is the one of the exchange before on the
-        channel: rows of a rank that lives after all would fall on those of others. A rank that has missed
+        behind it. While ranks are masked every ``tokens_per_rank`` is that of the channel's last exchange,
+        failed ones included: rows of a rank that lives after all would fall on those of others. So one that
+        may live, and may have sent its part of an exchange that this rank has not begun, can only be masked
+        where that number never changes. A rank that has missed
         exchanges comes back by `recover` on all ranks, when nobody is masked any more. Raises EpError with
         transports collective and hier, EpArgumentError for this rank itself and numbers of no rank.
         """
@@ -539,7 +541,6 @@ class Communicator:
         is_view = self.config.layout == "rank_major" and self._transport.gives_views
         handle = Handle(call.channel, call.slots, call.x.shape[0], is_view=is_view)
         self._handles[call.channel] = handle
-        self._arguments.last_slots[call.channel] = call.slots
         return handle
 
     def _exchange_sums(

@@ -66,11 +66,7 @@ def dispatch(
         raise EpArgumentError(
             f"communicator is a {type(communicator).__name__}; a TrainingCommunicator was wanted"
         )
-    if torch.compiler.is_compiling() and not _compiles():
-        raise EpArgumentError(
-            f"exchanges cannot be compiled with PyTorch {torch.__version__}, where ep_backend does not know "
-            "how to keep their order; 2.11, 2.13 and 2.14 were seen to. Keep them out: torch.compiler.disable"
-        )
+    _check_order_is_kept()
     config = communicator.config
     slots = config.max_tokens_per_rank if tokens_per_rank is None else tokens_per_rank
     compact = config.layout == "compact"
@@ -95,8 +91,9 @@ def combine(communicator: TrainingCommunicator, y: Tensor, exchange: Exchange) -
     ``y``: [R, hidden_size] of the result's dtype or float32, one row per received row, weighted and summed
     over this rank's experts; sums and rounding as for ``Communicator.combine``. The gradient of rank-major
     rows without a local expert is 0. Raises what ``Communicator.combine`` raises, and EpArgumentError if the
-    exchange has ended.
+    exchange has ended, and where torch.compile does not keep the order of exchanges.
     """
+    _check_order_is_kept()
     return _combine(
         y,
         exchange.topk_ids,
@@ -106,6 +103,14 @@ def combine(communicator: TrainingCommunicator, y: Tensor, exchange: Exchange) -
         exchange.channel,
         communicator.config.result_dtype,
     )
+
+
+def _check_order_is_kept() -> None:
+    if torch.compiler.is_compiling() and not _compiles():
+        raise EpArgumentError(
+            f"exchanges cannot be compiled with PyTorch {torch.__version__}, where ep_backend does not know "
+            "how to keep their order; in 2.11, 2.13 and 2.14 it does. Keep them out: torch.compiler.disable"
+        )
 
 
 @torch.compiler.assume_constant_result

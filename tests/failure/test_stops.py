@@ -119,6 +119,63 @@ def left_by_one(rank, group, victim, layout):
     return True
 
 
+def retried(rank, group):
+    """The last exchange before the mask, which failed, had another number of slots than those before it."""
+    comm = make(group)
+    exchange(comm, 0)
+    dist.barrier(group)
+    if rank == 2:
+        stop("dies")
+    comm.set_timeout(DEADLINE_S)
+    call = torch.ones(1, 64), torch.tensor([[0, 1]]), torch.ones(1, 2)
+    with pytest.raises(ep.EpTimeoutError):
+        comm.dispatch(*call, tokens_per_rank=4)
+    comm.set_timeout(30)
+    comm.mask_ranks([2])
+    comm.recover()
+    with pytest.raises(ep.EpArgumentError, match="while ranks are masked 4 was wanted"):
+        comm.dispatch(*call)
+    received, _ = comm.dispatch(*call, tokens_per_rank=4)
+    return received.tokens_per_source.tolist()
+
+
+def test_slots_stay_those_of_the_exchange_that_failed():
+    """A rank that was thought dead may have sent rows of it."""
+    with fresh_ranks(3) as group:
+        group.start(retried)
+        outcomes = group.outcomes(90)
+    assert [outcomes[rank].value for rank in range(2)] == [[1, 1, 0]] * 2
+
+
+def ends_a_wait(rank, group):
+    """A wait that a signal ends is over: after recovery the next one has all of its time."""
+    comm = make(group)
+    exchange(comm, 0)
+    comm.set_timeout(DEADLINE_S)
+    dist.barrier(group)
+    if rank == 0:
+
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            exchange(comm, 1)
+        time.sleep(DEADLINE_S)
+    dist.barrier(group)
+    comm.recover()
+    if rank == 1:
+        time.sleep(0.5)
+    exchange(comm, 2)
+    return True
+
+
+def test_a_wait_that_is_interrupted():
+    with fresh_ranks(2) as group:
+        assert group.run(ends_a_wait) == [True, True]
+
+
 @pytest.mark.parametrize(("victim", "layout"), [(0, "rank_major"), (1, "compact"), (2, "expert_major")])
 def test_the_others_go_on_without_a_dead_rank(victim, layout):
     with fresh_ranks(3) as group:

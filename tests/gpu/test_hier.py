@@ -59,7 +59,8 @@ def test_closing_reaches_all_nodes():
 
 
 def traffic_job(rank, group, on, cfg, one, worth):
-    """Rows that this rank sends to other nodes, both ways, where ids go first: with ``worth`` bytes saved."""
+    """Rows that this rank sends to other nodes, both ways, where ids go first: with ``worth`` bytes saved.
+    Each rank returns the row itself."""
     device = gpus.take(rank)
     with (
         mock.patch.object(collective_gpu, "WORTH_COUNTING", worth),
@@ -68,7 +69,12 @@ def traffic_job(rank, group, on, cfg, one, worth):
         call = make_call(cfg, comm.world_size, rank, one)
         x, ids, weights = (t.to(device) for t in (call.x, call.topk_ids, call.topk_weights))
         received, handle = comm.dispatch(x, ids, weights)
-        comm.combine(torch.zeros(len(received.rows), cfg.hidden_size, device=device), handle)
+        live = (received.topk_ids != cfg.pad_id).any(1, keepdim=True)
+        out = comm.combine(torch.where(live, received.rows, 0), handle)
+        owners = torch.tensor([*cfg.expert_ranks(comm.world_size), -1], device=device)[ids.long()]
+        times = sum((owners == r).any(1, keepdim=True).float() for r in range(comm.world_size))
+        want = torch.where(times > 0, x.float() * times, 0)
+        torch.testing.assert_close(out.float(), want, rtol=0.02, atol=0, equal_nan=True)
         return comm._transport.traffic.dispatched_rows, comm._transport.traffic.combined_rows
 
 

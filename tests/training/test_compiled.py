@@ -159,14 +159,19 @@ def refused_job(rank, group):
     cfg = config(layout="rank_major", num_channels=2)
     inputs, matrices = make_inputs(cfg, (4,), 1)
     kept, functional._compiles = functional._compiles, assume_constant_result(lambda: False)
-    said = ""
+    said = []
     try:
         with functional.TrainingCommunicator(group, cfg) as c:
             x, ids, weights, _, mine = leaves(c, inputs, matrices)
             try:
                 torch.compile(model, fullgraph=True, backend="eager")(c, x, ids, weights, mine)
             except Exception as error:
-                said = str(error)
+                said.append(str(error))
+            y, exchange = x.detach(), functional.dispatch(c, x, ids, weights)[1]
+            try:
+                torch.compile(functional.combine, fullgraph=True, backend="eager")(c, y, exchange)
+            except Exception as error:
+                said.append(str(error))
             torch._dynamo.reset()
             broken = torch.compile(model, backend="eager")(c, x, ids, weights, mine)
             same = torch.equal(broken, model(c, x, ids, weights, mine))
@@ -177,5 +182,6 @@ def refused_job(rank, group):
 
 def test_a_release_that_does_not_keep_the_order():
     ((said, same),) = ranks(1).run(refused_job, timeout=COMPILE_S)
-    assert "exchanges cannot be compiled with PyTorch" in said
+    assert len(said) == 2, "dispatch, and combine alone"
+    assert all("exchanges cannot be compiled with PyTorch" in text for text in said)
     assert same

@@ -93,6 +93,7 @@ std::vector<int64_t> Exchange::recover(int64_t timeout_us, uint64_t epoch) {
     for (Channel& ch : channels_) {
         ch.epoch = epoch;
         ch.stage = Stage::kIdle;
+        ch.waiting_since.reset();
     }
     return {};
 }
