@@ -20,7 +20,7 @@ class Arguments:
 
     def __init__(self, config: EpConfig, world_size: int, num_local: int, device: torch.device) -> None:
         self.config, self.world_size, self.num_local, self.device = config, world_size, num_local, device
-        self._last_slots: dict[int, int] = {}
+        self.last_slots: dict[int, int] = {}
         """T of each channel's last exchange; kept by the communicator."""
         self.slots_stay = False
         """Whether T must stay what it was: see ``Communicator.mask_ranks``."""
@@ -71,7 +71,6 @@ class Arguments:
                     "num_tokens is for CUDA graphs; on a CPU pass as many rows as there are tokens"
                 )
             self._tensor("num_tokens", num_tokens, (1,), (torch.int32,))
-        self._last_slots[channel] = slots
         return DispatchCall(
             channel, x.contiguous(), scales, ids.contiguous(), weights.contiguous(), slots, num_tokens
         )
@@ -113,7 +112,6 @@ class Arguments:
             self._tensor("places", places, (capacity, top_k), (torch.int32,))
             if not places.is_contiguous():
                 raise EpArgumentError("places is not contiguous, as received_places gives it")
-        self._last_slots[channel] = slots
         call = DispatchCall(
             channel, self._no_rows[:tokens], None, ids.contiguous(), weights.contiguous(), slots
         )
@@ -145,7 +143,7 @@ class Arguments:
         slots = most if tokens_per_rank is None else tokens_per_rank
         if not isinstance(slots, int) or not 1 <= slots <= most:
             raise EpArgumentError(f"tokens_per_rank is {slots!r}; a whole number from 1 to {most} was wanted")
-        if self.slots_stay and slots != (before := self._last_slots.get(channel, slots)):
+        if self.slots_stay and slots != (before := self.last_slots.get(channel, slots)):
             raise EpArgumentError(
                 f"tokens_per_rank is {slots}; while ranks are masked {before} was wanted, as in the exchange "
                 "before"

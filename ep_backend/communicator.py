@@ -281,6 +281,7 @@ class Communicator:
         call = self._arguments.dispatch(
             x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel
         )
+        self._begins(call)
         received = self._in_order(self._transport.dispatch(call))
         handle = self._opened(call)
         handle.num_rows, handle.state = received.rows.shape[0], "received"
@@ -324,6 +325,7 @@ class Communicator:
         call = self._arguments.dispatch(
             x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel
         )
+        self._begins(call)
         self._transport.dispatch_send(call)
         return self._opened(call)
 
@@ -469,9 +471,9 @@ class Communicator:
         behind it. While ranks are masked every ``tokens_per_rank`` is that of the channel's last exchange,
         failed ones included: rows of a rank that lives after all would fall on those of others. So one that
         may live, and may have sent its part of an exchange that this rank has not begun, can only be masked
-        where that number never changes. A rank that has missed
-        exchanges comes back by `recover` on all ranks, when nobody is masked any more. Raises EpError with
-        transports collective and hier, EpArgumentError for this rank itself and numbers of no rank.
+        where that number never changes. A rank that has missed exchanges comes back by `recover` on all
+        ranks, when nobody is masked any more. Raises EpError with transports collective and hier,
+        EpArgumentError for this rank itself and numbers of no rank.
         """
         self._usable()
         masked = list(ranks)
@@ -543,6 +545,12 @@ class Communicator:
         self._handles[call.channel] = handle
         return handle
 
+    def _begins(self, call: DispatchCall) -> None:
+        """Remember T of an exchange, for `mask_ranks`; not where an earlier failure lets none begin."""
+        if self.device.type == "cpu":  # GPUs are asked by the launch, and may learn it later still
+            self._transport.check()
+        self._arguments.last_slots[call.channel] = call.slots
+
     def _exchange_sums(
         self,
         call: DispatchCall,
@@ -551,6 +559,7 @@ class Communicator:
         out: torch.Tensor | None,
         ends: tuple[Communicator, Handle] | None,
     ) -> None:
+        self._begins(call)
         transport, config = self._transport, self.config
         ended = None
         if ends is not None:

@@ -130,6 +130,8 @@ def retried(rank, group):
     call = torch.ones(1, 64), torch.tensor([[0, 1]]), torch.ones(1, 2)
     with pytest.raises(ep.EpTimeoutError):
         comm.dispatch(*call, tokens_per_rank=4)
+    with pytest.raises(ep.EpTimeoutError):
+        comm.dispatch(*call)  # which sends nothing
     comm.set_timeout(30)
     comm.mask_ranks([2])
     comm.recover()

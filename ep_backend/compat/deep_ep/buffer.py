@@ -474,8 +474,8 @@ class Buffer:
         All other ranks do so between the same two calls, for the same ranks. After a call that has failed,
         the next one then goes on without them. A rank that has missed calls comes back by
         `low_latency_clean_mask_buffer`, not by ``mask`` False alone. Calls must be like ones before: new
-        shapes and formats are for all ranks. Waits until the GPU is idle. Raises EpArgumentError for this rank
-        itself and numbers of no rank, EpError where rows travel by torch.distributed (between machines).
+        shapes and formats are for all ranks. Waits until the GPU is idle. Raises EpArgumentError for this
+        rank itself and numbers of no rank, EpError where rows travel by torch.distributed (between machines).
         """
         rank_to_mask = check_whole("rank_to_mask", rank_to_mask)
         if rank_to_mask >= self.group_size or (mask and rank_to_mask == self.rank):
