@@ -54,13 +54,15 @@ class HostSum:
             self.rank, capacity, SPIN_US if enough_cores else 0, [board.data_ptr() for board in self._boards]
         )
         self._free = weakref.finalize(self, ops.host_sum_destroy, self._handle)
+        self._interrupted: torch.Tensor | None = None
 
     def all_reduce(self, values: torch.Tensor) -> None:
         """Replace ``values`` (contiguous int32 on the CPU, any shape of at most ``capacity`` numbers, the
         same on all ranks) by its sum over the ranks.
 
-        Raises EpTimeoutError, which names the rank that did not come, and EpProtocolError if a rank brought
-        another count; both stay. EpArgumentError for anything else than such a tensor, EpError after
+        A call that a signal ends (Ctrl-C) counts: the next one ends it first. Raises EpTimeoutError, which
+        names the rank that did not come, and EpProtocolError if a rank brought another count; both stay.
+        EpArgumentError for anything else than such a tensor, EpError after
         ``destroy``.
         """
         if not self._free.alive:
@@ -70,9 +72,19 @@ class HostSum:
                 f"a host sum takes at most {self.capacity} contiguous int32 numbers on the CPU, this is "
                 f"{values.dtype} {list(values.shape)} on {values.device}"
             )
+        if self._interrupted is not None:
+            self._add(self._interrupted)
+            self._interrupted = None
+        self._add(values)
+
+    def _add(self, values: torch.Tensor) -> None:
         timeout_us = round(self.timeout_s * 1e6)
-        while (status := ops.host_sum(self._handle, values, timeout_us)) == _native.WAITING:
-            pass  # Python acts on signals here
+        try:
+            while (status := ops.host_sum(self._handle, values, timeout_us)) == _native.WAITING:
+                pass  # Python acts on signals here
+        except BaseException:
+            self._interrupted = values.clone()
+            raise
         if status == _native.OK:
             return
         blamed, waited_us = ops.host_sum_error(self._handle)

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import fresh_ranks, ranks
 
 from ep_backend import EpArgumentError, EpError, EpProtocolError, EpTimeoutError
@@ -98,12 +99,16 @@ def test_other_tensors_are_refused():
 
 
 def interrupted_job(rank, group):
-    """A wait can be interrupted: Python acts on signals while it lasts."""
+    """A wait can be interrupted: Python acts on signals while it lasts. Then comes the next sum."""
     import signal
 
     host_sum = HostSum(group, CAPACITY, 20.0)
+    second = torch.tensor([10 + rank], dtype=torch.int32)
     if rank == 1:
-        return None
+        dist.barrier(group)
+        for values in (torch.ones(3, dtype=torch.int32), second):
+            host_sum.all_reduce(values)
+        return int(second)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -111,12 +116,19 @@ def interrupted_job(rank, group):
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     start = time.monotonic()
+    first = torch.ones(3, dtype=torch.int32)
     try:
-        host_sum.all_reduce(torch.ones(1, dtype=torch.int32))
+        host_sum.all_reduce(first)
     except KeyboardInterrupt:
-        return time.monotonic() - start
+        waited = time.monotonic() - start
+    dist.barrier(group)
+    host_sum.all_reduce(second)
+    assert first.tolist() == [1, 1, 1]
+    return waited, int(second)
 
 
 def test_a_wait_can_be_interrupted():
     with fresh_ranks(2) as group:
-        assert group.run(interrupted_job)[0] < 10
+        (waited, sum_here), sum_there = group.run(interrupted_job)
+    assert waited < 10
+    assert sum_here == sum_there == 21
