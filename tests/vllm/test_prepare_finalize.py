@@ -161,11 +161,12 @@ def outputs():
 @pytest.mark.parametrize("name", CASES)
 def test_layer_equals_the_dense_sum(outputs, name, form):
     dtype = CASES[name][4]
-    # Rounding of the kernel's intermediate values and of one partial sum per rank, at outputs of order 1.
+    # Rounding of the kernel's intermediate values and of one partial sum per rank, at outputs of order 1;
+    # larger ones are rounded more coarsely. How much adds up depends on the CPU's instructions.
     tolerance = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     w13, w2, ranks = make_inputs(CASES[name])
     for rank, (x, ids, weights) in enumerate(ranks):
         want = dense(x, ids, weights, w13, w2, CASES[name][5])
         got = torch.tensor(outputs[rank][name, form], dtype=torch.float64).view(want.shape)
         assert torch.isfinite(got).all()
-        torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=torch.finfo(dtype).eps)
