@@ -20,10 +20,8 @@ class Arguments:
 
     def __init__(self, config: EpConfig, world_size: int, num_local: int, device: torch.device) -> None:
         self.config, self.world_size, self.num_local, self.device = config, world_size, num_local, device
-        self.last_slots: dict[int, int] = {}
-        """T of each channel's last exchange; kept by the communicator."""
-        self.slots_stay = False
-        """Whether T must stay what it was: see ``Communicator.mask_ranks``."""
+        self.slots_stay: list[int] | None = None
+        """The only T that each channel may have, 0 for any: see ``Communicator.mask_ranks``."""
         self._no_rows: torch.Tensor | None = None
         """What exchanges of sums dispatch, on transports that have no better way."""
         if config.sums_only:
@@ -143,7 +141,8 @@ class Arguments:
         slots = most if tokens_per_rank is None else tokens_per_rank
         if not isinstance(slots, int) or not 1 <= slots <= most:
             raise EpArgumentError(f"tokens_per_rank is {slots!r}; a whole number from 1 to {most} was wanted")
-        if self.slots_stay and slots != (before := self.last_slots.get(channel, slots)):
+        before = self.slots_stay[channel] if self.slots_stay else 0
+        if before and slots != before:
             raise EpArgumentError(
                 f"tokens_per_rank is {slots}; while ranks are masked {before} was wanted, as in the exchange "
                 "before"

@@ -281,7 +281,6 @@ class Communicator:
         call = self._arguments.dispatch(
             x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel
         )
-        self._begins(call)
         received = self._in_order(self._transport.dispatch(call))
         handle = self._opened(call)
         handle.num_rows, handle.state = received.rows.shape[0], "received"
@@ -325,7 +324,6 @@ class Communicator:
         call = self._arguments.dispatch(
             x, topk_ids, topk_weights, scales, tokens_per_rank, num_tokens, channel
         )
-        self._begins(call)
         self._transport.dispatch_send(call)
         return self._opened(call)
 
@@ -480,8 +478,8 @@ class Communicator:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         if wrong := [rank for rank in masked if rank not in others]:
             raise EpArgumentError(f"rank {wrong[0]!r} cannot be masked; any of {others} were wanted")
-        self._transport.mask_ranks(masked)
-        self._arguments.slots_stay = bool(masked)
+        slots = self._transport.mask_ranks(masked)
+        self._arguments.slots_stay = slots if masked else None
 
     @_not_traced
     def set_timeout(self, seconds: float) -> None:
@@ -545,12 +543,6 @@ class Communicator:
         self._handles[call.channel] = handle
         return handle
 
-    def _begins(self, call: DispatchCall) -> None:
-        """Remember T of an exchange, for `mask_ranks`; not where an earlier failure lets none begin."""
-        if self.device.type == "cpu":  # GPUs are asked by the launch, and may learn it later still
-            self._transport.check()
-        self._arguments.last_slots[call.channel] = call.slots
-
     def _exchange_sums(
         self,
         call: DispatchCall,
@@ -559,7 +551,6 @@ class Communicator:
         out: torch.Tensor | None,
         ends: tuple[Communicator, Handle] | None,
     ) -> None:
-        self._begins(call)
         transport, config = self._transport, self.config
         ended = None
         if ends is not None:

@@ -8,16 +8,21 @@ Here the same is noted under the name that is looked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 
-def keep_order(operators: Iterable[Any]) -> None:
-    """Of the calls of ``operators``, all of them together, in every graph that is compiled from now on."""
-    from torch._inductor import ir  # takes seconds, and only who compiles needs it
-    from torch._inductor.lowering import fallback_handler, register_lowering
-    from torch._inductor.virtualized import V
+@cache
+def keep_order(operators: tuple[Any, ...]) -> bool:
+    """Of the calls of ``operators``, all of them together, in every graph that is compiled from now on.
+    Returns False if this PyTorch lacks what that takes, which no release promises to keep."""
+    try:  # takes seconds, and only who compiles needs it
+        from torch._inductor import ir
+        from torch._inductor.lowering import fallback_handler, register_lowering
+        from torch._inductor.virtualized import V
+    except ImportError:
+        return False
 
     last: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of each graph, the result of the call before
 
@@ -37,3 +42,4 @@ def keep_order(operators: Iterable[Any]) -> None:
 
     for operator in operators:
         keep(operator)
+    return True

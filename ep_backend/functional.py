@@ -15,7 +15,6 @@ docs/training.md has the rules that all ranks must keep.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -116,16 +115,7 @@ def _check_order_is_kept() -> None:
 @torch.compiler.assume_constant_result
 def _compiles() -> bool:
     """Whether Inductor keeps the order of exchanges: it does from here on, where it can be made to."""
-    return _keep_order()
-
-
-@cache
-def _keep_order() -> bool:
-    try:
-        keep_order([operator._opoverload for operator in _OPERATORS])
-    except (ImportError, AttributeError):  # of what PyTorch does not promise to keep
-        return False
-    return True
+    return keep_order(tuple(operator._opoverload for operator in _OPERATORS))
 
 
 # The operators. What their shape functions need is among their arguments, so that a compiled graph is guarded

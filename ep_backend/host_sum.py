@@ -62,8 +62,7 @@ class HostSum:
 
         A call that a signal ends (Ctrl-C) counts: the next one ends it first. Raises EpTimeoutError, which
         names the rank that did not come, and EpProtocolError if a rank brought another count; both stay.
-        EpArgumentError for anything else than such a tensor, EpError after
-        ``destroy``.
+        EpArgumentError for anything else than such a tensor, EpError after ``destroy``.
         """
         if not self._free.alive:
             raise EpError("the host sum has been destroyed")

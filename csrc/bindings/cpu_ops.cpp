@@ -96,11 +96,12 @@ std::vector<int64_t> exchange_recover(int64_t exchange, int64_t timeout_us, int6
 int64_t exchange_max_epoch(int64_t exchange) {
     return static_cast<int64_t>(at(exchange).max_epoch());
 }
+
 void exchange_set_timeout(int64_t exchange, int64_t timeout_us) {
     at(exchange).set_timeout(timeout_us);
 }
-void exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks) {
-    at(exchange).mask_ranks(ranks);
+std::vector<int64_t> exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks) {
+    return at(exchange).mask_ranks(ranks);
 }
 void exchange_stop(int64_t exchange, int64_t channel, int64_t status) {
     at(exchange).stop(channel, static_cast<Status>(status));

@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(ep_backend, m) {
     m.def("exchange_recover(int exchange, int timeout_us, int epoch) -> int[]");
     m.def("exchange_max_epoch(int exchange) -> int");
     m.def("exchange_set_timeout(int exchange, int timeout_us) -> ()");
-    m.def("exchange_mask_ranks(int exchange, int[] ranks) -> ()");
+    m.def("exchange_mask_ranks(int exchange, int[] ranks) -> int[]");
     m.def("exchange_stop(int exchange, int channel, int status) -> ()");
     m.def("exchange_close(int exchange, int channel) -> int");
 

@@ -30,7 +30,8 @@ std::vector<int64_t> exchange_error(int64_t exchange);
 std::vector<int64_t> exchange_recover(int64_t exchange, int64_t timeout_us, int64_t epoch);
 int64_t exchange_max_epoch(int64_t exchange);
 void exchange_set_timeout(int64_t exchange, int64_t timeout_us);
-void exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks);
+// The slots of each channel's last exchange.
+std::vector<int64_t> exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks);
 void exchange_stop(int64_t exchange, int64_t channel, int64_t status);
 
 int64_t dispatch_send(int64_t exchange, int64_t channel, Tensor x, std::optional<Tensor> scales, Tensor ids,

@@ -89,8 +89,9 @@ class Transport(ABC):
     @abstractmethod
     def destroy(self) -> None: ...
 
-    def mask_ranks(self, ranks: Sequence[int]) -> None:
-        """As ``Communicator.mask_ranks``; `recover` is then of all others."""
+    def mask_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """As ``Communicator.mask_ranks``; `recover` is then of all others. Returns T of each channel's last
+        exchange, 0 where there was none."""
         raise EpError(
             f"transport {self.name} cannot mask ranks; a new process group and communicator without them "
             "were wanted"

@@ -91,8 +91,8 @@ class CpuTransport(Transport):
             )
         return int(ops.exchange_max_epoch(self._exchange.handle))
 
-    def mask_ranks(self, ranks: Sequence[int]) -> None:
-        ops.exchange_mask_ranks(self._exchange.handle, ranks)
+    def mask_ranks(self, ranks: Sequence[int]) -> list[int]:
+        return list(ops.exchange_mask_ranks(self._exchange.handle, ranks))
 
     def set_timeout(self, seconds: float) -> None:
         self._timeout_s = seconds

@@ -115,7 +115,7 @@ class GpuTransport(Transport):
         self._blocks = LAYOUT_BLOCKS_PER_SM * blocks if config.num_sms is None else blocks  # that copy rows
         if config.layout != "rank_major":
             self._placed = _PlacedRows(config, self._exchange, self._rank, self._world, device, self._blocks)
-        self._slots = [config.max_tokens_per_rank] * config.num_channels
+        self._slots = [0] * config.num_channels  # T of each channel's last dispatch
         self._nothing = torch.empty(0, config.row_width, dtype=config.x_dtype, device=device)
 
     def _check_config(self) -> int:
@@ -254,14 +254,14 @@ class GpuTransport(Transport):
         ops.cuda_exchange_recover(self._exchange, epoch)
         self._recovering = False
 
-    def mask_ranks(self, ranks: Sequence[int]) -> None:
+    def mask_ranks(self, ranks: Sequence[int]) -> list[int]:
         """Holds for graphs that were captured before, too. Waits until the GPU is idle."""
         if self._meeting is None:
-            super().mask_ranks(ranks)
-            return
+            return super().mask_ranks(ranks)
         torch.cuda.synchronize(self._device)
         ops.cuda_exchange_mask_ranks(self._exchange, ranks)
         self._meeting.mask_ranks(ranks)
+        return self._slots.copy()
 
     def set_timeout(self, seconds: float) -> None:
         """Holds for graphs that were captured before, too. Waits until the GPU is idle."""

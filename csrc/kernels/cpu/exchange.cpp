@@ -39,9 +39,12 @@ int64_t Exchange::tokens_of(int64_t channel, int64_t source) const {
     return reinterpret_cast<const SourceHeader*>(own() + layout_.header(channel, source))->tokens;
 }
 
-void Exchange::mask_ranks(const std::vector<int64_t>& ranks) {
+std::vector<int64_t> Exchange::mask_ranks(const std::vector<int64_t>& ranks) {
     masked_ = RankMask{};
     for (const int64_t r : ranks) masked_.set(r);
+    std::vector<int64_t> slots;
+    for (const Channel& ch : channels_) slots.push_back(ch.slots);
+    return slots;
 }
 
 uint64_t Exchange::max_epoch() const {

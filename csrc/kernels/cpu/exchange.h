@@ -102,8 +102,9 @@ class Exchange {
     std::vector<int64_t> recover(int64_t timeout_us, uint64_t epoch);
     uint64_t max_epoch() const;
     void set_timeout(int64_t us) { settings_.timeout_us = us; }
-    // Waits and sends leave these ranks out from now on, and no others.
-    void mask_ranks(const std::vector<int64_t>& ranks);
+    // Waits and sends leave these ranks out from now on, and no others. Returns the slots of each channel's
+    // last exchange, 0 where there was none.
+    std::vector<int64_t> mask_ranks(const std::vector<int64_t>& ranks);
 
   private:
     enum class Stage { kIdle, kSent, kReceived, kReturned };
