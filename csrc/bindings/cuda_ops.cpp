@@ -124,6 +124,10 @@ std::vector<int64_t> cuda_exchange_error(int64_t exchange) {
 int64_t cuda_exchange_max_epoch(int64_t exchange) {
     return static_cast<int64_t>(at(exchange).max_epoch());
 }
+void cuda_exchange_stop(int64_t exchange) {
+    at(exchange).stop();
+}
+
 void cuda_exchange_recover(int64_t exchange, int64_t epoch) {
     at(exchange).recover(static_cast<uint64_t>(epoch));
 }

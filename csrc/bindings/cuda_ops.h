@@ -34,6 +34,7 @@ void gpu_memory_unmap(int64_t address, int64_t bytes);
 // The fields of ErrorWord in order.
 std::vector<int64_t> cuda_exchange_error(int64_t exchange);
 int64_t cuda_exchange_max_epoch(int64_t exchange);
+void cuda_exchange_stop(int64_t exchange);
 void cuda_exchange_recover(int64_t exchange, int64_t epoch);
 void cuda_exchange_set_timeout(int64_t exchange, int64_t timeout_us);
 void cuda_exchange_mask_ranks(int64_t exchange, std::vector<int64_t> ranks);

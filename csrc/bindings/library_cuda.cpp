@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ep_backend, m) {
     m.def("gpu_memory_unmap(int address, int bytes) -> ()");
     m.def("cuda_exchange_error(int exchange) -> int[]");
     m.def("cuda_exchange_max_epoch(int exchange) -> int");
+    m.def("cuda_exchange_stop(int exchange) -> ()");
     m.def("cuda_exchange_recover(int exchange, int epoch) -> ()");
     m.def("cuda_exchange_set_timeout(int exchange, int timeout_us) -> ()");
     m.def("cuda_exchange_mask_ranks(int exchange, int[] ranks) -> ()");
@@ -73,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(ep_backend, CompositeExplicitAutograd, m) {
     m.impl("gpu_memory_unmap", TORCH_BOX(&ep::ops::gpu_memory_unmap));
     m.impl("cuda_exchange_error", TORCH_BOX(&ep::ops::cuda_exchange_error));
     m.impl("cuda_exchange_max_epoch", TORCH_BOX(&ep::ops::cuda_exchange_max_epoch));
+    m.impl("cuda_exchange_stop", TORCH_BOX(&ep::ops::cuda_exchange_stop));
     m.impl("cuda_exchange_recover", TORCH_BOX(&ep::ops::cuda_exchange_recover));
     m.impl("cuda_exchange_set_timeout", TORCH_BOX(&ep::ops::cuda_exchange_set_timeout));
     m.impl("cuda_exchange_mask_ranks", TORCH_BOX(&ep::ops::cuda_exchange_mask_ranks));

@@ -245,11 +245,13 @@ class GpuTransport(Transport):
         raise error
 
     def recover(self) -> None:
-        """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared."""
+        """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared. Until they
+        have met, graphs that are replayed do nothing."""
         if self._meeting is None:
             raise EpError(f"transport {self.name} cannot recover; a new communicator was wanted")
         self._recovering = True
         torch.cuda.synchronize(self._device)
+        ops.cuda_exchange_stop(self._exchange)
         epoch = self._meeting.meet(ops.cuda_exchange_max_epoch(self._exchange))
         ops.cuda_exchange_recover(self._exchange, epoch)
         self._recovering = False

@@ -162,6 +162,56 @@ def test_a_rank_is_killed_while_a_graph_is_replayed(world, transport, tmp_path):
         nothing_is_left(group, windows)
 
 
+def come_late(rank, group, transport):
+    """One rank calls recover() and gives up, without a failure of its own; then both meet."""
+    comm = start(rank, group, transport)
+    x = torch.ones(8, 64, device=comm.device)
+    ids = torch.tensor([[0, 5]] * 8, device=comm.device)
+    out = torch.empty_like(x)
+
+    def one():
+        received, handle = comm.dispatch(x, ids, torch.ones(8, 2, device=comm.device))
+        comm.combine(received.rows, handle, out=out)
+
+    def epoch():
+        return ep._native.ops.cuda_exchange_max_epoch(comm._transport._exchange)
+
+    one()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one()
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    moved = None
+    if rank != VICTIM:
+        comm.set_timeout(DEADLINE_S)
+        refused(comm.recover)
+        before = epoch()
+        graph.replay()
+        torch.cuda.synchronize()
+        moved = epoch() - before
+        with pytest.raises(ep.EpError, match="not all ranks came"):
+            comm.check()
+        comm.set_timeout(30)
+    dist.barrier(group)
+    comm.recover()
+    before = epoch()
+    out.fill_(-1)
+    graph.replay()
+    torch.cuda.synchronize()
+    comm.check()
+    return moved, epoch() - before, torch.equal(out, 2 * x), end(comm)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_nothing_leaves_a_rank_that_could_not_recover(transport):
+    gpus.needs(2)
+    late, came = ranks(2).run(come_late, transport, timeout=90)
+    assert late == (0, late[1], True, 0)
+    assert late[1] > 0, "the epoch says nothing"
+    assert came[2:] == (True, 0)
+
+
 class Refusing:
     """The library's operators, but the second window is pinned already, so that CUDA refuses it."""
 

@@ -434,6 +434,12 @@ uint64_t Exchange::max_epoch() const {
     return newest;
 }
 
+void Exchange::stop() {
+    const uint32_t stopped = 1;
+    check(cudaMemcpy(&views_[0].error->stopped, &stopped, sizeof stopped, cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+}
+
 void Exchange::recover(uint64_t epoch) {
     for (View& v : views_) {
         const DeviceWord word{epoch & kEpochMask, Stage::kIdle, 0, 0, 0, 0, 0};

@@ -77,6 +77,8 @@ class Exchange {
     // not wait for the GPU.
     ErrorWord error();
     uint64_t max_epoch() const;
+    // Until recover() later kernels, replayed ones too, return at once: nothing leaves this rank.
+    void stop();
     // After all ranks have stopped and their streams are idle: every channel goes on behind `epoch`.
     void recover(uint64_t epoch);
     void set_timeout(int64_t us);
