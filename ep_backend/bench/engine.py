@@ -67,7 +67,8 @@ def add_parser(subparsers: Any) -> None:
         "--backends",
         default=summary.OURS,
         metavar="A[,B...]",
-        help="all-to-all backends to compare (%(default)s)",
+        help="all-to-all backends to compare (%(default)s); and, of the same GPUs without expert parallelism, "
+        f"{' and '.join(base.WITHOUT_EXPERT_PARALLELISM)}",
     )
     parser.add_argument(
         "--concurrency",
@@ -259,8 +260,7 @@ class Bench:
             model=self._model,
             backend=backend,
             device=self._device,
-            data_parallel_size=args.data_parallel_size,
-            tensor_parallel_size=args.tensor_parallel_size,
+            **base.parallelism(backend, args.data_parallel_size, args.tensor_parallel_size),
             dummy_weights=self._shape is not None,
             dtype=args.dtype,
             max_model_len=args.max_model_len,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ep_backend.bench.engines import sglang, summary
+from ep_backend.bench.engines import base, sglang, summary
 from ep_backend.bench.engines.base import Load, Serving
 from ep_backend.cli import main
 from ep_backend.errors import EpConfigError
@@ -40,6 +40,13 @@ def test_tensor_parallelism_alone_has_no_data_parallel_attention():
     assert "--tp-size 4 --ep-size 4 --moe-a2a-backend none" in text
     assert "--dp-size" not in text
     assert "--tp-size 8 --dp-size 4" in serve_text(data_parallel_size=4, tensor_parallel_size=2)
+
+
+def test_the_same_ranks_without_expert_parallelism():
+    tensor = serve_text(**base.parallelism("tensor_parallel", 2, 2), backend="tensor_parallel")
+    assert "--tp-size 4 --dtype" in tensor
+    stages = serve_text(**base.parallelism("pipeline_parallel", 2, 2), backend="pipeline_parallel")
+    assert "--tp-size 2 --pp-size 2 --dtype" in stages
 
 
 def test_limits_weights_and_other_arguments_are_passed_on():

@@ -198,6 +198,18 @@ def test_random_weights_and_tensor_parallelism_are_passed_on():
     assert text.endswith("--max-num-batched-tokens 512 ")
 
 
+def test_the_same_ranks_without_expert_parallelism():
+    tensor = serve_text(**base.parallelism("tensor_parallel", 2, 2), backend="tensor_parallel")
+    assert "--data-parallel-size 1 --tensor-parallel-size 4" in tensor
+    stages = serve_text(**base.parallelism("pipeline_parallel", 2, 2), backend="pipeline_parallel")
+    assert "--data-parallel-size 1 --tensor-parallel-size 2" in stages
+    assert "--pipeline-parallel-size 2" in stages
+    assert "expert-parallel" not in tensor + stages
+    experts = serve_text(**base.parallelism("ep_backend", 2, 2))
+    assert "--data-parallel-size 2 --tensor-parallel-size 2" in experts
+    assert "--enable-expert-parallel" in experts
+
+
 def test_only_the_cpu_does_without_graphs():
     assert "--enforce-eager" in serve_text(device="cpu")
     cuda = serve_text(device="cuda")

@@ -30,6 +30,7 @@ class Serving:
     device: str  # "cpu" | "cuda"
     data_parallel_size: int = 2
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     expert_parallel: bool = True
     dummy_weights: bool = False  # random ones, whatever the folder holds
     dtype: str = "auto"
@@ -52,6 +53,23 @@ class Load:
     output_len: int
     request_rate: float = float("inf")  # requests per second
     seed: int = 0
+
+
+WITHOUT_EXPERT_PARALLELISM = ("tensor_parallel", "pipeline_parallel")
+"""What may be compared with all-to-all backends: the same ranks, none of which attends to requests of its own."""
+
+
+def parallelism(backend: str, data_parallel_size: int, tensor_parallel_size: int) -> dict[str, Any]:
+    """How `Serving` divides the model. Without expert parallelism the data-parallel ranks are tensor-parallel
+    ones (`tensor_parallel`) or the stages of a pipeline (`pipeline_parallel`)."""
+    if backend == "tensor_parallel":
+        ranks = data_parallel_size * tensor_parallel_size
+        return {"data_parallel_size": 1, "tensor_parallel_size": ranks, "expert_parallel": False}
+    sizes = {"tensor_parallel_size": tensor_parallel_size}
+    if backend == "pipeline_parallel":
+        stages = {"data_parallel_size": 1, "pipeline_parallel_size": data_parallel_size}
+        return {**sizes, **stages, "expert_parallel": False}
+    return {**sizes, "data_parallel_size": data_parallel_size}
 
 
 def check_gpus(gpus: int, data_parallel_size: int, tensor_parallel_size: int, or_else: str = "") -> None:

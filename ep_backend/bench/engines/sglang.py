@@ -44,7 +44,8 @@ def choose_device(data_parallel_size: int, tensor_parallel_size: int = 1) -> str
 
 
 def serve_command(serving: Serving, port: int) -> list[str]:
-    """``data_parallel_size`` groups that attend to different tokens, on one rank per GPU."""
+    """``data_parallel_size`` groups that attend to different tokens, on one rank per GPU; or stages of a
+    pipeline."""
     ranks = serving.data_parallel_size * serving.tensor_parallel_size
     # -P: or Python would look for ep_backend in the current folder first, perhaps a checkout.
     command = [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(serving.model)]
@@ -52,6 +53,8 @@ def serve_command(serving: Serving, port: int) -> list[str]:
     command += ["--tp-size", str(ranks)]
     if serving.data_parallel_size > 1:
         command += ["--dp-size", str(serving.data_parallel_size), "--enable-dp-attention"]
+    if serving.pipeline_parallel_size > 1:
+        command += ["--pp-size", str(serving.pipeline_parallel_size)]
     if serving.expert_parallel:
         command += ["--ep-size", str(ranks), "--moe-a2a-backend", serving.backend]
     command += ["--dtype", serving.dtype]

@@ -15,8 +15,8 @@ from typing import Any
 
 from ep_backend.errors import EpError
 
-COMMUNICATION = ("nccl", "ep::cuda::")
-"""What the names of kernels that communicate hold: NCCL's and ours."""
+COMMUNICATION = ("nccl", "ep::cuda::", "cross_device_reduce")
+"""What the names of kernels that communicate hold: NCCL's, ours, the engines' own all-reduce."""
 
 
 Kernel = tuple[float, float, str]  # start and duration in microseconds, name

@@ -62,6 +62,8 @@ def serve_command(serving: Serving, port: int) -> list[str]:
     command = [*vllm_command(), "serve", str(serving.model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--data-parallel-size", str(serving.data_parallel_size)]
     command += ["--tensor-parallel-size", str(serving.tensor_parallel_size), "--dtype", serving.dtype]
+    if serving.pipeline_parallel_size > 1:
+        command += ["--pipeline-parallel-size", str(serving.pipeline_parallel_size)]
     if serving.dummy_weights:
         command += ["--load-format", "dummy"]
     if serving.device == "cpu":
@@ -95,7 +97,7 @@ def serve_environment(serving: Serving) -> dict[str, str]:
         # Binding is for whole machines; several ranks on few cores would all be bound to the same ones.
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         cores = len(os.sched_getaffinity(0))
-        ranks = serving.data_parallel_size * serving.tensor_parallel_size
+        ranks = serving.data_parallel_size * serving.tensor_parallel_size * serving.pipeline_parallel_size
         defaults["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
     return base.environment(serving, defaults)
 
