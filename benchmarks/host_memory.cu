@@ -1,5 +1,6 @@
 // How fast GPUs write and read pinned memory of the host, by stores and loads of their SMs and by their copy
-// engines, one GPU and all at once, one direction and both: what transport host can reach on a machine.
+// engines, one GPU and all at once, one direction and both: what transport host can reach on a machine. Both
+// also with stores one way and copy engines the other.
 //
 //   nvcc -O3 -std=c++17 -arch=native benchmarks/host_memory.cu -o /tmp/host_memory && /tmp/host_memory
 //
@@ -52,8 +53,16 @@ struct Rates {
     double write = 0, read = 0;
 };
 
+struct Way {
+    const char* name;
+    bool engines_write, engines_read;
+};
+
+constexpr Way kWays[] = {
+    {"SMs", false, false}, {"copy engines", true, true}, {"SMs write, copy engines read", false, true}};
+
 // One GPU's part: both directions start together, twice; the second time counts.
-Rates measure(int gpu, const Memory& own, void* target, bool writes, bool reads, bool engines,
+Rates measure(int gpu, const Memory& own, void* target, bool writes, bool reads, const Way& way,
               std::atomic<int>& ready, int gpus) {
     check(cudaSetDevice(gpu));
     cudaStream_t streams[2];
@@ -70,17 +79,18 @@ Rates measure(int gpu, const Memory& own, void* target, bool writes, bool reads,
         }
         if (writes) {
             check(cudaEventRecord(begin[0], streams[0]));
-            if (!engines) store<<<kBlocks, kThreads, 0, streams[0]>>>(static_cast<uint4*>(target), kWords);
-            for (int round = 0; round < kRounds && engines; ++round)
+            if (!way.engines_write)
+                store<<<kBlocks, kThreads, 0, streams[0]>>>(static_cast<uint4*>(target), kWords);
+            for (int round = 0; round < kRounds && way.engines_write; ++round)
                 check(cudaMemcpyAsync(target, own.device, kBytes, cudaMemcpyDeviceToHost, streams[0]));
             check(cudaEventRecord(end[0], streams[0]));
         }
         if (reads) {
             check(cudaEventRecord(begin[1], streams[1]));
-            if (!engines)
+            if (!way.engines_read)
                 load<<<kBlocks, kThreads, 0, streams[1]>>>(static_cast<const uint4*>(own.read),
                                                            static_cast<uint4*>(own.device), kWords);
-            for (int round = 0; round < kRounds && engines; ++round)
+            for (int round = 0; round < kRounds && way.engines_read; ++round)
                 check(cudaMemcpyAsync(own.device, own.read, kBytes, cudaMemcpyHostToDevice, streams[1]));
             check(cudaEventRecord(end[1], streams[1]));
         }
@@ -108,20 +118,20 @@ int main() {
     }
     const char* comma = "[\n";
     for (int used : {1, gpus}) {
-        for (bool engines : {false, true})
+        for (const Way& way : kWays)
             for (int mode = 1; mode <= 3; ++mode) {
                 const bool writes = mode & 1, reads = mode & 2;
+                if (!(writes && reads) && way.engines_write != way.engines_read) continue;  // seen already
                 std::atomic<int> ready{0};
                 std::vector<Rates> rates(used);
                 std::vector<std::thread> threads;
                 for (int i = 0; i < used; ++i)
                     threads.emplace_back([&, i] {
-                        rates[i] = measure(i, memory[i], memory[(i + 1) % used].written, writes, reads,
-                                           engines, ready, used);
+                        rates[i] = measure(i, memory[i], memory[(i + 1) % used].written, writes, reads, way,
+                                           ready, used);
                     });
                 for (auto& thread : threads) thread.join();
-                std::printf("%s  {\"gpus\": %d, \"by\": \"%s\", \"write\": [", comma, used,
-                            engines ? "copy engines" : "SMs");
+                std::printf("%s  {\"gpus\": %d, \"by\": \"%s\", \"write\": [", comma, used, way.name);
                 for (int i = 0; i < used; ++i) std::printf("%s%.1f", i ? ", " : "", rates[i].write);
                 std::printf("], \"read\": [");
                 for (int i = 0; i < used; ++i) std::printf("%s%.1f", i ? ", " : "", rates[i].read);

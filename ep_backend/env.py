@@ -134,6 +134,13 @@ VARIABLES: tuple[Variable, ...] = (
         choices=("auto", *TRANSPORTS),
     ),
     _read(
+        "EP_BACKEND_NODE",
+        "str",
+        "",
+        "Name of this rank's node: ranks with other names count as on other machines, wherever they are.",
+        per_host=True,
+    ),
+    _read(
         "EP_BACKEND_PROFILE",
         "str",
         "auto",

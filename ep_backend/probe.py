@@ -33,7 +33,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's view, as plain data: it can be pickled, sent as JSON, compared, and written by hand."""
 
     host: str = ""
-    boot_id: str = ""  # one per running kernel: equal in all containers of one machine
+    boot_id: str = ""  # one per running kernel, equal in all containers of one machine; and EP_BACKEND_NODE
     # Identity of the mounted /dev/shm and of the network namespace, in which the sockets are named that hand
     # windows over: ranks that differ here share no memory.
     shared_memory: str = ""
@@ -202,6 +202,9 @@ def _host(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[s
         found["shared_memory_bytes"] = space.f_blocks * space.f_frsize
     except OSError as error:
         problems.append(f"/dev/shm cannot be examined: {error}")
+    if node := env.get("EP_BACKEND_NODE", environ):
+        for identity in ("host", "boot_id"):
+            found[identity] = f"{found.get(identity, '')}/{node}"
     return found
 
 

@@ -1,6 +1,4 @@
-"""An engine on two nodes that are one machine: two commands with one rank each. So ranks of an engine share a
-GPU, the first one of both nodes.
-"""
+"""An engine on two nodes that are one machine: two commands, so that ranks of an engine can share a GPU."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,14 @@ def wanted(serving):
 def environ(node):
     """Of the node's processes; what a test sets should come after it."""
     return (("NCCL_HOSTID", HOSTS[node]), *SOCKETS, *OURS)
+
+
+def environ_apart(node, ranks):
+    """The same for two nodes of so many ``ranks`` each to ep_backend, too. On GPUs of their own if there are
+    enough."""
+    first = ranks * node if ranks * len(HOSTS) <= gpus.FOUND else 0
+    visible = ",".join(map(str, range(first, first + ranks)))
+    return (*environ(node), ("EP_BACKEND_NODE", HOSTS[node]), ("CUDA_VISIBLE_DEVICES", visible))
 
 
 def server(engine, first, second, folder, until=""):

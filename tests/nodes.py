@@ -1,23 +1,18 @@
-"""Nodes that are made up: ranks of one machine whose records say that they are on several."""
+"""Nodes that are made up: ranks of one machine that say that they are on several."""
 
+import os
 from dataclasses import replace
 from unittest import mock
 
-import msgspec
 from exchange import run_steps
 
 import ep_backend as ep
-from ep_backend.probe import probe
 
 
 def pretend(rank, nodes):
-    """While it lasts, the record of ``rank`` says that it shares memory with the ranks of its node alone."""
+    """While it lasts, ``rank`` says that it is on its node of ``nodes``."""
     here = next(n for n, ranks in enumerate(nodes) if rank in ranks)
-
-    def ours(device, **more):
-        return msgspec.structs.replace(probe(device, **more), host=f"node{here}", boot_id=f"boot{here}")
-
-    return mock.patch("ep_backend.communicator.probe", ours)
+    return mock.patch.dict(os.environ, EP_BACKEND_NODE=str(here))
 
 
 def make(rank, group, nodes, config, transport="hier", device=None):

@@ -67,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
         "--backends",
         default=summary.OURS,
         metavar="A[,B...]",
-        help="all-to-all backends to compare (%(default)s); and, of the same GPUs without expert parallelism, "
+        help="all-to-all backends to compare (%(default)s); and, without expert parallelism, "
         f"{' and '.join(base.WITHOUT_EXPERT_PARALLELISM)}",
     )
     parser.add_argument(

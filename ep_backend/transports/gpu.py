@@ -245,8 +245,8 @@ class GpuTransport(Transport):
         raise error
 
     def recover(self) -> None:
-        """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared. Until they
-        have met, graphs that are replayed do nothing."""
+        """All ranks meet with idle GPUs; then all go on behind the highest epoch. Nothing is cleared. Before
+        that, graphs that are replayed do nothing."""
         if self._meeting is None:
             raise EpError(f"transport {self.name} cannot recover; a new communicator was wanted")
         self._recovering = True

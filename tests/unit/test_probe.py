@@ -8,7 +8,7 @@ import time
 import pytest
 from probing import CLUSTER, PRODUCT, FakeError, fake_nvml, made_up
 
-from ep_backend import __version__, checks, nvml
+from ep_backend import __version__, checks, facts, nvml
 from ep_backend.errors import EpConfigError
 from ep_backend.probe import Record, probe
 from ep_backend.select import decide
@@ -274,6 +274,18 @@ def test_files_of_the_machine(machine):
     assert (record.boot_id, record.hcas) == ("abc", ("mlx5_0:1",))
     assert record.shared_memory
     assert record.shared_memory_bytes
+
+
+def test_a_named_node_is_a_machine_of_its_own(machine):
+    files = {"proc/sys/kernel/random/boot_id": "abc\n", "dev/shm/x": "", "proc/self/ns/net": ""}
+    records = [
+        machine(files=files, environ={"EP_BACKEND_NODE": name} if name else {})
+        for name in ("", "a", "b", "a")
+    ]
+    assert facts.nodes(records) == ((0,), (1, 3), (2,))
+    assert facts.gather(records).hosts == 3
+    assert len({record.shared_memory for record in records}) == 1
+    assert records[1].host == f"{records[0].host}/a"
 
 
 def test_an_empty_file_tree(machine):

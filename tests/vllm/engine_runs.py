@@ -38,16 +38,20 @@ def server_of(asked, folder):
     return on_two_nodes(asked, folder) if engine_nodes.wanted(asked) else Server(asked, folder, print)
 
 
-def on_two_nodes(asked, folder):
-    """A server with a node for each of its two ranks."""
+def on_two_nodes(asked, folder, *, apart=False):
+    """A server with half of its ranks on each node. ``apart``: nodes to ep_backend, too."""
+    half = asked.data_parallel_size // 2
     port = ("--data-parallel-rpc-port", str(free_port()))
     nodes = [
         replace(
             asked,
-            extra=(*asked.extra, *node_options(rank, 1, engine_nodes.ADDRESS), *port),
-            environ=(*engine_nodes.environ(rank), *asked.environ),
+            extra=(*asked.extra, *node_options(half * node, half, engine_nodes.ADDRESS), *port),
+            environ=(
+                *(engine_nodes.environ_apart(node, half) if apart else engine_nodes.environ(node)),
+                *asked.environ,
+            ),
         )
-        for rank in range(2)
+        for node in range(2)
     ]
     return engine_nodes.server(vllm, *nodes, folder)
 

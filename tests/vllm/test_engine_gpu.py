@@ -11,13 +11,16 @@ import pytest
 import random_models
 import wide_models
 from engine_runs import (
+    AGREED,
     ALONE,
     SCALED,
+    continue_greedily,
     differences_bf16,
     differences_fp32,
     exchanged,
     generate,
     log_of_a_stalled_rank,
+    on_two_nodes,
     serving,
     went_through_ep_backend,
 )
@@ -94,6 +97,23 @@ def test_float32_tokens_equal_transformers(tmp_path, reference, name):
     assert went_through_ep_backend(log, WORLD)
     assert exchanged(log, WORLD, transport)
     assert ("computed as two batches" in log) == ("overlap" in name)
+    assert differences_fp32(got, want) == []
+
+
+@pytest.mark.engine_long
+@pytest.mark.parametrize("transport", ["collective", "hier"])
+def test_float32_tokens_of_two_nodes_equal_transformers(tmp_path, reference, transport):
+    """NCCL uses sockets between them. Two ranks on each, if ranks may share GPUs or there are four."""
+    world = 4 if gpus.FOUND >= 4 or gpus.shared(4) else 2
+    want = reference("float32")
+    extra = ("--enforce-eager",) if transport == "hier" else compiled(0, "FULL_DECODE_ONLY")
+    environ = (*EXACT, ("EP_BACKEND_TRANSPORT", transport))
+    asked = serving(**on_gpus(dtype="float32", data_parallel_size=world, extra=extra, environ=environ))
+    with on_two_nodes(asked, tmp_path, apart=True) as server:
+        got = continue_greedily(server, [record["prompt"] for record in want])
+        log = server.session.text()
+    assert exchanged(log, world, transport)
+    assert AGREED not in log  # nodes share no memory
     assert differences_fp32(got, want) == []
 
 

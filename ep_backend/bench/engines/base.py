@@ -56,7 +56,7 @@ class Load:
 
 
 WITHOUT_EXPERT_PARALLELISM = ("tensor_parallel", "pipeline_parallel")
-"""What may be compared with all-to-all backends: the same ranks, none of which attends to requests of its own."""
+"""What may be compared with all-to-all backends: as many ranks, none of which has requests of its own."""
 
 
 def parallelism(backend: str, data_parallel_size: int, tensor_parallel_size: int) -> dict[str, Any]:
