@@ -105,6 +105,35 @@ def test_the_settings_are_those_of_the_profile():
     assert "pcie_no_p2p" in profile.aliases
 
 
+RUNS = ("", "-traced", "-against-tp-1", "-against-tp-2")
+SHOWN_AS = {
+    "ep_backend": "`ep_backend` (`host`)",
+    "allgather_reducescatter": "`allgather_reducescatter`",
+    "tensor_parallel": "`tensor_parallel` (TP 2)",
+}
+METRICS = {"ttft_median_ms": ".1f", "tpot_median_ms": ".2f", "output_tokens_per_s": ",.0f"}
+
+
+def test_what_an_engine_measured():
+    """Run by run; the ratios of TPOT and of the time between tokens, too."""
+    runs = []
+    for name in RUNS:
+        results = json.loads((RESULTS / f"vllm-host-2h200{name}.json").read_text())["results"]
+        runs.append({(one["backend"], one["concurrency"]): one for one in results})
+    for key in {key for run in runs for key in run}:
+        cells = [
+            ", ".join(f"{run[key][metric]:{form}}" if key in run else "-" for run in runs)
+            for metric, form in METRICS.items()
+        ]
+        assert f"| {key[1]} | {SHOWN_AS[key[0]]} | {' | '.join(cells)} |" in PAGE
+    text = " ".join(PAGE.split())
+    for metric in ("tpot_median_ms", "itl_median_ms"):
+        for concurrency in (4, 64):
+            ours, theirs = ([run[name, concurrency][metric] for run in runs] for name in list(SHOWN_AS)[:2])
+            *first, last = (f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True))
+            assert f"{', '.join(first)} and {last}" in text
+
+
 def test_what_was_measured():
     for hidden, file in ((7168, "host-2h200.json"), (2048, "host-2h200-hidden2048.json")):
         times = {}
