@@ -451,7 +451,8 @@ class Communicator:
         """Go on after a timeout, on all ranks together; open exchanges are lost.
 
         Every rank of the group must call it that is not masked. Raises EpError if one does not come within
-        the timeout or is dead: then a new communicator is needed, or `mask_ranks`.
+        the timeout or is dead: then a new communicator is needed, or `mask_ranks`. Until it has succeeded,
+        CUDA graphs that are replayed send nothing and leave their outputs as they are; `check` raises.
         """
         self._usable()
         self._transport.recover()

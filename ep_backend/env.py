@@ -137,8 +137,7 @@ VARIABLES: tuple[Variable, ...] = (
         "EP_BACKEND_NODE",
         "str",
         "",
-        "Name of this rank's node: ranks with other names count as on other machines, wherever they are.",
-        per_host=True,
+        "Divides a machine: ranks with another name count as on another one. NCCL heeds NCCL_HOSTID.",
     ),
     _read(
         "EP_BACKEND_PROFILE",

@@ -113,7 +113,7 @@ def neighbours(records: Sequence[Record], rank: int) -> tuple[str, ...]:
 def nodes(records: Sequence[Record]) -> tuple[tuple[int, ...], ...]:
     """The ranks that share memory with each other, in order of rank; nodes in the order of their first
     ranks."""
-    found: dict[tuple[str, str], list[int]] = {}
+    found: dict[tuple[tuple[str, str], str], list[int]] = {}
     for rank, record in enumerate(records):
         found.setdefault((_host(record), record.shared_memory), []).append(rank)
     return tuple(tuple(ranks) for ranks in found.values())
@@ -203,12 +203,18 @@ def reaches(level: str, link: Link) -> bool:
     return level in _LEVELS and DISTANCE.get(link.ancestor, DISTANCE["SYS"]) <= _LEVELS.index(level)
 
 
-def _host(record: Record) -> str:
+def machine(record: Record) -> str:
+    """Equal on all ranks of one machine, however it is divided by names."""
     return record.boot_id or record.host
 
 
-def _hosts(records: Sequence[Record]) -> dict[str, list[Record]]:
-    hosts: dict[str, list[Record]] = {}
+def _host(record: Record) -> tuple[str, str]:
+    """What counts as a machine of its own."""
+    return machine(record), record.node
+
+
+def _hosts(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    hosts: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         hosts.setdefault(_host(record), []).append(record)
     return hosts

@@ -33,7 +33,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's view, as plain data: it can be pickled, sent as JSON, compared, and written by hand."""
 
     host: str = ""
-    boot_id: str = ""  # one per running kernel, equal in all containers of one machine; and EP_BACKEND_NODE
+    boot_id: str = ""  # one per running kernel: equal in all containers of one machine
+    node: str = ""  # EP_BACKEND_NODE: divides a machine as if it were several
     # Identity of the mounted /dev/shm and of the network namespace, in which the sockets are named that hand
     # windows over: ranks that differ here share no memory.
     shared_memory: str = ""
@@ -188,6 +189,7 @@ def _both_ways(link: nvml.Link, directions: Sequence[checks.Direction]) -> bool 
 
 def _host(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"host": socket.gethostname(), "cpus": len(os.sched_getaffinity(0))}
+    found["node"] = env.get("EP_BACKEND_NODE", environ)
     found["container"] = surroundings.container(root, environ)
     try:
         found["boot_id"] = (root / "proc/sys/kernel/random/boot_id").read_text().strip()
@@ -202,9 +204,6 @@ def _host(root: Path, environ: Mapping[str, str], problems: list[str]) -> dict[s
         found["shared_memory_bytes"] = space.f_blocks * space.f_frsize
     except OSError as error:
         problems.append(f"/dev/shm cannot be examined: {error}")
-    if node := env.get("EP_BACKEND_NODE", environ):
-        for identity in ("host", "boot_id"):
-            found[identity] = f"{found.get(identity, '')}/{node}"
     return found
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One wheel, several releases of torch and of Python: installs WHEEL and runs the unit tests with it.
+# One wheel, several releases of torch and of Python: installs WHEEL and runs unit tests with it.
 # usage: scripts/abi_matrix.sh WHEEL [PYTHON]
 # Each release of torch runs, under PYTHON, the tests of what meets torch's own code; the oldest and the newest Python run
-# the unit tests, with the oldest and the newest torch, but for those that mostly wait for processes. Takes 6 GB in build/abi: one CUDA build of torch with its
-# libraries, in which only torch itself is exchanged. There are no older or newer CPU builds on every package index, and a
-# CUDA build runs the CPU kernels without a GPU.
+# the unit tests, with the oldest and the newest torch, but for those that mostly wait for processes. Takes 6 GB in
+# build/abi: one CUDA build of torch with its libraries, in which only torch itself is exchanged. There are no older or
+# newer CPU builds on every package index, and a CUDA build runs the CPU kernels without a GPU.
 # EP_ABI_TORCH and EP_ABI_PYTHON choose what runs.
 set -euo pipefail
 wheel=$(realpath "$1")

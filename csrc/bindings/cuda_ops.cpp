@@ -127,7 +127,6 @@ int64_t cuda_exchange_max_epoch(int64_t exchange) {
 void cuda_exchange_stop(int64_t exchange) {
     at(exchange).stop();
 }
-
 void cuda_exchange_recover(int64_t exchange, int64_t epoch) {
     at(exchange).recover(static_cast<uint64_t>(epoch));
 }

@@ -40,6 +40,17 @@ SIZES = {
 }
 
 
+def _backend(text: str) -> str:
+    """A name for ``--backends``: ours are spelt rightly, all others are the engine's to know."""
+    ours = (summary.OURS, *base.WITHOUT_EXPERT_PARALLELISM)
+    meant = text.lower().replace("-", "_")
+    if meant in ours and meant != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no backend; did you mean {meant}?")
+    if text.split() != [text]:
+        raise argparse.ArgumentTypeError(f"{text!r} is no backend")
+    return text
+
+
 def _defaults(name: str) -> str:
     values = {device: getattr(size, name) for device, size in SIZES.items()}
     return "; ".join(
@@ -66,6 +77,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--backends",
         default=summary.OURS,
+        type=list_of(_backend),
         metavar="A[,B...]",
         help="all-to-all backends to compare (%(default)s); and, without expert parallelism, "
         f"{' and '.join(base.WITHOUT_EXPERT_PARALLELISM)}",
@@ -101,7 +113,11 @@ def add_parser(subparsers: Any) -> None:
         help="times each backend is served, in turn (%(default)s)",
     )
     parser.add_argument(
-        "--data-parallel-size", type=whole(1), default=2, metavar="N", help="copies (%(default)s)"
+        "--data-parallel-size",
+        type=whole(1),
+        default=2,
+        metavar="N",
+        help="copies, or stages of pipeline_parallel (%(default)s)",
     )
     parser.add_argument(
         "--tensor-parallel-size",
@@ -195,7 +211,10 @@ class Bench:
     def __init__(
         self, args: argparse.Namespace, shape: models.Shape | None, device: str, console: Console
     ) -> None:
-        self.backends = list(dict.fromkeys(args.backends.split(",")))
+        self.backends = {
+            name: base.parallelism(name, args.data_parallel_size, args.tensor_parallel_size)
+            for name in args.backends
+        }
         self.results: list[dict[str, Any]] = []
         self.completions: dict[str, list[dict[str, str]]] = {}
         self.traces: list[dict[str, Any]] = []
@@ -260,7 +279,7 @@ class Bench:
             model=self._model,
             backend=backend,
             device=self._device,
-            **base.parallelism(backend, args.data_parallel_size, args.tensor_parallel_size),
+            **self.backends[backend],
             dummy_weights=self._shape is not None,
             dtype=args.dtype,
             max_model_len=args.max_model_len,

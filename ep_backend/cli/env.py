@@ -88,8 +88,9 @@ def _json(
 
 def _text(record: Record, decision: Decision, conflicts: tuple[Conflict, ...]) -> str:
     gpus = ", ".join(f"{gpu.name or 'GPU'} {gpu.uuid}" for gpu in record.gpus) or "none"
+    node = record.node and f", node {record.node}"
     lines = [
-        f"machine      {record.host}, {record.cpus} CPUs, GPUs: {gpus}",
+        f"machine      {record.host}{node}, {record.cpus} CPUs, GPUs: {gpus}",
         f"versions     {choice.versions(record)}",
         *choice.chosen(decision),
     ]

@@ -18,7 +18,9 @@ from ep_backend.planning.words import Row
 WIDTH = 110
 NOTES = (
     "Only what MoE layers send is timed. Computation, KV cache, the hand-over of a pipeline, all-reduces of "
-    "layers without experts, all-reduces faster than NCCL's, and overlap are left out: docs/planning.md."
+    "layers without experts, all-reduces faster than NCCL's, and overlap are left out: docs/planning.md. So "
+    "a step may be shorter with TP although it sends for longer; ep-backend bench-engine --backends "
+    "ep_backend,tensor_parallel measures it."
 )
 
 

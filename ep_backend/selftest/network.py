@@ -73,7 +73,7 @@ class Meeting:
         """The phase; the report of rank 0 is the whole one. Collective."""
         options = self._options
         records = rendezvous.gather(None, probe("cpu"))
-        hosts, nodes = facts.gather(records).hosts, len(facts.nodes(records))
+        hosts, nodes = len(set(map(facts.machine, records))), len(facts.nodes(records))
         return phases.conclude("network", options, self.world, self._found(), hosts, nodes)
 
     def _found(self) -> Iterable[tuple[str, Group | Failure]]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 from probing import CLUSTER, PRODUCT, FakeError, fake_nvml, made_up
 
@@ -276,16 +277,21 @@ def test_files_of_the_machine(machine):
     assert record.shared_memory_bytes
 
 
-def test_a_named_node_is_a_machine_of_its_own(machine):
-    files = {"proc/sys/kernel/random/boot_id": "abc\n", "dev/shm/x": "", "proc/self/ns/net": ""}
-    records = [
+@pytest.mark.parametrize("boot_id", ["abc", ""])
+def test_names_divide_a_machine_and_join_none(machine, boot_id):
+    files = {"proc/sys/kernel/random/boot_id": boot_id} if boot_id else {}
+    files |= {"dev/shm/x": "", "proc/self/ns/net": ""}
+    here = [
         machine(files=files, environ={"EP_BACKEND_NODE": name} if name else {})
         for name in ("", "a", "b", "a")
     ]
-    assert facts.nodes(records) == ((0,), (1, 3), (2,))
-    assert facts.gather(records).hosts == 3
-    assert len({record.shared_memory for record in records}) == 1
-    assert records[1].host == f"{records[0].host}/a"
+    there = msgspec.structs.replace(here[1], host="there", boot_id=boot_id and "def")
+    records = [*here, there]
+    assert facts.nodes(records) == ((0,), (1, 3), (2,), (4,))
+    assert facts.gather(records).hosts == 4
+    assert not facts.gather(records).shares_memory
+    assert len(set(map(facts.machine, records))) == 2
+    assert {record.boot_id for record in here} == {boot_id}, "what was checked holds for all nodes"
 
 
 def test_an_empty_file_tree(machine):

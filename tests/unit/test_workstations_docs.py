@@ -127,11 +127,20 @@ def test_what_an_engine_measured():
         ]
         assert f"| {key[1]} | {SHOWN_AS[key[0]]} | {' | '.join(cells)} |" in PAGE
     text = " ".join(PAGE.split())
-    for metric in ("tpot_median_ms", "itl_median_ms"):
-        for concurrency in (4, 64):
-            ours, theirs = ([run[name, concurrency][metric] for run in runs] for name in list(SHOWN_AS)[:2])
-            *first, last = (f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True))
-            assert f"{', '.join(first)} and {last}" in text
+
+    def ratios(metric, concurrency):
+        ours, theirs = ([run[name, concurrency][metric] for run in runs] for name in list(SHOWN_AS)[:2])
+        *first, last = (f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True))
+        return f"{', '.join(first)} and {last} "
+
+    tpot, itl = ((ratios(metric, 4), ratios(metric, 64)) for metric in ("tpot_median_ms", "itl_median_ms"))
+    assert f"was {tpot[0]}times as long at 4 requests, and {tpot[1]}at 64." in text
+    assert f"the ratios are {itl[0]}at 4, and {itl[1]}at 64." in text
+    slow = [round(one["ttft_p99_ms"]) for run in runs for one in run.values()]
+    assert sorted(slow)[-6:] == [337, 1001, 1061, 1084, 1317, 2768]
+    assert all(f"{ms:,}" in text for ms in sorted(slow)[-6:])
+    ours, theirs = (runs[2][name, 4]["tpot_median_ms"] for name in ("tensor_parallel", "ep_backend"))
+    assert f"{ours:.2f} against {theirs:.2f} ms in the same run" in text
 
 
 def test_what_was_measured():

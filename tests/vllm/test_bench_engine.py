@@ -364,17 +364,30 @@ def servings(monkeypatch):
 def test_a_shape_is_written_served_and_recorded(tmp_path, servings, capsys):
     json_file, logs = tmp_path / "out" / "result.json", tmp_path / "logs"
     command = ["bench-engine", "--shape", "deepseek-v3,layers=4,fp8", "--device", "cpu", "--rounds", "2"]
-    command += ["--backends", "ep_backend,other,allgather_reducescatter", "--tensor-parallel-size", "2"]
+    others = "other,allgather_reducescatter, tensor_parallel,pipeline_parallel"
+    command += ["--backends", f"ep_backend,{others}", "--tensor-parallel-size", "2"]
     command += ["--concurrency", "4,8", "--json", str(json_file), "--log-dir", str(logs)]
     assert main(command) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "has DeepSeek-V3's MoE layer (hidden size 7168, 256 experts, top-8, expert width 2048)" in said
     assert "deepseek-v3,layers=4,fp8 on 2 x 2 cpu ranks" in said
-    backends = ["ep_backend", "other", "allgather_reducescatter"]
-    assert [serving.backend for serving in servings] == 2 * backends
+    sizes = {
+        "ep_backend": (2, 2, 1, True),
+        "other": (2, 2, 1, True),
+        "allgather_reducescatter": (2, 2, 1, True),
+        "tensor_parallel": (1, 4, 1, False),
+        "pipeline_parallel": (1, 2, 2, False),
+    }
+    assert [serving.backend for serving in servings] == 2 * list(sizes)
     for serving in servings:
         assert serving.dummy_weights
-        assert (serving.data_parallel_size, serving.tensor_parallel_size) == (2, 2)
+        assert sizes[serving.backend] == (
+            serving.data_parallel_size,
+            serving.tensor_parallel_size,
+            serving.pipeline_parallel_size,
+            serving.expert_parallel,
+        )
+        assert serving.ranks == 4
         assert json.loads((serving.model / "config.json").read_text())["num_hidden_layers"] == 4
         assert logs in serving.model.parents
     document = json.loads(json_file.read_text())
@@ -382,7 +395,7 @@ def test_a_shape_is_written_served_and_recorded(tmp_path, servings, capsys):
     assert (document["data_parallel_size"], document["tensor_parallel_size"]) == (2, 2)
     assert document["machine"]["gpus"] == []
     assert document["completions"] == {}
-    assert len(document["results"]) == 12
+    assert len(document["results"]) == 20
     assert document["ratios"][0] == {
         "concurrency": 4,
         "backend": "ep_backend",
@@ -390,7 +403,35 @@ def test_a_shape_is_written_served_and_recorded(tmp_path, servings, capsys):
         "tpot_median_ratio": 0.5,
         "output_tokens_ratio": 2.0,
     }
-    assert [ratio["backend"] for ratio in document["ratios"]] == 2 * ["ep_backend", "other"]
+    compared = [name for name in sizes if name != "allgather_reducescatter"]
+    assert [ratio["backend"] for ratio in document["ratios"]] == 2 * compared
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--backends", "ep_backend,tensor-parallel"], "did you mean tensor_parallel?"),
+        (["--backends", "EP_Backend"], "did you mean ep_backend?"),
+        (["--backends", "ep_backend,"], "'' is no backend"),
+        (
+            ["--backends", "ep_backend,pipeline_parallel", "--data-parallel-size", "1"],
+            "2 or more were wanted",
+        ),
+    ],
+)
+def test_names_that_no_engine_can_mean_are_refused_before_one_starts(servings, capsys, more, said):
+    status = refused([*more, "--shape", "qwen3-30b-a3b", "--device", "cpu"])
+    assert status != 0
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert servings == []
+
+
+def refused(arguments):
+    """The status of a command that argparse or ep_backend refuses."""
+    try:
+        return main(["bench-engine", *arguments])
+    except SystemExit as error:
+        return error.code
 
 
 def test_traces_are_recorded_and_a_failure_keeps_what_was_measured(tmp_path, servings, capsys):

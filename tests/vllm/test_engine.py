@@ -55,13 +55,12 @@ def test_bfloat16_tokens_differ_only_at_near_ties(tmp_path, reference):
 @pytest.mark.engine_long
 @pytest.mark.timeout(900)
 def test_a_wrong_combine_is_noticed(tmp_path, reference):
-    """By what is allowed to differ in bfloat16; in float32 nothing is."""
+    """By what is allowed to differ in bfloat16: in float32 nothing is."""
     want = reference("bfloat16")
     prompts = [record["prompt"] for record in want]
     scaled, log = generate(tmp_path, prompts, dtype="bfloat16", **SCALED)
     assert "THE MODEL'S OUTPUT IS WRONG" in log
     assert differences_bf16(scaled, want) != []
-    assert differences_fp32(scaled, want) != []
 
 
 @pytest.mark.engine_long

@@ -438,6 +438,7 @@ void Exchange::stop() {
     const uint32_t stopped = 1;
     check(cudaMemcpy(&views_[0].error->stopped, &stopped, sizeof stopped, cudaMemcpyHostToDevice),
           "cudaMemcpy");
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
 void Exchange::recover(uint64_t epoch) {

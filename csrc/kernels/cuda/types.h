@@ -88,7 +88,7 @@ struct alignas(16) DeviceWord {
 
 // Where a failure is written, on the GPU for the kernels that follow and in pinned memory for the host.
 struct ErrorCell {
-    uint32_t stopped;   // any failure: later kernels return at once
+    uint32_t stopped;   // any failure, or recovery has begun: later kernels return at once
     int32_t closed_by;  // rank + 1 of a peer that ended an exchange without its combine; does not stop
     uint64_t floor;     // abort words below this epoch are of before the last recovery
     uint64_t timeout_ns;

@@ -42,6 +42,11 @@ class Serving:
     start_timeout_s: float = 600.0
     trace_folder: Path | None = None
 
+    @property
+    def ranks(self) -> int:
+        """One GPU each, on GPUs."""
+        return self.data_parallel_size * self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
@@ -55,21 +60,27 @@ class Load:
     seed: int = 0
 
 
-WITHOUT_EXPERT_PARALLELISM = ("tensor_parallel", "pipeline_parallel")
+TENSOR, PIPELINE = "tensor_parallel", "pipeline_parallel"
+WITHOUT_EXPERT_PARALLELISM = (TENSOR, PIPELINE)
 """What may be compared with all-to-all backends: as many ranks, none of which has requests of its own."""
 
 
 def parallelism(backend: str, data_parallel_size: int, tensor_parallel_size: int) -> dict[str, Any]:
     """How `Serving` divides the model. Without expert parallelism the data-parallel ranks are tensor-parallel
-    ones (`tensor_parallel`) or the stages of a pipeline (`pipeline_parallel`)."""
-    if backend == "tensor_parallel":
-        ranks = data_parallel_size * tensor_parallel_size
-        return {"data_parallel_size": 1, "tensor_parallel_size": ranks, "expert_parallel": False}
-    sizes = {"tensor_parallel_size": tensor_parallel_size}
-    if backend == "pipeline_parallel":
-        stages = {"data_parallel_size": 1, "pipeline_parallel_size": data_parallel_size}
-        return {**sizes, **stages, "expert_parallel": False}
-    return {**sizes, "data_parallel_size": data_parallel_size}
+    ones, or the stages of a pipeline; EpConfigError if that would have one stage."""
+    data, tensor, stages = data_parallel_size, tensor_parallel_size, 1
+    if backend == TENSOR:
+        data, tensor = 1, data * tensor
+    elif backend == PIPELINE:
+        if data == 1:
+            raise EpConfigError(f"{PIPELINE} makes --data-parallel-size stages: 2 or more were wanted, not 1")
+        data, stages = 1, data
+    return {
+        "data_parallel_size": data,
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": stages,
+        "expert_parallel": backend not in WITHOUT_EXPERT_PARALLELISM,
+    }
 
 
 def check_gpus(gpus: int, data_parallel_size: int, tensor_parallel_size: int, or_else: str = "") -> None:

@@ -46,7 +46,7 @@ def choose_device(data_parallel_size: int, tensor_parallel_size: int = 1) -> str
 def serve_command(serving: Serving, port: int) -> list[str]:
     """``data_parallel_size`` groups that attend to different tokens, on one rank per GPU; or stages of a
     pipeline."""
-    ranks = serving.data_parallel_size * serving.tensor_parallel_size
+    ranks = serving.data_parallel_size * serving.tensor_parallel_size  # of a stage
     # -P: or Python would look for ep_backend in the current folder first, perhaps a checkout.
     command = [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(serving.model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--nccl-port", str(port + 1)]
@@ -132,13 +132,12 @@ class Server(base.Server):
 
     def _written(self, folder: Path, before: set[Path]) -> set[Path]:
         """The traces of all ranks, or those that are there when the time is over; whole ones only."""
-        ranks = self.serving.data_parallel_size * self.serving.tensor_parallel_size
         deadline = time.monotonic() + TRACES_WITHIN_S
         sizes: dict[Path, int] = {}
         while time.monotonic() < deadline:
             found = super()._written(folder, before)
             now = {file: file.stat().st_size for file in found}
-            if len(found) >= ranks and now == sizes:
+            if len(found) >= self.serving.ranks and now == sizes:
                 break
             sizes = now
             time.sleep(2)

@@ -16,7 +16,7 @@ from typing import Any
 from ep_backend.errors import EpError
 
 COMMUNICATION = ("nccl", "ep::cuda::", "cross_device_reduce")
-"""What the names of kernels that communicate hold: NCCL's, ours, the engines' own all-reduce."""
+"""What the names of kernels that communicate hold: NCCL's, ours, those of vLLM's custom all-reduce."""
 
 
 Kernel = tuple[float, float, str]  # start and duration in microseconds, name

@@ -97,8 +97,7 @@ def serve_environment(serving: Serving) -> dict[str, str]:
         # Binding is for whole machines; several ranks on few cores would all be bound to the same ones.
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         cores = len(os.sched_getaffinity(0))
-        ranks = serving.data_parallel_size * serving.tensor_parallel_size * serving.pipeline_parallel_size
-        defaults["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
+        defaults["OMP_NUM_THREADS"] = str(max(1, cores // serving.ranks))
     return base.environment(serving, defaults)
 
 
