@@ -16,7 +16,8 @@ SIZES = ("hidden_size", "num_experts", "num_experts_per_tok", "moe_intermediate_
 def shown(results):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary.table(summary.summarise(results), "title"))
-    return [line.strip(" │").split() for line in console.export_text().splitlines() if "│" in line]
+    rows = console.export_text().split("─\n")[-1].splitlines()
+    return [row.split() for row in rows if not row.strip().startswith("TPOT ratio")]
 
 
 def measured(backend, tpots, concurrency=4, tokens_per_s=100.0):

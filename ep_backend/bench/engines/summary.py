@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 OURS = "ep_backend"
@@ -82,12 +83,19 @@ def _ratio(metric: str, summary: Summary, base: Summary) -> float | None:
     return summary.median[metric] / base.median[metric] if base.median[metric] else None
 
 
+def _table(title: str, headers: Sequence[str]) -> Table:
+    """With a column of backends, then ``headers``. Fits 80 columns."""
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    shown.add_column("backend", no_wrap=True)
+    for header in headers:
+        shown.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True)
+    return shown
+
+
 def trace_table(traces: Sequence[dict[str, Any]], title: str) -> Table:
     """What a GPU does in a decode step; see `trace.read_rank`."""
-    shown = Table(title=f"{title}: a decode step of a GPU")
-    shown.add_column("backend")
-    for header in ("at a time", "kernels", "communicating", "busy ms", "communication ms", "first ms"):
-        shown.add_column(header, justify="right")
+    headers = ("at once", "kernels", "communi- cating", "busy ms", "communi- cation ms", "first ms")
+    shown = _table(f"{title}: a decode step of a GPU", headers)
     for step in traces:
         shown.add_row(
             step["backend"],
@@ -106,13 +114,12 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
     baseline = baseline_of([summary.backend for summary in summaries])
     spread = any(summary.rounds > 1 for summary in summaries)
     found = {(r["concurrency"], r["backend"]): r["tpot_median_ratio"] for r in ratios(summaries)}
-    shown = Table(title=title)
-    shown.add_column("backend")
-    headers = ["at a time", "TTFT ms", "TPOT ms", "TPOT p99", "ITL ms", "tokens/s"]
+    headers = ["at once", "TTFT ms", "TPOT ms", "TPOT p99", "ITL ms", "tokens /s"]
     headers += ["TPOT min-max"] if spread else []
-    headers += [f"TPOT / {baseline}"] if baseline is not None else []
-    for header in headers:
-        shown.add_column(header, justify="right")
+    headers += ["TPOT ratio"] if baseline is not None else []
+    shown = _table(title, headers)
+    if baseline is not None:
+        shown.caption = f"TPOT ratio: to {baseline}"
     for summary in summaries:
         cells = [summary.backend, str(summary.concurrency)]
         cells += [
