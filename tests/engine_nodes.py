@@ -17,8 +17,7 @@ OURS = (("EP_BACKEND_TRANSPORT", "peer"), ("EP_BACKEND_TIMEOUT_S", "300"))
 
 def wanted(serving):
     """Whether this can be served only so: there are two ranks, and one GPU that they share."""
-    ranks = serving.data_parallel_size * serving.tensor_parallel_size
-    return serving.device == "cuda" and ranks == len(HOSTS) and gpus.shared(ranks)
+    return serving.device == "cuda" and serving.ranks == len(HOSTS) and gpus.shared(serving.ranks)
 
 
 def environ(node):

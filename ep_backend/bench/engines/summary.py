@@ -88,13 +88,13 @@ def _table(title: str, headers: Sequence[str]) -> Table:
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     shown.add_column("backend", no_wrap=True)
     for header in headers:
-        shown.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True)
+        shown.add_column(header, justify="right", no_wrap=True)
     return shown
 
 
 def trace_table(traces: Sequence[dict[str, Any]], title: str) -> Table:
     """What a GPU does in a decode step; see `trace.read_rank`."""
-    headers = ("at once", "kernels", "communi- cating", "busy ms", "communi- cation ms", "first ms")
+    headers = ("at\nonce", "kernels", "communi-\ncating", "busy\nms", "communi-\ncation\nms", "first\nms")
     shown = _table(f"{title}: a decode step of a GPU", headers)
     for step in traces:
         shown.add_row(
@@ -114,9 +114,9 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
     baseline = baseline_of([summary.backend for summary in summaries])
     spread = any(summary.rounds > 1 for summary in summaries)
     found = {(r["concurrency"], r["backend"]): r["tpot_median_ratio"] for r in ratios(summaries)}
-    headers = ["at once", "TTFT ms", "TPOT ms", "TPOT p99", "ITL ms", "tokens /s"]
-    headers += ["TPOT min-max"] if spread else []
-    headers += ["TPOT ratio"] if baseline is not None else []
+    headers = ["at\nonce", "TTFT\nms", "TPOT\nms", "TPOT\np99", "ITL\nms", "tokens\n/s"]
+    headers += ["TPOT\nmin-max"] if spread else []
+    headers += ["TPOT\nratio"] if baseline is not None else []
     shown = _table(title, headers)
     if baseline is not None:
         shown.caption = f"TPOT ratio: to {baseline}"
